@@ -1,0 +1,77 @@
+"""The functional KV cache: written in place when donated, rolled back by resetting a length.
+
+An entry is [K * B, S, H] (kv heads major, so that a split over kv heads is a split of the first axis): the layout in which
+XLA updates and reads it without copies or transposes. Entries at or beyond `length` are scratch: attention masks by position,
+so they are never read before they are written again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.sharding import Layout
+
+
+@struct.dataclass(kw_only=True)
+class LayerKV:
+    """Keys (rotated) and values of one layer, or of one slot: the layers of a group stacked over the mesh axis "layer"."""
+
+    k: jax.Array  # [K * B, S, H], or [n, K * B, S, H] with the first axis over "layer"
+    v: jax.Array  # the same shape
+
+    def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
+        """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is i32[B]."""
+        return LayerKV(k=_write(self.k, k, start), v=_write(self.v, v, start))
+
+
+def _write(cache, new, start):
+    if start.shape[0] == 1:
+        zero = jnp.zeros_like(start[0])
+        return lax.dynamic_update_slice(cache, new, (zero, start[0], zero))
+    starts = jnp.tile(start, cache.shape[0] // start.shape[0])
+    return jax.vmap(lambda c, n, s: lax.dynamic_update_slice(c, n, (s, jnp.zeros_like(s))))(cache, new, starts)
+
+
+@struct.dataclass(kw_only=True)
+class KVCache:
+    """All layers' keys and values; the first `length[b]` entries of row b belong to committed tokens."""
+
+    blocks: tuple[tuple[LayerKV, ...], ...]  # as Params.blocks: one LayerKV per slot of each block
+    length: jax.Array  # i32[B]
+
+    @property
+    def max_len(self) -> int:
+        """S, the capacity in tokens."""
+        return self.blocks[0][0].k.shape[-2]
+
+    def rollback(self, length: jax.Array) -> KVCache:
+        """Forget every entry at or beyond `length` (i32[B]); nothing is copied."""
+        return self.replace(length=length)
+
+
+def abstract_cache(
+    config: ModelConfig, layout: Layout, partition: tuple[int, ...], batch: int, max_len: int, dtype: Any
+) -> KVCache:
+    """Shapes and shardings of an empty cache, as ShapeDtypeStructs."""
+    shape = (config.num_kv_heads * batch, max_len, config.head_dim)
+    n = layout.group_devices
+
+    def slots(size):
+        stacked = size > 1 and n > 1
+        full, letters = ((n, *shape), "LKSH") if stacked else (shape, "KSH")
+        entry = jax.ShapeDtypeStruct(full, dtype, sharding=layout.named(letters))
+        return (LayerKV(k=entry, v=entry),) * (-(-size // n) if stacked else size)
+
+    length = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=layout.named("B"))
+    return KVCache(blocks=tuple(slots(size) for size in partition), length=length)
+
+
+def zeros(abstract: KVCache) -> KVCache:
+    """An empty cache, allocated straight onto its devices."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), abstract)

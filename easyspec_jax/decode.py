@@ -1,0 +1,350 @@
+"""Generation from the host's side: check the request, size the buffers, run the loop, read the answer.
+
+`Decoder.generate` is one donated while_loop on the device; `Decoder.stream` drives the same step one call at a time. Shapes come
+in buckets, so requests of similar length share a compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax import loop
+from easyspec_jax.cache import abstract_cache, zeros
+from easyspec_jax.config import Sampling
+from easyspec_jax.drafters.base import Drafter, DraftOptions
+from easyspec_jax.model import Model
+from easyspec_jax.sampling import make_filters
+from easyspec_jax.sharding import check_memory, device_bytes
+from easyspec_jax.stats import Counters, Stats, count, make_stats
+from easyspec_jax.text import find_stop
+
+PREFILL_CHUNKS = (16, 64, 256)  # a prompt is absorbed in pieces of the smallest that holds it, else of the largest
+EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `Decoder.generate` returns."""
+
+    tokens: list[list[int]]  # new tokens per prompt; a stop id that ended a row is its last token
+    stats: Stats
+    logprobs: list[list[float]] | None = None  # per new token, log p of the base at temperature 1, unfiltered
+
+
+class Piece(list):
+    """The token ids of one step of `Decoder.stream`; the first `num_accepted` of them came from the draft."""
+
+    def __init__(self, ids: Sequence[int], num_accepted: int):
+        super().__init__(ids)
+        self.num_accepted = num_accepted
+
+
+class Session:
+    """A row of decoding that outlives one `stream` call: caches stay, so a longer prompt costs only its new part."""
+
+    def __init__(self, max_len: int | None = None):
+        """Room for `max_len` tokens in all calls together; None sizes it by the first call."""
+        self.max_len = max_len
+        self.stats = make_stats(Counters.zeros(1, 0))  # of the last call
+        self._tokens: list[int] = []  # what caches hold, prompt and answers
+        self._absorbed = 0  # leading tokens that both caches hold exactly
+        self._state: loop.DecodeState | None = None
+
+
+class Decoder:
+    """Lossless decoding of `base`, alone or ahead of a drafter."""
+
+    def __init__(
+        self,
+        base: Model,
+        drafter: Drafter | None = None,
+        *,
+        num_draft_tokens: int = 5,
+        tree_width: int = 1,
+    ):
+        """Pair a base with a drafter.
+
+        Args:
+          base: the model whose distribution is kept.
+          drafter: None decodes autoregressively.
+          num_draft_tokens: γ, drafted tokens per step (at most, for drafters that choose).
+          tree_width: w; only chains (1) are drafted.
+
+        Raises:
+          ValueError: a bad γ or w, models on different meshes, or different tokenizers.
+        """
+        if num_draft_tokens < 1:
+            raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+        if tree_width != 1:
+            raise ValueError(f"tree_width must be 1 (chain drafting), got {tree_width}")
+        self.base, self.drafter = base, drafter
+        self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
+        for model in self._draft_models():
+            if model.layout.mesh != base.layout.mesh:
+                raise ValueError("base and draft are on different meshes: load both with the same mesh")
+            if None not in (base.tokenizer, model.tokenizer) and base.tokenizer != model.tokenizer:
+                raise ValueError(
+                    "base and draft have different tokenizers: their ordinary tokens have other ids, "
+                    "so a draft could never be accepted; use a draft of the same family"
+                )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        eos_ids: Sequence[int] = (),
+        seed: int = 0,
+        logprobs: bool = False,
+    ) -> Generation:
+        """Continue every prompt until a stop id, `max_new_tokens` or the end of the base's context.
+
+        Args:
+          prompts: lists of token ids of any lengths, or i32[B, T]. Rows draw independently, equal prompts too.
+          max_new_tokens: at least 1.
+          sampling: greedy by default.
+          eos_ids: any of these ends its row and stays its last token.
+          seed: same seed, same mesh, same result.
+          logprobs: also return the base's log-probability of every new token.
+
+        Raises:
+          ValueError: a bad prompt or option, or a request the devices cannot hold; nothing is allocated then.
+        """
+        rows = self._check(prompts, max_new_tokens)
+        size = self._capacity(max(map(len, rows)) + max_new_tokens)
+        state = self._begin(rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size)
+        specs = loop.Specs.of((self.base, self.drafter, state))
+        state = self._prefill(state, rows, specs)
+        state = loop.run_loop(self.base, self.drafter, state, specs=specs)
+        host = jax.device_get((state.tokens, state.length, state.logprobs))
+        new = [slice(len(row), int(end)) for row, end in zip(rows, host[1], strict=True)]
+        return Generation(
+            tokens=[host[0][b, part].tolist() for b, part in enumerate(new)],
+            stats=make_stats(state.counters),
+            logprobs=[host[2][b, part].tolist() for b, part in enumerate(new)] if logprobs else None,
+        )
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        eos_ids: Sequence[int] = (),
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
+        session: Session | None = None,
+    ) -> Iterator[Piece]:
+        """Yield the new tokens of each step as it ends: `generate` for one prompt, piece by piece.
+
+        Args:
+          stop_strings: the answer ends with the token that completes one of these in the decoded text.
+          tokenizer: anything with `decode(ids) -> str`; needed for stop strings.
+          session: keeps the caches for a later call whose prompt continues this conversation; holds the statistics.
+
+        Raises:
+          ValueError: as `generate`; stop strings without a tokenizer; a session that is too small. At the call, not at
+            the first piece.
+        """
+        rows = self._check([prompt], max_new_tokens)
+        if stop_strings and tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer to find them in the text")
+        session = session if session is not None else Session()
+        self._open(session, rows[0], max_new_tokens, sampling, eos_ids, seed)
+        return self._drive(session, tuple(stop_strings), tokenizer)
+
+    def warmup(
+        self,
+        batch: int,
+        prompt_len: int,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        logprobs: bool = False,
+    ) -> None:
+        """Compile what `generate` needs for requests of this size, so that the first one does not wait."""
+        rows = self._check(np.zeros((batch, prompt_len), np.int32), max_new_tokens)
+        size = self._capacity(prompt_len + max_new_tokens)
+        state = self._begin(rows, max_new_tokens, sampling, (), 0, logprobs, size)
+        specs = loop.Specs.of((self.base, self.drafter, state))
+        state = self._prefill(state, rows, specs)
+        state = state.replace(done=self._put(np.ones((batch,), bool)))
+        jax.block_until_ready(loop.run_loop(self.base, self.drafter, state, specs=specs))
+
+    def _draft_models(self) -> tuple[Model, ...]:
+        return self.drafter.models() if self.drafter is not None else ()
+
+    def _check(self, prompts, max_new_tokens: int) -> list[np.ndarray]:
+        """Prompts as arrays, or one sentence on what is wrong with the request."""
+        c = self.base.config
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        rows = [np.asarray(prompt) for prompt in prompts]
+        if not rows:
+            raise ValueError("no prompts given")
+        for i, row in enumerate(rows):
+            if row.ndim != 1 or row.size == 0:
+                raise ValueError(f"prompt {i} is empty: give at least one token (a beginning-of-text id, say)")
+            if not np.issubdtype(row.dtype, np.integer):
+                raise ValueError(f"prompt {i} is not a list of token ids: it holds {row.dtype}")
+            if row.min() < 0 or row.max() >= c.vocab_size:
+                bad = int(row[(row < 0) | (row >= c.vocab_size)][0])
+                raise ValueError(f"prompt {i} has token id {bad}, outside the base's 0 .. {c.vocab_size - 1}")
+            if row.size >= c.max_len:
+                raise ValueError(
+                    f"prompt {i} has {row.size} tokens, but the base's context is {c.max_len}: shorten it"
+                )
+            total = row.size + max_new_tokens
+            if c.sliding_window is not None and min(total, c.max_len) > c.sliding_window:
+                raise ValueError(
+                    f"prompt {i} and max_new_tokens make {total} tokens, but the model attends to a sliding window of "
+                    f"{c.sliding_window}, and longer texts are not supported: ask for fewer tokens"
+                )
+        self._warn_short_drafts(max(row.size for row in rows) + max_new_tokens)
+        return rows
+
+    def _warn_short_drafts(self, total: int) -> None:
+        for model in self._draft_models():
+            if model.config.max_len < min(total, self.base.config.max_len):
+                warnings.warn(
+                    f"the draft's context of {model.config.max_len} tokens is shorter than the {total} asked for: "
+                    "beyond it drafts are rarely accepted, which costs speed, never text",
+                    stacklevel=4,
+                )
+
+    def _capacity(self, total: int) -> int:
+        """S: a bucket that holds `total` committed tokens and one step's drafts behind them."""
+        total = min(total, self.base.config.max_len) + self.num_draft_tokens + 1
+        size = 64
+        while size < min(total, 512):
+            size *= 2
+        return -(-total // size) * size
+
+    def _begin(self, rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size) -> loop.DecodeState:
+        """A state with nothing absorbed yet, after the memory it needs was checked."""
+        batch, base = len(rows), self.base
+        abstract = abstract_cache(base.config, base.layout, base.partition, batch, size, base.dtype)
+        options = DraftOptions(
+            filters=make_filters(sampling),
+            num_draft_tokens=self.num_draft_tokens,
+            vocab_size=base.config.vocab_size,
+        )
+        self._check_memory(abstract, batch, size, options)
+        lengths = np.array([row.size for row in rows], np.int32)
+        tokens = np.zeros((batch, size), np.int32)
+        for b, row in enumerate(rows):
+            tokens[b, : row.size] = row
+        limit = np.minimum(lengths + max_new_tokens, base.config.max_len).astype(np.int32)
+        return loop.DecodeState(
+            cache=zeros(abstract),
+            draft=self.drafter.init(batch, size, options) if self.drafter is not None else None,
+            **jax.tree.map(
+                self._put,
+                {
+                    "tokens": tokens,
+                    "length": lengths,
+                    "limit": limit,
+                    "absorbed": lengths - 1,
+                    "done": lengths >= limit,
+                    "counters": Counters.zeros(batch, self.num_draft_tokens),
+                    "logprobs": np.zeros((batch, size), np.float32) if logprobs else None,
+                    "key": jax.random.key(seed),
+                    "step": np.int32(0),
+                    "eos_ids": _pad_eos(eos_ids),
+                    "filters": make_filters(sampling),
+                },
+            ),
+        )
+
+    def _put(self, x):
+        """x on every device of the mesh."""
+        return jax.device_put(x, NamedSharding(self.base.layout.mesh, P()))
+
+    def _check_memory(self, cache, batch, size, options) -> None:
+        mesh, vocab = self.base.layout.mesh, self.base.config.vocab_size
+        rows = batch * (self.num_draft_tokens + 1)
+        budget = {
+            "base weights": device_bytes(self.base.params),
+            "base cache": device_bytes(cache),
+            "scratch": 4 * vocab * rows * (1 if options.filters.greedy else 3),
+        }
+        if self.drafter is not None:
+            state = self.drafter.abstract_state(batch, size, options)
+            budget["draft weights"] = device_bytes(self.drafter)
+            budget["draft cache"] = device_bytes(state)
+        check_memory(mesh, budget)
+
+    def _prefill(self, state, rows, specs, start: int = 0) -> loop.DecodeState:
+        """Absorb all prompt tokens from `start` on but each row's last."""
+        end = max(row.size for row in rows) - 1
+        size = state.tokens.shape[1]
+        chunk = next((c for c in PREFILL_CHUNKS if c >= end - start), PREFILL_CHUNKS[-1])
+        chunk = min(chunk, size)
+        for at in range(start, end, chunk):
+            # The last piece is shifted back where it would not fit: absorbing a token again changes nothing.
+            first = self._put(np.int32(min(at, size - chunk)))
+            state = loop.prefill_chunk(self.base, self.drafter, state, first, chunk=chunk, specs=specs)
+        return state
+
+    def _open(self, session: Session, row, max_new_tokens, sampling, eos_ids, seed) -> None:
+        """Make the session hold `row`, absorbing only what its caches do not have."""
+        total = row.size + max_new_tokens
+        old = session._state
+        size = self._capacity(max(total, session.max_len or 0)) if old is None else old.tokens.shape[1]
+        if min(total, self.base.config.max_len) + self.num_draft_tokens + 1 > size:
+            raise ValueError(
+                f"the session has room for {size - self.num_draft_tokens - 1} tokens, but prompt and max_new_tokens "
+                f"make {total}: open one with a larger max_len"
+            )
+        state = self._begin([row], max_new_tokens, sampling, eos_ids, seed, False, size)
+        known = 0
+        if old is not None:
+            both = zip(session._tokens[: session._absorbed], row[:-1].tolist(), strict=False)
+            known = next((i for i, (a, b) in enumerate(both) if a != b), min(session._absorbed, row.size - 1))
+            draft = _with_caches(state.draft, old.draft)
+            state = state.replace(cache=old.cache, draft=draft)
+        specs = loop.Specs.of((self.base, self.drafter, state))
+        session._state = self._prefill(state, [row], specs, start=known)
+        session._tokens, session._absorbed = row.tolist(), row.size - 1
+        session.stats = make_stats(Counters.zeros(1, self.num_draft_tokens))
+
+    def _drive(self, session: Session, stop_strings: tuple[str, ...], tokenizer: Any) -> Iterator[Piece]:
+        """Step until the row is done; the session is consistent whenever this yields."""
+        specs = loop.Specs.of((self.base, self.drafter, session._state))
+        counters, new, done = Counters.zeros(1, self.num_draft_tokens), [], False
+        while not done:
+            state, out = loop.run_step(self.base, self.drafter, session._state, specs=specs)
+            out, done = jax.device_get((out, state.done))
+            done = bool(done[0])
+            ids = out.tokens[0, : out.num_emitted[0]].tolist()
+            if stop_strings:
+                cut = find_stop(tokenizer, new, ids, stop_strings)
+                done, ids = done or cut is not None, ids[:cut]
+            counters = count(counters, out.num_accepted, out.num_valid, np.array([len(ids)], np.int32))
+            session._state = state
+            session._absorbed = len(session._tokens)  # the step calibrated up to its root
+            session._tokens += ids
+            session.stats = make_stats(counters)
+            new += ids
+            yield Piece(ids, min(int(out.num_accepted[0]), len(ids)))
+
+
+def _pad_eos(eos_ids: Sequence[int]) -> np.ndarray:
+    slots = max(-(-len(eos_ids) // EOS_SLOTS), 1) * EOS_SLOTS
+    return np.array([*eos_ids, *[-1] * (slots - len(eos_ids))], np.int32)
+
+
+def _with_caches(fresh: Any, old: Any) -> Any:
+    """A drafter's state for a new request that keeps what the old one absorbed."""
+    return fresh if old is None else fresh.replace(cache=old.cache)

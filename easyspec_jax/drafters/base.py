@@ -1,0 +1,84 @@
+"""What the decoding loop knows of a drafter: a frozen pytree with pure methods, and nothing else.
+
+A drafter's state is addressed by absolute position: every call forgets all at or beyond `start`, so rolling back a rejected
+draft needs no method of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from easyspec_jax import model as models
+from easyspec_jax.cache import KVCache
+from easyspec_jax.model import Model
+from easyspec_jax.sampling import Filters, Proposal, Verdict
+
+
+@struct.dataclass(kw_only=True)
+class DraftOptions:
+    """What a drafter is asked for."""
+
+    filters: Filters  # q is filtered as p is
+    num_draft_tokens: int = struct.field(pytree_node=False)  # γ, at most
+    tree_width: int = struct.field(pytree_node=False, default=1)  # w
+    vocab_size: int = struct.field(pytree_node=False)  # V of the base: q covers exactly its ids
+
+
+class Drafter(Protocol):
+    """A way of drafting. `verify` and `observe` have the defaults of `DrafterBase`."""
+
+    def models(self) -> tuple[Model, ...]:
+        """The models it runs, for checks against the base."""
+
+    def init(self, batch: int, max_len: int, options: DraftOptions) -> Any:
+        """An empty state for `batch` rows of at most `max_len` tokens, allocated on the drafter's mesh."""
+
+    def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> Any:
+        """Shapes and shardings of what `init` allocates, for the memory budget."""
+
+    def prefill(self, state: Any, tokens: jax.Array, start: jax.Array, num: jax.Array) -> Any:
+        """Absorb prompt tokens (i32[B, C], `num` of them count) at positions start[b] and on."""
+
+    def propose(
+        self, state: Any, base_cache: KVCache, tokens: jax.Array, start: jax.Array, num: jax.Array, key: jax.Array
+    ) -> tuple[Proposal, Any, KVCache]:
+        """Absorb the newly committed tokens (i32[B, W], `num` of them count), then draft behind them."""
+
+    def verify(
+        self, base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
+    ) -> tuple[jax.Array, KVCache, Any]:
+        """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node, the written cache, and anything for `observe`."""
+
+    def observe(self, state: Any, verdict: Verdict, aux: Any) -> Any:
+        """Learn from a verdict."""
+
+    def report(self, state: Any) -> dict[str, Any]:
+        """Counters of this drafter's own stages, by name."""
+
+
+class DrafterBase:
+    """The hooks most drafters leave alone."""
+
+    def models(self):
+        """No model of its own."""
+        return ()
+
+    def verify(self, base, base_cache, root, proposal):
+        """One base pass over the root and all nodes."""
+        tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
+        hidden, base_cache = models.forward(base, tokens, base_cache)
+        return models.logits(base, hidden), base_cache, None
+
+    def observe(self, state, verdict, aux):
+        """Nothing is learnt."""
+        del verdict, aux
+        return state
+
+    def report(self, state):
+        """No stages of its own."""
+        del state
+        return {}

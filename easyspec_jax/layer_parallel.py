@@ -1,0 +1,165 @@
+"""EasySpec's idea (arXiv 2502.02493, section 3): consecutive layers of the draft run at once, one per device.
+
+In a group of layers every attention reads the residual stream as it was before the group ("fuzzy"), so the attentions are
+independent of each other and run at the same time on the devices of the mesh axis "layer"; the MLPs follow one after another,
+each split over all devices. The same stacked weights also give the exact model: the devices take turns, so that only
+activations travel, never weights or cache entries.
+
+    exact   h - A1 - M1 - A2 - M2 - A3 - M3 -        fuzzy   h - A1 -+- M1 - M2 - M3 -
+                                                             |-- A2 -|
+                                                             |-- A3 -|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from easyspec_jax.cache import LayerKV
+from easyspec_jax.model import Block, Model, RunBlock, Step, attention, mlp, run_layer
+from easyspec_jax.sharding import psum
+
+PARALLEL = ("attention", "layer")
+
+
+def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Layers per block, in order.
+
+    An int groups as published: the first and the last layer stay alone, the layers between are cut into groups of
+    `group_size`, the last of which may be shorter. A sequence is taken as it is.
+
+    Raises:
+      ValueError: group_size below 1, or a partition that does not sum to `num_layers`.
+    """
+    if isinstance(group_size, int):
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}")
+        between = max(num_layers - 2, 0)
+        full, rest = divmod(between, group_size)
+        groups = (group_size,) * full + ((rest,) if rest else ())
+        return (1, *groups, 1) if num_layers > 1 else (1,)
+    partition = tuple(int(size) for size in group_size)
+    if any(size < 1 for size in partition) or sum(partition) != num_layers:
+        raise ValueError(
+            f"a partition needs sizes of at least 1 that sum to the {num_layers} layers of the model, "
+            f"got {partition}, which sums to {sum(partition)}"
+        )
+    return partition
+
+
+def run_exact(
+    model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
+) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    """One block layer after layer: the ordinary model, whatever the grouping.
+
+    Over the mesh axis "layer" the devices take turns: a device out of turn skips by `lax.cond`, which leaves its cache alone
+    without a copy.
+    """
+    if len(block.mlp) == 1:
+        return run_layer(model, block, x, kv, step)
+    kv = list(kv)
+    for j, weights in enumerate(block.mlp):
+        slot = j // model.layout.group_devices
+        delta, kv[slot] = _turn(model, block, x, kv[slot], step, j)
+        x = x + psum(delta, _attention_axes(model))
+        x = x + psum(mlp(model, weights, x), model.layout.mlp)
+    return x, tuple(kv)
+
+
+def _turn(
+    model: Model, block: Block, x: jax.Array, kv: LayerKV, step: Step, j: int
+) -> tuple[jax.Array, LayerKV]:
+    """Attention of layer j of a group on the device that owns it, zeros elsewhere; `kv` is the cache of its slot."""
+    group, n = model.layout.group, model.layout.group_devices
+    if group is None:
+        return attention(model, block.attention[j], x, kv, step)
+    own = _local(block.attention[j // n])
+
+    def run(x, kv):
+        delta, new = attention(model, own, x, _local(kv), step)
+        return delta, _stacked(new)
+
+    def skip(x, kv):
+        # Both branches of a cond must agree that devices may differ.
+        return lax.pcast(jnp.zeros_like(x), _attention_axes(model), to="varying"), kv
+
+    return lax.cond(lax.axis_index(group) == j % n, run, skip, x, kv)
+
+
+def run_fuzzy(
+    model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
+) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    """One block with all its attentions at once on the same input, then its MLPs in order.
+
+    One collective carries all attention outputs of the group to every device.
+    """
+    if len(block.mlp) == 1:
+        return run_layer(model, block, x, kv, step)
+    deltas, kv = _attend_at_once(model, block, x, kv, step)
+    for weights, delta in zip(block.mlp, deltas, strict=False):  # slots may be padded
+        x = x + delta
+        x = x + psum(mlp(model, weights, x), model.layout.mlp)
+    return x, kv
+
+
+def run_whole_layers(
+    model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
+) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    """The paper's ablation: MLPs at once too. Every MLP reads x plus its own attention; all that was added is summed."""
+    if len(block.mlp) == 1:
+        return run_layer(model, block, x, kv, step)
+    deltas, kv = _attend_at_once(model, block, x, kv, step)
+    deltas = deltas[: len(block.mlp)]
+    added = sum(mlp(model, weights, x + delta) for weights, delta in zip(block.mlp, deltas, strict=True))
+    return x + sum(deltas) + psum(added, model.layout.mlp), kv
+
+
+def _attend_at_once(model, block, x, kv, step):
+    """Every attention output of a group ([B, T, D] each, in layer order, whole on every device), and the written cache."""
+    group, n = model.layout.group, model.layout.group_devices
+    deltas, written = [], []
+    for weights, slot_kv in zip(block.attention, kv, strict=True):
+        if group is None:
+            delta, new = attention(model, weights, x, slot_kv, step)
+            deltas.append(delta[None])
+        else:
+            delta, new = attention(model, _local(weights), x, _local(slot_kv), step)
+            mine = (jnp.arange(n, dtype=jnp.int32) == lax.axis_index(group))[:, None, None, None]
+            deltas.append(jnp.where(mine, delta[None], jnp.zeros((), delta.dtype)))
+            new = _stacked(new)
+        written.append(new)
+    if group is None and not model.layout.heads:
+        return [delta[0] for delta in deltas], tuple(written)
+    together = psum(jnp.concatenate(deltas), _attention_axes(model))
+    return [together[j] for j in range(len(together))], tuple(written)
+
+
+def draft_runner(parallel: str) -> RunBlock:
+    """How a layer-parallel draft runs its blocks: "attention" (EasySpec) or "layer" (its ablation).
+
+    Raises:
+      ValueError: any other word.
+    """
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel must be one of {', '.join(map(repr, PARALLEL))}, got {parallel!r}")
+    return run_fuzzy if parallel == "attention" else run_whole_layers
+
+
+def _attention_axes(model: Model) -> tuple[str, ...]:
+    """Axes over which the attention outputs of a group are partial sums."""
+    group = (model.layout.group,) if model.layout.group else ()
+    return group + model.layout.heads
+
+
+def _local(tree: Any) -> Any:
+    """This device's layer of a stacked slot."""
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), tree)
+
+
+def _stacked(kv: LayerKV) -> LayerKV:
+    return jax.tree.map(lambda leaf: leaf[None], kv)
+

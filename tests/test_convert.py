@@ -1,0 +1,417 @@
+"""Conversion of Hugging Face folders: values, refusals, memory, and what a killed run leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hf_models import FAMILIES, random_tensors, tiny_config, write_hf_folder, write_tensors
+
+import convert
+from convert.__main__ import main
+from convert.safetensors_file import SafetensorsFile
+from easyspec_jax import checkpoint
+from easyspec_jax.config import ModelConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODELS = pathlib.Path(os.environ.get("EASYSPEC_MODELS", "~/.cache/easyspec-models")).expanduser()
+
+
+def real_model(name: str) -> pathlib.Path:
+    if not (MODELS / name / "config.json").exists():
+        pytest.skip(f"needs the real weights of {name} in {MODELS}")
+    return MODELS / name
+
+
+def load_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
+    from orbax.checkpoint import v1 as ocp
+
+    arrays = ocp.load(folder / part)
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def load_all(folder: pathlib.Path, num_layers: int = 3) -> dict[str, np.ndarray]:
+    arrays = load_part(folder, checkpoint.TOP)
+    for i in range(num_layers):
+        part = load_part(folder, checkpoint.layer_name(i))
+        arrays |= {f"{i}.{name}": value for name, value in part.items()}
+    return arrays
+
+
+def run(src, dst, **options) -> pathlib.Path:
+    return convert.convert(src, dst, progress=False, **options)
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    return write_hf_folder(tmp_path / "hf", tiny_config("llama"))
+
+
+def rewrite(folder: pathlib.Path, **changes) -> pathlib.Path:
+    """Change tensors of a tiny folder: a value replaces, None removes, a function maps."""
+    tensors = random_tensors(tiny_config("llama"))
+    for name, change in changes.items():
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change(tensors[name]) if callable(change) else change
+    write_tensors(folder, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_array_is_the_transposed_tensor_with_its_heads_split(family, tmp_path):
+    raw = tiny_config(family, num_attention_heads=6, num_key_value_heads=2)
+    src = write_hf_folder(tmp_path / "hf", raw)
+    out, hf = run(src, tmp_path / "out"), random_tensors(raw)
+    config = ModelConfig.from_hf(raw)
+    top = load_part(out, checkpoint.TOP)
+    assert {n: a.shape for n, a in top.items()} == config.top_shapes()
+    np.testing.assert_array_equal(top["embed"], hf["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(top["lm_head"], hf["lm_head.weight"].T)
+    layer, prefix = load_part(out, checkpoint.layer_name(1)), "model.layers.1."
+    assert {n: a.shape for n, a in layer.items()} == config.layer_shapes()
+    q, k = hf[prefix + "self_attn.q_proj.weight"], hf[prefix + "self_attn.k_proj.weight"]
+    o = hf[prefix + "self_attn.o_proj.weight"]
+    for kv in range(2):
+        np.testing.assert_array_equal(layer["wk"][:, kv], k[8 * kv : 8 * kv + 8].T)
+        for g in range(3):
+            rows = slice(8 * (3 * kv + g), 8 * (3 * kv + g) + 8)
+            np.testing.assert_array_equal(layer["wq"][:, kv, g], q[rows].T)
+            np.testing.assert_array_equal(layer["wo"][kv, g], o[:, rows].T)
+    np.testing.assert_array_equal(layer["w_down"], hf[prefix + "mlp.down_proj.weight"].T)
+    np.testing.assert_array_equal(layer["mlp_norm"], hf[prefix + "post_attention_layernorm.weight"])
+    if family == "qwen2":
+        bias = hf[prefix + "self_attn.q_proj.bias"]
+        np.testing.assert_array_equal(layer["bq"], bias.reshape(2, 3, 8))
+
+
+def test_the_folder_holds_configs_tokenizer_and_metadata(folder, tmp_path):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2], "temperature": 0.6}')
+    out = run(folder, tmp_path / "out")
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert json.loads((out / "generation_config.json").read_text()) == {
+        "eos_token_id": [7, 2],
+        "temperature": 0.6,
+    }
+    assert json.loads((out / checkpoint.METADATA_FILE).read_text()) == {
+        "format": checkpoint.FORMAT,
+        "dtype": "float32",
+        "tokenizer": convert.tokenizer_hash(folder),
+    }
+    assert {p.name for p in tmp_path.iterdir()} == {"hf", "out"}
+
+
+def test_eos_ids_of_both_configs_are_joined(tmp_path):
+    src = write_hf_folder(tmp_path / "hf", tiny_config("llama", eos_token_id=[2, 5]))
+    (src / "generation_config.json").write_text('{"eos_token_id": 9}')
+    written = json.loads((run(src, tmp_path / "a") / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [9, 2, 5]
+    (src / "generation_config.json").unlink()
+    written = json.loads((run(src, tmp_path / "b") / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [2, 5]}
+
+
+def test_shards_give_the_same_arrays_as_one_file(folder, tmp_path):
+    sharded = write_hf_folder(tmp_path / "sharded", tiny_config("llama"), shards=3)
+    one, many = (load_all(run(s, tmp_path / f"{s.name}-out")) for s in (folder, sharded))
+    assert one.keys() == many.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], many[name])
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", [None, "float32", "bfloat16", "float16"])
+def test_types_are_kept_or_cast(stored, wanted, tmp_path):
+    raw = tiny_config("llama", num_hidden_layers=1)
+    src = write_hf_folder(tmp_path / "hf", raw, dtype=np.dtype(stored))
+    out = run(src, tmp_path / "out", dtype=wanted)
+    want = np.dtype(wanted or stored)
+    assert json.loads((out / checkpoint.METADATA_FILE).read_text())["dtype"] == want.name
+    embed = random_tensors(raw, dtype=np.dtype(stored))["model.embed_tokens.weight"].astype(want)
+    got = load_part(out, checkpoint.TOP)["embed"]
+    assert got.dtype == want
+    np.testing.assert_array_equal(got, embed)
+
+
+def test_mixed_types_become_float32(folder, tmp_path):
+    half = {"model.norm.weight": lambda x: x.astype(ml_dtypes.bfloat16)}
+    rewrite(folder, **half)
+    assert load_part(run(folder, tmp_path / "out"), checkpoint.TOP)["embed"].dtype == np.float32
+
+
+def test_small_chunks_change_nothing(folder, tmp_path, monkeypatch):
+    whole = load_all(run(folder, tmp_path / "whole"))
+    monkeypatch.setattr("convert.tensors.CHUNK_BYTES", 300)
+    for name, array in load_all(run(folder, tmp_path / "pieces")).items():
+        np.testing.assert_array_equal(array, whole[name])
+
+
+def test_known_harmless_tensors_are_dropped(tmp_path):
+    raw = tiny_config("llama", tie_word_embeddings=True)
+    src = write_hf_folder(tmp_path / "hf", raw)
+    tensors = random_tensors(raw)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    write_tensors(src, tensors)
+    assert set(load_part(run(src, tmp_path / "out"), checkpoint.TOP)) == {"embed", "final_norm"}
+
+
+NORM = "model.norm.weight"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({Q_PROJ: None}, f"tensors are missing: {Q_PROJ}"),
+        ({"lm_head.weight": None}, "tensors are missing: lm_head.weight"),
+        ({"model.extra": np.ones(3, np.float32)}, "not part of the model: model.extra"),
+        ({Q_PROJ: lambda x: x[:-1]}, r"wrong shape: .*q_proj.weight \[31, 32\] instead of \[32, 3"),
+        ({NORM: lambda x: x.astype(np.int8)}, r"type that cannot be read: model.norm.weight .I8."),
+        ({NORM: lambda x: x * np.nan}, f"{NORM} holds values that are not finite"),
+        ({Q_PROJ: lambda x: x * np.inf}, f"{Q_PROJ} holds values that are not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(folder, tmp_path, changes, message):
+    rewrite(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_many_names_are_cut_short(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.3\..* and 46 more"):
+        run(folder, tmp_path / "out")
+
+
+def test_values_beyond_float16_are_refused(folder, tmp_path):
+    rewrite(folder, **{NORM: lambda x: x * 1e6})
+    with pytest.raises(ValueError, match="norm.weight holds values beyond the range of float16"):
+        run(folder, tmp_path / "out", dtype="float16")
+    run(folder, tmp_path / "out", dtype="bfloat16")
+
+
+def test_targets_and_options_that_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of float32"):
+        run(folder, tmp_path / "out", dtype="int8")
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        run(folder, folder)
+    (tmp_path / "empty").mkdir()
+    assert run(folder, tmp_path / "empty") == tmp_path / "empty"
+    with pytest.raises(FileNotFoundError, match="neither a folder, a GGUF file nor a hub id"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_sources_that_are_no_safetensors_folder_are_refused(folder, tmp_path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is a pickle, and pickles are never"):
+        run(folder, tmp_path / "out")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        run(folder, tmp_path / "out")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        run(folder, tmp_path / "out")
+    (tmp_path / "file.bin").write_bytes(b"\x80\x04 pickle")
+    with pytest.raises(ValueError, match="is not a GGUF file"):
+        run(tmp_path / "file.bin", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "x.bin", 3]
+)
+def test_an_index_may_not_name_files_outside_the_folder(folder, tmp_path, shard):
+    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = {"weight_map": {NORM: shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not a safetensors file inside the folder"):
+        run(folder, tmp_path / "out")
+
+
+def test_an_index_must_be_true(tmp_path):
+    src = write_hf_folder(tmp_path / "hf", tiny_config("llama"), shards=2)
+    index = json.loads((src / "model.safetensors.index.json").read_text())
+    index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    (src / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks tensor ghost, which"):
+        run(src, tmp_path / "out")
+    (src / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks the shard model-00002-of-00002.safetensors"):
+        run(src, tmp_path / "out")
+    (src / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        run(src, tmp_path / "out")
+
+
+def safetensors_bytes(header, data: bytes = b"\0" * 8) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(begin: int, end: int, shape=(2,), dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "header is longer than the file"),
+        ((10**12).to_bytes(8, "little") + b"{}", "header is longer than the file"),
+        (safetensors_bytes(b"{"), "header is not JSON"),
+        (safetensors_bytes(b"[]"), "not a JSON object"),
+        (safetensors_bytes(b'{"a": 1, "a": 2}'), "appears twice"),
+        (safetensors_bytes({"a": {"dtype": "F32"}}), "entry of tensor 'a' is malformed"),
+        (safetensors_bytes({"a": entry(0, 8, [-2])}), "entry of tensor 'a' is malformed"),
+        (safetensors_bytes({"a": entry(0, 8, [3])}), "size of tensor 'a' does not fit its shape"),
+        (safetensors_bytes({"a": entry(0, 16, [4])}), "offsets of tensor 'a' are wrong"),
+        (safetensors_bytes({"a": entry(0, 8), "b": entry(4, 12)}), "offsets of tensor 'b'"),
+        (safetensors_bytes({"a": entry(0, 8)}, b"\0" * 9), "1 bytes belong to no tensor"),
+    ],
+)
+def test_broken_safetensors_headers_are_refused(content, message, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        SafetensorsFile(tmp_path / "model.safetensors")
+
+
+def test_a_folder_without_tokenizer_warns_once(tmp_path):
+    src = write_hf_folder(tmp_path / "hf", tiny_config("llama"), tokenizer=False)
+    with pytest.warns(UserWarning, match="has no tokenizer") as caught:
+        out = run(src, tmp_path / "out")
+    assert len(caught) == 1
+    assert json.loads((out / checkpoint.METADATA_FILE).read_text())["tokenizer"] is None
+
+
+def test_the_tokenizer_hash_is_of_the_ordinary_vocabulary(tmp_path):
+    def write(vocab, added=()):
+        added = [{"id": 0, "content": token} for token in added]
+        content = {"model": {"vocab": vocab}, "added_tokens": added}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        return convert.tokenizer_hash(tmp_path)
+
+    plain = write({"a": 0, "b": 1})
+    assert plain == hashlib.sha256(b'[["a", 0], ["b", 1]]').hexdigest()
+    assert write({"b": 1, "a": 0, "<s>": 2}, ["<s>", "<new>"]) == plain
+    assert write([["a", -1.0], ["b", -2.0]]) == plain
+    assert write({"a": 1, "b": 0}) != plain
+
+
+def test_a_hub_id_fetches_no_pickles(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot_download(repo, **options):
+        calls.append((repo, options))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    out = run("owner/some-model", tmp_path / "out", revision="v1")
+    assert len(load_all(out)) == 30
+    ((repo, options),) = calls
+    assert (repo, options["revision"]) == ("owner/some-model", "v1")
+    assert "*.safetensors" in options["allow_patterns"]
+    assert not any("bin" in pattern or pattern == "*" for pattern in options["allow_patterns"])
+
+
+def test_a_hub_that_fails_ends_in_one_sentence(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(repo, **options):
+        raise RuntimeError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(OSError, match="owner/x is no local folder, and the hub .*: offline"):
+        run("owner/x", tmp_path / "out")
+
+
+def test_an_error_while_writing_leaves_nothing(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_part", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run(folder, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_temporary_folders_of_dead_processes_are_removed(folder, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    dead, alive = (tmp_path / f".out.tmp-{pid}" for pid in (process.pid, os.getppid()))
+    other = tmp_path / f".other.tmp-{process.pid}"
+    for path in (dead, alive, other):
+        path.mkdir()
+    run(folder, tmp_path / "out")
+    assert (dead.exists(), alive.exists(), other.exists()) == (False, True, True)
+
+
+def test_the_command_line(folder, tmp_path, capsys):
+    assert main([str(folder), str(tmp_path / "out"), "--dtype", "bfloat16", "--quiet"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert load_part(tmp_path / "out", checkpoint.TOP)["embed"].dtype == ml_dtypes.bfloat16
+    assert main([str(folder), str(tmp_path / "out"), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_leaves_nothing_loadable(tmp_path):
+    src = write_hf_folder(tmp_path / "hf", tiny_config("llama", num_hidden_layers=64))
+    command = [sys.executable, "-m", "convert", str(src), str(tmp_path / "out"), "--quiet"]
+    with subprocess.Popen(command, env=environment(), cwd=ROOT) as process:
+        temp, deadline = tmp_path / f".out.tmp-{process.pid}", time.monotonic() + 60
+        while not (temp / checkpoint.layer_name(3)).exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    assert temp.exists() and not (temp / checkpoint.METADATA_FILE).exists()
+    run(src, tmp_path / "out")
+    assert not temp.exists() and (tmp_path / "out" / checkpoint.METADATA_FILE).exists()
+
+
+MEASURE = """
+import sys, threading, time
+peak = 0
+def watch():
+    global peak
+    while True:
+        lines = open("/proc/self/status").read().split("RssAnon:")[1]
+        peak = max(peak, int(lines.split()[0]) * 1024)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+from convert.__main__ import main
+assert main(sys.argv[1:]) == 0
+print(peak)
+"""
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_stays_at_a_few_times_the_largest_part(tmp_path):
+    src = real_model("tinyllama-1.1b")
+    command = [sys.executable, "-c", MEASURE, str(src), str(tmp_path / "out"), "--quiet"]
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    embedding = 32000 * 2048 * 2
+    assert int(done.stdout.split()[-1]) < 3 * embedding + 500e6
