@@ -373,13 +373,15 @@ def _sliding_window(values: dict, family: str) -> int | None:
 def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary positions, from either style of config."""
     # transformers lets rope_scaling win over rope_parameters, and a theta inside over one outside.
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"rotary settings must be an object, not {settings!r}.")
+    rope = dict(settings)
     theta = rope.pop("rope_theta", _or(raw.get("rope_theta"), _DEFAULT_ROPE_THETA))
     kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}
     kind = kinds.pop() if len(kinds) == 1 else (None if kinds else "default")
     if rope.pop("partial_rotary_factor", 1) != 1 or kind is None:
-        settings = _listed(raw.get("rope_scaling") or raw["rope_parameters"])
-        raise ValueError(f"rotary settings are not supported: {settings}.")
+        raise ValueError(f"rotary settings are not supported: {_listed(settings)}.")
     names = {
         "default": {},
         "linear": {"factor": "factor"},

@@ -165,6 +165,7 @@ def test_known_harmless_attributes_are_ignored():
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "unknown keys .'beta'"),
         ({"rope_parameters": {"full_attention": {}}}, "unknown keys .'full_attention'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotary settings .*0.5"),
+        ({"rope_scaling": "linear"}, "rotary settings must be an object"),
         ({"num_attention_heads": 5, "head_dim": None}, "not a multiple of num_attention_heads"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_kv_heads"),
         ({"head_dim": 7}, "head_dim .7. must be even"),

@@ -1,0 +1,134 @@
+"""A Hugging Face model folder, or a hub id brought to one, as a source of tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from convert.safetensors_file import SafetensorsFile
+from convert.tensors import DTYPES, Tensor, expected_tensors
+from convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
+from easyspec_jax.config import ModelConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HUB_PATTERNS = [
+    "model*.safetensors",
+    INDEX,
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+]
+
+
+class FolderSource:
+    """`Source` over config.json and model.safetensors, or the shards that its index names."""
+
+    def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
+        """Open every shard; `stack` closes them."""
+        self.folder = folder
+        self.config_text = _read_text(folder / "config.json")
+        raw = _parse(folder / "config.json")
+        self.config = ModelConfig.from_hf(raw)
+        path = folder / "generation_config.json"
+        self.generation_config = _parse(path) if path.exists() else {}
+        self._files: dict[str, SafetensorsFile] = {}
+        for shard, names in _shards(folder).items():
+            file = SafetensorsFile(folder / shard)
+            stack.callback(file.close)
+            absent = sorted((names or set()) - file.tensors.keys())
+            if absent:
+                raise ValueError(f"{file.path} lacks tensor {absent[0]}, which {INDEX} puts there.")
+            for name in file.tensors:
+                if self._files.setdefault(name, file) is not file:
+                    raise ValueError(
+                        f"tensor {name} is in {self._files[name].path} and {file.path}."
+                    )
+        self.tensors: dict[str, Tensor] = {n: f.tensors[n] for n, f in self._files.items()}
+        self.dtype = _common_dtype(self.tensors, self.config)
+
+    def label(self, name: str) -> str:
+        """The name itself."""
+        return name
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """Consecutive slices along the first axis."""
+        return self._files[name].chunks(name)
+
+    def write_tokenizer(self, folder: pathlib.Path) -> None:
+        """Copy the tokenizer files."""
+        copy_tokenizer(self.folder, folder)
+
+
+def download(repo: str, revision: str | None) -> pathlib.Path:
+    """Fetch a model from the hub, safetensors, configs and tokenizer only, and return its folder.
+
+    Raises:
+      OSError: the hub cannot be reached or has no such model.
+    """
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=list(_HUB_PATTERNS)
+            )
+        )
+    except Exception as error:
+        raise OSError(
+            f"{repo} is no local folder, and the hub did not deliver it: {error}"
+        ) from error
+
+
+def _shards(folder: pathlib.Path) -> dict[str, set[str] | None]:
+    """File name of every shard, with the tensors that the index puts there (None without index)."""
+    if (folder / WEIGHTS).exists():
+        return {WEIGHTS: None}
+    if not (folder / INDEX).exists():
+        pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
+        hint = f"; {pickles[0]} is a pickle, and pickles are never read" if pickles else ""
+        raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}.")
+    weight_map = _parse(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map.")
+    shards: dict[str, set[str] | None] = {}
+    for tensor, shard in weight_map.items():
+        if (
+            not isinstance(shard, str)
+            or not shard.endswith(".safetensors")
+            or set("/\\:") & {*shard}
+        ):
+            raise ValueError(
+                f"{folder / INDEX} names the shard {shard!r}, which is not a safetensors file "
+                "inside the folder."
+            )
+        shards.setdefault(shard, set()).add(tensor)
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise ValueError(f"{folder} lacks the shard {absent[0]}, which {INDEX} names.")
+    return shards
+
+
+def _common_dtype(tensors: dict[str, Tensor], config: ModelConfig) -> str:
+    """The type of all tensors of the model; float32, which holds the others, where they differ."""
+    found = {tensors[n].dtype for n in expected_tensors(config) if n in tensors}
+    return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
+
+
+def _read_text(path: pathlib.Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}.")
+    return path.read_text(encoding="utf-8")
+
+
+def _parse(path: pathlib.Path) -> dict:
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return value

@@ -1,0 +1,274 @@
+"""A GGUF file as a source of tensors under the names and in the order of transformers.
+
+Tensors are dequantised a slice of rows at a time. What a GGUF file says about the arithmetic
+becomes an ordinary config.json, so that `ModelConfig.from_hf` judges it like any other; metadata
+under the architecture's prefix that is not understood is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from convert.gguf_tokenizer import write_tokenizer
+from convert.tensors import LAYER_NAMES, TOP_NAMES, Tensor, expected_tensors, row_ranges
+from easyspec_jax.config import ModelConfig
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_TOP = {
+    "embed": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "lm_head": "output.weight",
+}
+_LAYER = {
+    "attn_norm": "attn_norm.weight",
+    "wq": "attn_q.weight",
+    "wk": "attn_k.weight",
+    "wv": "attn_v.weight",
+    "wo": "attn_output.weight",
+    "bq": "attn_q.bias",
+    "bk": "attn_k.bias",
+    "bv": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "w_gate": "ffn_gate.weight",
+    "w_up": "ffn_up.weight",
+    "w_down": "ffn_down.weight",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+# Keys under "<architecture>.": config attribute, or None where the code below reads them.
+_HANDLED = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": None,
+    "attention.value_length": None,
+    "rope.dimension_count": None,
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.type": None,
+    "rope.scaling.factor": None,
+    "rope.scale_linear": None,
+    "vocab_size": None,
+}
+_IGNORED = frozenset(
+    {"rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"}
+)
+_ALLOWED: dict[str, tuple] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "use_parallel_residual": (False,),
+    "rope.scaling.attn_factor": (1.0,),
+}
+_REQUIRED = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
+
+
+class GgufSource:
+    """`Source` over one GGUF file; the file is mapped, not read."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        reader = _open(path)
+        self._metadata: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
+        self._stored = {t.name: t for t in reader.tensors}
+        raw = self._config()
+        self.config = ModelConfig.from_hf(raw)
+        self.config_text = json.dumps(raw, indent=2) + "\n"
+        self.generation_config = self._generation_config()
+        self._labels = {TOP_NAMES[ours]: theirs for ours, theirs in _TOP.items()}
+        for i in range(self.config.num_layers):
+            for ours, theirs in _LAYER.items():
+                self._labels[f"model.layers.{i}.{LAYER_NAMES[ours]}"] = f"blk.{i}.{theirs}"
+        names = {theirs: hf for hf, theirs in self._labels.items()}
+        self.tensors = {
+            names.get(n, n): _header(t) for n, t in self._stored.items() if n != _ROPE_FACTORS
+        }
+        self.dtype = self._dtype()
+
+    def label(self, name: str) -> str:
+        """The name in the file."""
+        return self._labels.get(name, name)
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """Consecutive slices along the first axis, dequantised."""
+        from gguf.quants import dequantize
+
+        tensor, shape = self._stored[self.label(name)], self.tensors[name].shape
+        rotary = self.config.family == "llama" and ".self_attn." in name
+        rotary = rotary and name.endswith(("q_proj.weight", "k_proj.weight"))
+        for rows in row_ranges(shape, 4, self.config.head_dim if rotary else 1):
+            dense = dequantize(tensor.data[rows], tensor.tensor_type)
+            dense = dense.reshape(-1, *shape[1:])
+            yield _to_half_rotation(dense, self.config.head_dim) if rotary else dense
+
+    def write_tokenizer(self, folder: pathlib.Path) -> None:
+        """Build the tokenizer files from the metadata, where the file has a vocabulary."""
+        write_tokenizer(self._metadata, folder)
+
+    def _get(self, key: str, default=None):
+        return self._metadata.get(f"{self._metadata['general.architecture']}.{key}", default)
+
+    def _token_id(self, kind: str) -> int | None:
+        return self._metadata.get(f"tokenizer.ggml.{kind}_token_id")
+
+    def _generation_config(self) -> dict:
+        ids = [self._token_id(kind) for kind in ("eos", "eot", "eom")]
+        ids = list(dict.fromkeys(i for i in ids if i is not None))
+        return {"eos_token_id": ids} if ids else {}
+
+    def _config(self) -> dict:
+        """The config.json that a converter to Hugging Face format would write."""
+        arch = self._metadata.get("general.architecture")
+        if arch not in _ARCHITECTURES:
+            raise ValueError(
+                f"{self.path}: architecture {arch!r} is not supported; "
+                f"use one of {', '.join(_ARCHITECTURES)}."
+            )
+        self._check_metadata(arch)
+        config = {"architectures": [_ARCHITECTURES[arch]], "model_type": arch, "hidden_act": "silu"}
+        for key, attribute in _HANDLED.items():
+            if attribute and self._get(key) is not None:
+                config[attribute] = self._get(key)
+        heads = config["num_attention_heads"]
+        # the files say nothing where the class default of transformers would step in
+        config.setdefault("num_key_value_heads", heads)
+        config.setdefault("rope_theta", 10000.0)
+        config["head_dim"] = self._head_dim(config["hidden_size"] // max(heads, 1))
+        config["vocab_size"] = self._vocab_size()
+        config["tie_word_embeddings"] = _TOP["lm_head"] not in self._stored
+        config["rope_scaling"] = self._rope_scaling(config["head_dim"], config["rope_theta"])
+        names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+        config |= {f"{ours}_token_id": self._token_id(theirs) for ours, theirs in names.items()}
+        return config
+
+    def _check_metadata(self, arch: str) -> None:
+        own = {
+            k.removeprefix(f"{arch}."): v
+            for k, v in self._metadata.items()
+            if k.startswith(f"{arch}.")
+        }
+        bad = {
+            f"{arch}.{k}": v
+            for k, v in own.items()
+            if (v not in _ALLOWED[k] if k in _ALLOWED else k not in _HANDLED.keys() | _IGNORED)
+            or (k in _HANDLED and isinstance(v, list))
+        }
+        if self._metadata.get("split.count", 1) > 1:
+            bad["split.count"] = self._metadata["split.count"]
+        if bad:
+            listed = ", ".join(f"{k}={v!r}" for k, v in bad.items())
+            raise ValueError(f"{self.path} asks for what is not supported: {listed}.")
+        missing = [f"{arch}.{k}" for k in _REQUIRED if k not in own]
+        if missing:
+            raise ValueError(f"{self.path} lacks the metadata {', '.join(missing)}.")
+
+    def _head_dim(self, default: int) -> int:
+        head_dim = self._get("attention.key_length", default)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self._get(key, head_dim) != head_dim:
+                raise ValueError(
+                    f"{self.path}: {key} {self._get(key)} differs from the head width {head_dim}, "
+                    "which is not supported."
+                )
+        return head_dim
+
+    def _vocab_size(self) -> int:
+        embed = self._stored.get(_TOP["embed"])
+        if embed is None:
+            raise ValueError(f"{self.path} lacks the tensor {_TOP['embed']}.")
+        return int(embed.shape[-1])
+
+    def _rope_scaling(self, head_dim: int, theta: float) -> dict | None:
+        kind = self._get("rope.scaling.type", "none")
+        factor = self._get("rope.scaling.factor", self._get("rope.scale_linear"))
+        if kind not in ("none", "linear"):
+            raise ValueError(f"{self.path}: rotary scaling {kind!r} is not supported.")
+        if _ROPE_FACTORS in self._stored:
+            return self._llama3_scaling(head_dim, theta)
+        if factor in (None, 0.0, 1.0) or (
+            kind == "none" and self._get("rope.scale_linear") is None
+        ):
+            return None
+        return {"rope_type": "linear", "factor": factor}
+
+    def _llama3_scaling(self, head_dim: int, theta: float) -> dict | None:
+        """The llama3 scaling whose factors per frequency the file holds.
+
+        Converters store the factors only; the factor itself is the largest of them, and the other
+        parameters have been the same in every release of Llama 3.
+        """
+        stored = np.asarray(self._stored[_ROPE_FACTORS].data, np.float64)
+        low, high, original, factor = 1.0, 4.0, 8192, round(float(stored.max()), 4)
+        turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+            raise ValueError(
+                f"{self.path}: the factors in {_ROPE_FACTORS} are not those of Llama 3, "
+                "and no other frequency scaling is supported."
+            )
+        if factor == 1:
+            return None
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }
+
+    def _dtype(self) -> str:
+        """The type of all matrices, where it is a 16-bit one; else float32."""
+        kinds = {
+            self._stored[self.label(name)].tensor_type.name
+            for name, shape in expected_tensors(self.config).items()
+            if len(shape) > 1 and self.label(name) in self._stored
+        }
+        return {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(kinds), "float32")
+
+
+def _open(path: pathlib.Path):
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(f"{path} is not a GGUF file; a source is a model folder or a GGUF file.")
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} is a broken GGUF file: {error}") from None
+
+
+def _header(tensor) -> Tensor:
+    from gguf.quants import _type_traits  # the library has no public list of what it decodes
+
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    kind = tensor.tensor_type
+    readable = kind.name in ("F32", "F16") or kind in _type_traits
+    return Tensor(shape, "float32" if readable else kind.name)
+
+
+def _to_half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of whole heads, from rotary pairs side by side to pairs half a head apart."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

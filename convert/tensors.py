@@ -1,0 +1,185 @@
+"""Which tensors a Hugging Face model must have, and how each becomes an array of a checkpoint.
+
+The one idea: everything that can be refused by looking at names, shapes and types is refused from
+the headers; the values are then read in slices of rows, straight into the array that is saved, so a
+transposed or cast weight never exists twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from easyspec_jax.config import ModelConfig
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+CHUNK_BYTES = 16 * 2**20
+
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm.weight",
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "bq": "self_attn.q_proj.bias",
+    "bk": "self_attn.k_proj.bias",
+    "bv": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "w_gate": "mlp.gate_proj.weight",
+    "w_up": "mlp.up_proj.weight",
+    "w_down": "mlp.down_proj.weight",
+}
+TOP_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+_INPUT_IS_HEADS = ("wo",)  # the first axes but the last are the input; elsewhere the first axis is
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What a header says about one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # a key of DTYPES where the values can be read, else the source's own word
+
+
+class Source(Protocol):
+    """A model as found on disk, under the tensor names of transformers."""
+
+    config: ModelConfig
+    config_text: str  # config.json, as it is copied
+    generation_config: dict
+    dtype: str  # a key of DTYPES: what the source stores
+    tensors: Mapping[str, Tensor]
+
+    def label(self, name: str) -> str:
+        """The name under which the source itself knows a tensor, for messages."""
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """Consecutive slices along the first axis; each is valid until the next one is taken."""
+
+    def write_tokenizer(self, folder) -> None:
+        """Put the tokenizer files that the source has into `folder`."""
+
+
+def layer_tensor(index: int, name: str) -> str:
+    """Name in transformers of array `name` of layer `index`."""
+    return f"model.layers.{index}.{LAYER_NAMES[name]}"
+
+
+def source_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in transformers of our array `name`: projections are [out, in], with heads joined."""
+    if name == "embed":
+        return shape
+    if name not in ("lm_head",) and not name.startswith("w"):
+        return (math.prod(shape),)
+    rows, columns = _matrix_shape(name, shape)
+    return (columns, rows)
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of this config has in transformers."""
+    shapes = {
+        TOP_NAMES[name]: source_shape(name, shape) for name, shape in config.top_shapes().items()
+    }
+    for i in range(config.num_layers):
+        for name, shape in config.layer_shapes().items():
+            shapes[layer_tensor(i, name)] = source_shape(name, shape)
+    return shapes
+
+
+def check_tensors(source: Source) -> None:
+    """Refuse a source whose headers do not fit its config, naming every tensor at fault.
+
+    Raises:
+      ValueError: tensors are missing, unknown, misshapen, or of a type that cannot be read.
+    """
+    expected, found = expected_tensors(source.config), source.tensors
+    problems = {
+        "are missing": [source.label(n) for n in expected if n not in found],
+        "are not part of the model": [
+            source.label(n) for n in found if n not in expected and not _harmless(n, source.config)
+        ],
+        "have the wrong shape": [
+            f"{source.label(n)} {list(found[n].shape)} instead of {list(shape)}"
+            for n, shape in expected.items()
+            if n in found and found[n].shape != shape
+        ],
+        "have a type that cannot be read": [
+            f"{source.label(n)} ({found[n].dtype})"
+            for n in expected
+            if n in found and found[n].dtype not in DTYPES
+        ],
+    }
+    parts = [f"tensors {what}: {_some(names)}" for what, names in problems.items() if names]
+    if parts:
+        raise ValueError(f"the weights do not fit the config; {'; '.join(parts)}.")
+
+
+def read_array(
+    source: Source, tensor: str, name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """Our array `name`, of `shape` and `dtype`, from a tensor of the source.
+
+    Raises:
+      ValueError: a value is not finite, in the source or after the cast.
+    """
+    out = np.empty(shape, dtype)
+    # rows of `target` are rows of the source, whichever way the array is stored
+    if len(source_shape(name, shape)) == 1:
+        target = out.reshape(-1)
+    else:
+        target = out if name == "embed" else out.reshape(_matrix_shape(name, shape)).T
+    start = 0
+    for chunk in source.chunks(tensor):
+        stop = start + len(chunk)
+        if not np.isfinite(chunk).all():
+            raise ValueError(f"tensor {source.label(tensor)} holds values that are not finite.")
+        with np.errstate(over="ignore"):
+            target[start:stop] = chunk
+        # only float16 has a smaller range than what is read
+        if dtype == np.float16 and not np.isfinite(target[start:stop]).all():
+            raise ValueError(
+                f"tensor {source.label(tensor)} holds values beyond the range of {dtype.name}; "
+                "convert with --dtype bfloat16 or float32."
+            )
+        start = stop
+    return out
+
+
+def row_ranges(shape: tuple[int, ...], itemsize: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of the first axis of about CHUNK_BYTES, each a multiple of `multiple` rows."""
+    row_bytes = itemsize * math.prod(shape[1:])
+    step = max(CHUNK_BYTES // row_bytes // multiple, 1) * multiple
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    split = len(shape) - 1 if name in _INPUT_IS_HEADS else 1
+    return math.prod(shape[:split]), math.prod(shape[split:])
+
+
+def _harmless(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor beyond the model's own may be dropped: it repeats what is known anyway."""
+    if name == TOP_NAMES["lm_head"]:
+        return config.tie_embeddings
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
