@@ -1,13 +1,13 @@
 """Lossless low-latency LLM decoding in JAX: speculative decoding with a layer-parallel draft (EasySpec, arXiv 2502.02493).
 
-    import easyspec_jax as es
+import easyspec_jax as es
 
-    mesh = es.make_mesh(layer=4, tensor=2)
-    base = es.load_model("ckpt/base", mesh)
-    draft = es.load_model("ckpt/draft", mesh, group_size=4)
-    decoder = es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=5)
-    out = decoder.generate([[1, 15043]], max_new_tokens=128, eos_ids=(2,))
-    print(out.tokens, out.stats.tokens_per_step)
+mesh = es.make_mesh(layer=4, tensor=2)
+base = es.load_model("ckpt/base", mesh)
+draft = es.load_model("ckpt/draft", mesh, group_size=4)
+decoder = es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=5)
+out = decoder.generate([[1, 15043]], max_new_tokens=128, eos_ids=(2,))
+print(out.tokens, out.stats.tokens_per_step)
 """
 
 from easyspec_jax.checkpoint import load_model, random_model

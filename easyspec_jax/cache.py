@@ -35,7 +35,9 @@ def _write(cache, new, start):
         zero = jnp.zeros_like(start[0])
         return lax.dynamic_update_slice(cache, new, (zero, start[0], zero))
     starts = jnp.tile(start, cache.shape[0] // start.shape[0])
-    return jax.vmap(lambda c, n, s: lax.dynamic_update_slice(c, n, (s, jnp.zeros_like(s))))(cache, new, starts)
+    return jax.vmap(lambda c, n, s: lax.dynamic_update_slice(c, n, (s, jnp.zeros_like(s))))(
+        cache, new, starts
+    )
 
 
 @struct.dataclass(kw_only=True)
@@ -56,7 +58,12 @@ class KVCache:
 
 
 def abstract_cache(
-    config: ModelConfig, layout: Layout, partition: tuple[int, ...], batch: int, max_len: int, dtype: Any
+    config: ModelConfig,
+    layout: Layout,
+    partition: tuple[int, ...],
+    batch: int,
+    max_len: int,
+    dtype: Any,
 ) -> KVCache:
     """Shapes and shardings of an empty cache, as ShapeDtypeStructs."""
     shape = (config.num_kv_heads * batch, max_len, config.head_dim)

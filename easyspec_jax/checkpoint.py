@@ -135,9 +135,15 @@ def _build(config, mesh, group_size, dtype, layout, part: Callable, tokenizer) -
         layers = [part(layer_name(i), layer) for i in range(first, first + size)]
         blocks.append(_jit_arrange(size, config, placed)(layers))
         first += size
-    top = _place_top(part(TOP, _abstract(config.top_shapes(), dtype, placed, top_letters(config))), config, placed)
+    top = _place_top(
+        part(TOP, _abstract(config.top_shapes(), dtype, placed, top_letters(config))),
+        config,
+        placed,
+    )
     params = Params(blocks=tuple(blocks), **top)
-    return Model(params=params, config=config, layout=placed, partition=partition, tokenizer=tokenizer)
+    return Model(
+        params=params, config=config, layout=placed, partition=partition, tokenizer=tokenizer
+    )
 
 
 def _abstract(shapes, dtype, layout: Layout, letters):
@@ -148,7 +154,9 @@ def _abstract(shapes, dtype, layout: Layout, letters):
     }
 
 
-def abstract_params(config: ModelConfig, layout: Layout, partition: tuple[int, ...], dtype: Any) -> Params:
+def abstract_params(
+    config: ModelConfig, layout: Layout, partition: tuple[int, ...], dtype: Any
+) -> Params:
     """Shapes and shardings of a model's weights, as ShapeDtypeStructs; nothing is allocated."""
 
     def placed(fn, arg, specs):
@@ -207,7 +215,8 @@ def _random_part(abstract):
     def make(key):
         keys = jax.random.split(key, len(abstract))
         return {
-            name: _random(k, name, a.shape, a.dtype) for k, (name, a) in zip(keys, abstract, strict=True)
+            name: _random(k, name, a.shape, a.dtype)
+            for k, (name, a) in zip(keys, abstract, strict=True)
         }
 
     return jax.jit(make, out_shardings={name: a.sharding for name, a in abstract})
@@ -223,4 +232,3 @@ def _random(key, name, shape, dtype):
 
 def _named(specs, mesh):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,7 +26,11 @@ from easyspec_jax.sharding import check_memory, device_bytes
 from easyspec_jax.stats import Counters, Stats, count, make_stats
 from easyspec_jax.text import find_stop
 
-PREFILL_CHUNKS = (16, 64, 256)  # a prompt is absorbed in pieces of the smallest that holds it, else of the largest
+PREFILL_CHUNKS = (
+    16,
+    64,
+    256,
+)  # a prompt is absorbed in pieces of the smallest that holds it, else of the largest
 EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
 
 
@@ -37,7 +40,9 @@ class Generation:
 
     tokens: list[list[int]]  # new tokens per prompt; a stop id that ended a row is its last token
     stats: Stats
-    logprobs: list[list[float]] | None = None  # per new token, log p of the base at temperature 1, unfiltered
+    logprobs: list[list[float]] | None = (
+        None  # per new token, log p of the base at temperature 1, unfiltered
+    )
 
 
 class Piece(list):
@@ -90,7 +95,9 @@ class Decoder:
         self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
         for model in self._draft_models():
             if model.layout.mesh != base.layout.mesh:
-                raise ValueError("base and draft are on different meshes: load both with the same mesh")
+                raise ValueError(
+                    "base and draft are on different meshes: load both with the same mesh"
+                )
             if None not in (base.tokenizer, model.tokenizer) and base.tokenizer != model.tokenizer:
                 raise ValueError(
                     "base and draft have different tokenizers: their ordinary tokens have other ids, "
@@ -131,7 +138,9 @@ class Decoder:
         return Generation(
             tokens=[host[0][b, part].tolist() for b, part in enumerate(new)],
             stats=make_stats(state.counters),
-            logprobs=[host[2][b, part].tolist() for b, part in enumerate(new)] if logprobs else None,
+            logprobs=[host[2][b, part].tolist() for b, part in enumerate(new)]
+            if logprobs
+            else None,
         )
 
     def stream(
@@ -195,12 +204,16 @@ class Decoder:
             raise ValueError("no prompts given")
         for i, row in enumerate(rows):
             if row.ndim != 1 or row.size == 0:
-                raise ValueError(f"prompt {i} is empty: give at least one token (a beginning-of-text id, say)")
+                raise ValueError(
+                    f"prompt {i} is empty: give at least one token (a beginning-of-text id, say)"
+                )
             if not np.issubdtype(row.dtype, np.integer):
                 raise ValueError(f"prompt {i} is not a list of token ids: it holds {row.dtype}")
             if row.min() < 0 or row.max() >= c.vocab_size:
                 bad = int(row[(row < 0) | (row >= c.vocab_size)][0])
-                raise ValueError(f"prompt {i} has token id {bad}, outside the base's 0 .. {c.vocab_size - 1}")
+                raise ValueError(
+                    f"prompt {i} has token id {bad}, outside the base's 0 .. {c.vocab_size - 1}"
+                )
             if row.size >= c.max_len:
                 raise ValueError(
                     f"prompt {i} has {row.size} tokens, but the base's context is {c.max_len}: shorten it"
@@ -231,7 +244,9 @@ class Decoder:
             size *= 2
         return -(-total // size) * size
 
-    def _begin(self, rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size) -> loop.DecodeState:
+    def _begin(
+        self, rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size
+    ) -> loop.DecodeState:
         """A state with nothing absorbed yet, after the memory it needs was checked."""
         batch, base = len(rows), self.base
         abstract = abstract_cache(base.config, base.layout, base.partition, batch, size, base.dtype)
@@ -294,14 +309,18 @@ class Decoder:
         for at in range(start, end, chunk):
             # The last piece is shifted back where it would not fit: absorbing a token again changes nothing.
             first = self._put(np.int32(min(at, size - chunk)))
-            state = loop.prefill_chunk(self.base, self.drafter, state, first, chunk=chunk, specs=specs)
+            state = loop.prefill_chunk(
+                self.base, self.drafter, state, first, chunk=chunk, specs=specs
+            )
         return state
 
     def _open(self, session: Session, row, max_new_tokens, sampling, eos_ids, seed) -> None:
         """Make the session hold `row`, absorbing only what its caches do not have."""
         total = row.size + max_new_tokens
         old = session._state
-        size = self._capacity(max(total, session.max_len or 0)) if old is None else old.tokens.shape[1]
+        size = (
+            self._capacity(max(total, session.max_len or 0)) if old is None else old.tokens.shape[1]
+        )
         if min(total, self.base.config.max_len) + self.num_draft_tokens + 1 > size:
             raise ValueError(
                 f"the session has room for {size - self.num_draft_tokens - 1} tokens, but prompt and max_new_tokens "
@@ -311,7 +330,9 @@ class Decoder:
         known = 0
         if old is not None:
             both = zip(session._tokens[: session._absorbed], row[:-1].tolist(), strict=False)
-            known = next((i for i, (a, b) in enumerate(both) if a != b), min(session._absorbed, row.size - 1))
+            known = next(
+                (i for i, (a, b) in enumerate(both) if a != b), min(session._absorbed, row.size - 1)
+            )
             draft = _with_caches(state.draft, old.draft)
             state = state.replace(cache=old.cache, draft=draft)
         specs = loop.Specs.of((self.base, self.drafter, state))
@@ -319,7 +340,9 @@ class Decoder:
         session._tokens, session._absorbed = row.tolist(), row.size - 1
         session.stats = make_stats(Counters.zeros(1, self.num_draft_tokens))
 
-    def _drive(self, session: Session, stop_strings: tuple[str, ...], tokenizer: Any) -> Iterator[Piece]:
+    def _drive(
+        self, session: Session, stop_strings: tuple[str, ...], tokenizer: Any
+    ) -> Iterator[Piece]:
         """Step until the row is done; the session is consistent whenever this yields."""
         specs = loop.Specs.of((self.base, self.drafter, session._state))
         counters, new, done = Counters.zeros(1, self.num_draft_tokens), [], False
@@ -331,7 +354,9 @@ class Decoder:
             if stop_strings:
                 cut = find_stop(tokenizer, new, ids, stop_strings)
                 done, ids = done or cut is not None, ids[:cut]
-            counters = count(counters, out.num_accepted, out.num_valid, np.array([len(ids)], np.int32))
+            counters = count(
+                counters, out.num_accepted, out.num_valid, np.array([len(ids)], np.int32)
+            )
             session._state = state
             session._absorbed = len(session._tokens)  # the step calibrated up to its root
             session._tokens += ids

@@ -114,7 +114,9 @@ def run_whole_layers(
         return run_layer(model, block, x, kv, step)
     deltas, kv = _attend_at_once(model, block, x, kv, step)
     deltas = deltas[: len(block.mlp)]
-    added = sum(mlp(model, weights, x + delta) for weights, delta in zip(block.mlp, deltas, strict=True))
+    added = sum(
+        mlp(model, weights, x + delta) for weights, delta in zip(block.mlp, deltas, strict=True)
+    )
     return x + sum(deltas) + psum(added, model.layout.mlp), kv
 
 
@@ -145,7 +147,9 @@ def draft_runner(parallel: str) -> RunBlock:
       ValueError: any other word.
     """
     if parallel not in PARALLEL:
-        raise ValueError(f"parallel must be one of {', '.join(map(repr, PARALLEL))}, got {parallel!r}")
+        raise ValueError(
+            f"parallel must be one of {', '.join(map(repr, PARALLEL))}, got {parallel!r}"
+        )
     return run_fuzzy if parallel == "attention" else run_whole_layers
 
 
@@ -162,4 +166,3 @@ def _local(tree: Any) -> Any:
 
 def _stacked(kv: LayerKV) -> LayerKV:
     return jax.tree.map(lambda leaf: leaf[None], kv)
-

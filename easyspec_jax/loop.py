@@ -29,7 +29,9 @@ class DecodeState:
     the first `absorbed` of them.
     """
 
-    tokens: jax.Array  # i32[B, S], prompt and new tokens; what lies at or beyond `length` is scratch
+    tokens: (
+        jax.Array
+    )  # i32[B, S], prompt and new tokens; what lies at or beyond `length` is scratch
     length: jax.Array  # i32[B], committed tokens
     limit: jax.Array  # i32[B], the row stops at this length
     absorbed: jax.Array  # i32[B], in [length - 1 - γ, length]
@@ -37,7 +39,9 @@ class DecodeState:
     cache: KVCache  # of the base
     draft: Any  # the drafter's state; None without one
     counters: Counters
-    logprobs: jax.Array | None  # f32[B, S], log p of each new token at temperature 1, unfiltered; None: not asked for
+    logprobs: (
+        jax.Array | None
+    )  # f32[B, S], log p of each new token at temperature 1, unfiltered; None: not asked for
     key: jax.Array  # of the whole run; every step folds in its number
     step: jax.Array  # i32[]
     eos_ids: jax.Array  # i32[E], padded with -1
@@ -73,7 +77,9 @@ def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Em
         width = state.num_draft_tokens + 1
         window = _window(state.tokens, state.absorbed, width)
         new = state.length - state.absorbed
-        proposal, draft, cache = drafter.propose(state.draft, cache, window, state.absorbed, new, draft_key)
+        proposal, draft, cache = drafter.propose(
+            state.draft, cache, window, state.absorbed, new, draft_key
+        )
         with jax.named_scope("verify"):
             scores, cache, aux = drafter.verify(base, cache, root, proposal)
             verdict = verify(scores, proposal, state.filters, verify_key)
@@ -183,9 +189,7 @@ def run_loop(base: Model, drafter: Any, state: DecodeState, *, specs: Specs) -> 
     """Step until every row is done; `state` is donated, `specs` are those of (base, drafter, state)."""
 
     def run(base, drafter, state):
-        return lax.while_loop(
-            lambda s: ~s.done.all(), lambda s: step(base, drafter, s)[0], state
-        )
+        return lax.while_loop(lambda s: ~s.done.all(), lambda s: step(base, drafter, s)[0], state)
 
     return on_mesh(run, base.layout.mesh, specs.tree, specs.tree[2])(base, drafter, state)
 

@@ -27,9 +27,13 @@ class Attention:
     """Attention weights of one layer, or of one slot of a group with a leading axis over the mesh axis "layer"."""
 
     norm: jax.Array  # [D]
-    wqkv: jax.Array  # [D, K, G + 2, H]: per kv head its queries, the key, the value; [D, K, G, H] beside a wkv
+    wqkv: (
+        jax.Array
+    )  # [D, K, G + 2, H]: per kv head its queries, the key, the value; [D, K, G, H] beside a wkv
     wo: jax.Array  # [K, G, H, D]
-    wkv: jax.Array | None = None  # [D, K, 2, H], apart only where devices share a kv head but not its query heads
+    wkv: jax.Array | None = (
+        None  # [D, K, 2, H], apart only where devices share a kv head but not its query heads
+    )
     bqkv: jax.Array | None = None  # as wqkv, without D
     bkv: jax.Array | None = None  # as wkv, without D
     q_norm: jax.Array | None = None  # [H]
@@ -74,8 +78,12 @@ class Model:
     params: Params
     config: ModelConfig = struct.field(pytree_node=False)
     layout: Layout = struct.field(pytree_node=False)
-    partition: tuple[int, ...] = struct.field(pytree_node=False)  # layers per block, in order; sums to L
-    tokenizer: str | None = struct.field(pytree_node=False, default=None)  # hash of the ordinary vocabulary
+    partition: tuple[int, ...] = struct.field(
+        pytree_node=False
+    )  # layers per block, in order; sums to L
+    tokenizer: str | None = struct.field(
+        pytree_node=False, default=None
+    )  # hash of the ordinary vocabulary
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -93,7 +101,9 @@ class Step:
     mask: jax.Array  # bool[B, T, S], True where token t of row b may look at cache entry s
 
 
-RunBlock = Callable[[Model, Block, jax.Array, tuple[LayerKV, ...], Step], tuple[jax.Array, tuple[LayerKV, ...]]]
+RunBlock = Callable[
+    [Model, Block, jax.Array, tuple[LayerKV, ...], Step], tuple[jax.Array, tuple[LayerKV, ...]]
+]
 
 
 def wide_type(dtype: Any) -> jnp.dtype:
@@ -172,7 +182,9 @@ def attention(
 
 def mlp(model: Model, w: Mlp, x: jax.Array) -> jax.Array:
     """What one gated MLP adds to x ([B, T, D]), as a partial sum over `layout.mlp`."""
-    hidden = rms_norm(x, w.norm, model.config.norm_eps) @ w.w_gate_up.reshape(w.w_gate_up.shape[0], -1)
+    hidden = rms_norm(x, w.norm, model.config.norm_eps) @ w.w_gate_up.reshape(
+        w.w_gate_up.shape[0], -1
+    )
     gate, up = jnp.split(hidden, 2, axis=-1)
     return (jax.nn.silu(gate) * up) @ w.w_down
 
@@ -219,7 +231,9 @@ def forward(
             x, kv = run_block(model, block, x, kv, step)
         blocks.append(kv)
     length = cache.length + (t if num is None else num)
-    return rms_norm(x, model.params.final_norm, c.norm_eps), KVCache(blocks=tuple(blocks), length=length)
+    return rms_norm(x, model.params.final_norm, c.norm_eps), KVCache(
+        blocks=tuple(blocks), length=length
+    )
 
 
 def embed(model: Model, tokens: jax.Array) -> jax.Array:
@@ -249,7 +263,15 @@ def layer_letters(config: ModelConfig) -> dict[str, str]:
     """Dimension letters of the arrays of one layer in a checkpoint, for `Layout.spec`."""
     norm = {"attn_norm": "D", "mlp_norm": "D", "q_norm": "H", "k_norm": "H"}
     bias = {"bq": "KJH", "bk": "KH", "bv": "KH"}
-    weight = {"wq": "DKJH", "wk": "DKH", "wv": "DKH", "wo": "KJHD", "w_gate": "DF", "w_up": "DF", "w_down": "FD"}
+    weight = {
+        "wq": "DKJH",
+        "wk": "DKH",
+        "wv": "DKH",
+        "wo": "KJHD",
+        "w_gate": "DF",
+        "w_up": "DF",
+        "w_down": "FD",
+    }
     letters = norm | bias | weight
     return {name: letters[name] for name in config.layer_shapes()}
 
@@ -264,7 +286,9 @@ def arrange_attention(layer: dict[str, Any], *, split_query: bool) -> Attention:
     """One layer of a checkpoint (`ModelConfig.layer_shapes`) as `Attention`; `split_query` keeps queries apart."""
 
     def join(*parts):  # [..., K, G, H] queries, [..., K, H] keys and values
-        parts = [p if i == 0 and len(parts) == 3 else jnp.expand_dims(p, -2) for i, p in enumerate(parts)]
+        parts = [
+            p if i == 0 and len(parts) == 3 else jnp.expand_dims(p, -2) for i, p in enumerate(parts)
+        ]
         return jnp.concatenate(parts, axis=-2)
 
     has_bias = "bq" in layer

@@ -52,7 +52,9 @@ class Proposal:
     tokens: jax.Array  # i32[B, n]
     parents: jax.Array  # i32[B, n], index of the parent node, -1 = root
     valid: jax.Array  # bool[B, n]; an invalid node is never accepted and never counted
-    probs: jax.Array | None = None  # f32[B, n, V], q that each token was drawn from; None: chosen, not drawn
+    probs: jax.Array | None = (
+        None  # f32[B, n, V], q that each token was drawn from; None: chosen, not drawn
+    )
 
 
 @struct.dataclass(kw_only=True)
@@ -160,7 +162,9 @@ def _residual(p: jax.Array, proposal: Proposal, count: jax.Array) -> jax.Array:
 
 def _leading(accepted: jax.Array) -> jax.Array:
     """How many entries of bool[B, n] are true before the first false one."""
-    return jnp.cumprod(accepted.astype(jnp.int32), axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
+    return jnp.cumprod(accepted.astype(jnp.int32), axis=1, dtype=jnp.int32).sum(
+        axis=1, dtype=jnp.int32
+    )
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

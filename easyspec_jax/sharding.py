@@ -53,7 +53,9 @@ class Layout:
     query: tuple[str, ...] = ()  # splits the query heads of each kv head
     mlp: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
-    group: str | None = None  # carries the layers of a group; None: the layers of a group share the devices
+    group: str | None = (
+        None  # carries the layers of a group; None: the layers of a group share the devices
+    )
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -72,7 +74,10 @@ class Layout:
     def spec(self, letters: str) -> P:
         """PartitionSpec for an array with these dimension letters: L stacked layers, K, J split query heads, F, V."""
         axes = {"L": (self.group,), "K": self.kv, "J": self.query, "F": self.mlp, "V": self.vocab}
-        return P(*(axes.get(letter) or None for letter in letters))
+        named = [axes.get(letter) or None for letter in letters]
+        while named and named[-1] in (None, (None,)):
+            named.pop()  # jit compares specs as written: one form for each
+        return P(*named)
 
     def named(self, letters: str) -> NamedSharding:
         """`spec` on this layout's mesh."""
@@ -93,7 +98,9 @@ def make_layout(config: ModelConfig, mesh: Mesh, *, layer_parallel: bool) -> Lay
     notes = [f"{name} over {'/'.join(axes)}" for name, axes in replicated.items() if axes]
     if notes:
         logger.info(
-            "replicated, since the mesh %s does not divide it: %s", dict(mesh.shape), ", ".join(notes)
+            "replicated, since the mesh %s does not divide it: %s",
+            dict(mesh.shape),
+            ", ".join(notes),
         )
     group = LAYER if layer_parallel and LAYER in real else None
     return Layout(mesh, kv, query, mlp, vocab, group)
@@ -154,7 +161,9 @@ def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a pytree of sharded arrays (or ShapeDtypeStructs with shardings)."""
 
     def local(x):
-        shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
+        shape = (
+            x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
+        )
         return math.prod(shape) * x.dtype.itemsize
 
     return sum(local(x) for x in jax.tree.leaves(tree))

@@ -44,7 +44,13 @@ class Drafter(Protocol):
         """Absorb prompt tokens (i32[B, C], `num` of them count) at positions start[b] and on."""
 
     def propose(
-        self, state: Any, base_cache: KVCache, tokens: jax.Array, start: jax.Array, num: jax.Array, key: jax.Array
+        self,
+        state: Any,
+        base_cache: KVCache,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
+        key: jax.Array,
     ) -> tuple[Proposal, Any, KVCache]:
         """Absorb the newly committed tokens (i32[B, W], `num` of them count), then draft behind them."""
 

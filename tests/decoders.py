@@ -1,0 +1,67 @@
+"""Tiny models and decoders, made once per test process: compiling them is what the tests' time goes into."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import easyspec_jax as es
+from easyspec_jax.sharding import on_mesh, specs_of
+
+MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
+CONFIG = es.ModelConfig(
+    vocab_size=61, embed_dim=24, mlp_dim=32, num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6,
+    max_len=96,
+)  # fmt: skip
+SMALL = es.ModelConfig(
+    vocab_size=64, embed_dim=16, mlp_dim=24, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=8,
+    max_len=48, tie_embeddings=True,
+)  # fmt: skip
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8], [60]]
+NEW = 24
+
+
+@functools.cache
+def model(mesh_shape, *, group_size=1, layout=None, seed=0, config=CONFIG, dtype="float64"):
+    mesh = es.make_mesh(*mesh_shape)
+    return es.random_model(
+        config, mesh, group_size=group_size, layout=layout, seed=seed, dtype=dtype
+    )
+
+
+@functools.cache
+def autoregressive(mesh_shape=(1, 1)):
+    return es.Decoder(model(mesh_shape))
+
+
+@functools.cache
+def self_drafting(mesh_shape=(1, 1), group_size=3, gamma=3, calibrate=True, parallel="attention"):
+    draft = model(mesh_shape, group_size=group_size, layout="draft")
+    drafter = es.LayerParallelDrafter(draft, calibrate=calibrate, parallel=parallel)
+    return es.Decoder(model(mesh_shape), drafter, num_draft_tokens=gamma)
+
+
+@functools.cache
+def stranger_drafting(mesh_shape=(1, 1)):
+    """A draft of other shape and weights, with a larger vocabulary and a shorter context: it hardly helps."""
+    draft = model(mesh_shape, group_size=2, seed=7, config=SMALL)
+    return es.Decoder(model(mesh_shape), es.LayerParallelDrafter(draft), num_draft_tokens=2)
+
+
+def all_logits(base, tokens):
+    """Logits f[T, V] at every position of one text."""
+
+    def run(base, tokens, cache):
+        hidden, _ = es.model.forward(base, tokens, cache)
+        return es.model.logits(base, hidden)
+
+    cache = fresh_cache(base, 1, len(tokens))
+    tokens = jnp.asarray([tokens], jnp.int32)
+    specs = specs_of((base, tokens, cache))
+    out_spec = jax.sharding.PartitionSpec()
+    return jax.jit(on_mesh(run, base.layout.mesh, specs, out_spec))(base, tokens, cache)[0]
+
+
+def fresh_cache(m, batch, max_len):
+    abstract = es.cache.abstract_cache(m.config, m.layout, m.partition, batch, max_len, m.dtype)
+    return es.cache.zeros(abstract)

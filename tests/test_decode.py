@@ -1,0 +1,266 @@
+"""Losslessness, stopping and streaming of the decoding loop."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from decoders import (
+    CONFIG,
+    MESHES,
+    NEW,
+    PROMPTS,
+    all_logits,
+    autoregressive,
+    model,
+    self_drafting,
+    stranger_drafting,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import easyspec_jax as es
+
+# I1: greedy speculation gives the tokens of greedy autoregression. float64 makes equality exact.
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_greedy_equals_autoregression_on_every_mesh(mesh_shape):
+    want = autoregressive().generate(PROMPTS, max_new_tokens=NEW)
+    assert want.stats.tokens_per_step == 1.0
+    if mesh_shape != (1, 1):
+        assert (
+            autoregressive(mesh_shape).generate(PROMPTS, max_new_tokens=NEW).tokens == want.tokens
+        )
+    for decoder in (self_drafting(mesh_shape), stranger_drafting(mesh_shape)):
+        got = decoder.generate(PROMPTS, max_new_tokens=NEW)
+        assert got.tokens == want.tokens
+        assert got.stats.emitted == want.stats.emitted
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "group_size", "gamma", "calibrate", "parallel"),
+    [
+        ((1, 1), 1, 1, True, "attention"),
+        ((1, 1), 2, 5, False, "attention"),
+        ((1, 1), (1, 2, 2), 4, True, "layer"),
+        ((2, 4), (1, 4), 2, False, "attention"),  # two layers of a group on each device
+        ((4, 2), 2, 4, True, "layer"),
+    ],
+)
+def test_greedy_equals_autoregression_for_every_way_to_draft(
+    mesh_shape, group_size, gamma, calibrate, parallel
+):
+    want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
+    decoder = self_drafting(mesh_shape, group_size, gamma, calibrate, parallel)
+    assert decoder.generate(PROMPTS, max_new_tokens=NEW).tokens == want
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=30), min_size=3, max_size=3),
+    new=st.integers(1, 30),
+    eos=st.lists(st.integers(0, 60), max_size=3),
+    stranger=st.booleans(),
+)
+def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, stranger):
+    decoder = stranger_drafting() if stranger else self_drafting()
+    options = {"max_new_tokens": new, "eos_ids": eos}
+    want = autoregressive().generate(prompts, **options)
+    got = decoder.generate(prompts, **options)
+    assert got.tokens == want.tokens
+    for row in got.tokens:
+        stops = [i for i, token in enumerate(row) if token in eos]
+        assert stops in ([], [len(row) - 1])
+        assert len(row) == new or stops
+    assert got.stats.emitted == sum(map(len, got.tokens))
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(
+    config=st.builds(
+        es.ModelConfig,
+        vocab_size=st.sampled_from([8, 61, 64]), embed_dim=st.sampled_from([8, 24]),
+        mlp_dim=st.sampled_from([12, 32]), num_layers=st.integers(1, 9), num_heads=st.just(6),
+        num_kv_heads=st.sampled_from([1, 2, 3, 6]), head_dim=st.sampled_from([4, 8]),
+        tie_embeddings=st.booleans(), qkv_bias=st.booleans(), qk_norm=st.booleans(), max_len=st.just(96),
+    ),
+    mesh_shape=st.sampled_from([*MESHES, (3, 2)]),
+    group_size=st.integers(1, 5),
+    gamma=st.integers(1, 6),
+    calibrate=st.booleans(),
+    prompts=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=9), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_greedy_equals_autoregression_for_random_models(
+    config, mesh_shape, group_size, gamma, calibrate, prompts, seed
+):
+    make = functools.partial(model, mesh_shape, config=config)
+    draft = make(group_size=group_size, layout="draft", seed=seed)
+    drafter = es.LayerParallelDrafter(draft, calibrate=calibrate)
+    decoder = es.Decoder(make(), drafter, num_draft_tokens=gamma)
+    want = es.Decoder(make()).generate(prompts, max_new_tokens=20)
+    assert decoder.generate(prompts, max_new_tokens=20).tokens == want.tokens
+
+
+def test_float32_differs_only_at_ties():
+    """In float32 a divergence needs two tokens whose logits are nearly equal; excuses are counted and bounded."""
+    base, draft = model((1, 1), dtype="float32"), model((1, 1), group_size=3, dtype="float32")
+    rng = np.random.default_rng(3)
+    prompts = rng.integers(0, 61, (16, 5))
+    want = es.Decoder(base).generate(prompts, max_new_tokens=48).tokens
+    got = (
+        es.Decoder(base, es.LayerParallelDrafter(draft)).generate(prompts, max_new_tokens=48).tokens
+    )
+    excused = 0
+    for prompt, a, b in zip(prompts.tolist(), want, got, strict=True):
+        if a != b:
+            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+            top = np.sort(np.asarray(all_logits(base, prompt + a[:at])[-1]))
+            assert top[-1] - top[-2] < 1e-4
+            excused += 1
+    assert excused <= 1
+
+
+# I2: after calibration the draft cache is that of a fresh exact prefill.
+
+
+def draft_cache_error(decoder, steps=4):
+    """Largest difference between the draft cache after `steps` steps and a fresh prefill of the committed tokens."""
+    session, prompt = es.Session(), PROMPTS[0]
+    pieces = decoder.stream(prompt, max_new_tokens=40, session=session)
+    committed = prompt + sum(itertools.islice(pieces, steps), [])
+    state = session._state
+    absorbed = int(state.absorbed[0])
+    again = es.Session()
+    decoder.stream(committed[: absorbed + 1], max_new_tokens=1, session=again)
+    assert int(again._state.draft.cache.length[0]) == absorbed == int(state.draft.cache.length[0])
+    pairs = zip(
+        jax.tree.leaves(state.draft.cache.blocks),
+        jax.tree.leaves(again._state.draft.cache.blocks),
+        strict=True,
+    )
+    assert absorbed > len(prompt)
+    return max(
+        float(abs(np.asarray(a)[..., :absorbed, :] - np.asarray(b)[..., :absorbed, :]).max())
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_calibrated_cache_equals_fresh_prefill(mesh_shape):
+    assert draft_cache_error(self_drafting(mesh_shape)) < 1e-9
+
+
+def test_without_calibration_errors_stay():
+    decoder = self_drafting((1, 1), 2, 5, False)
+    assert draft_cache_error(decoder) > 1e-3
+
+
+def test_base_cache_equals_fresh_prefill():
+    decoder, session = stranger_drafting(), es.Session()
+    new = sum(decoder.stream(PROMPTS[0], max_new_tokens=20, session=session), [])
+    again = es.Session()
+    decoder.stream(PROMPTS[0] + new, max_new_tokens=1, session=again)
+    length = int(session._state.cache.length[0])
+    assert length == len(PROMPTS[0]) + 20 - 1
+    both = (jax.tree.leaves(s._state.cache.blocks) for s in (session, again))
+    for a, b in zip(*both, strict=True):
+        a, b = (np.asarray(x)[..., :length, :] for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+# Stopping.
+
+
+def test_stop_inside_an_accepted_block():
+    """Every place to stop, for a draft that is always right: nothing behind it is emitted or counted."""
+    decoder = self_drafting((1, 1), 1, 4)
+    whole = autoregressive().generate([PROMPTS[0]], max_new_tokens=NEW).tokens[0]
+    for token in dict.fromkeys(whole):
+        out = decoder.generate([PROMPTS[0]], max_new_tokens=NEW, eos_ids=[token])
+        cut = whole[: whole.index(token) + 1]
+        assert out.tokens[0] == cut
+        assert out.stats.emitted == len(cut)
+        assert sum(out.stats.accepted_per_depth) <= len(cut)
+        assert out.stats.acceptance_rate == 1.0
+
+
+def test_finished_rows_never_change():
+    decoder = self_drafting()
+    alone = [decoder.generate([p], max_new_tokens=NEW).tokens[0] for p in PROMPTS]
+    eos = alone[0][3]
+    rows = decoder.generate(PROMPTS, max_new_tokens=NEW, eos_ids=[eos]).tokens
+    for row, whole in zip(rows, alone, strict=True):
+        assert row == (whole[: whole.index(eos) + 1] if eos in whole else whole)
+
+
+def test_context_end_stops():
+    prompt = [1] * 90
+    out = self_drafting().generate([prompt], max_new_tokens=50)
+    assert len(out.tokens[0]) == CONFIG.max_len - 90
+    assert out.tokens == autoregressive().generate([prompt], max_new_tokens=50).tokens
+
+
+# Streaming.
+
+
+@pytest.mark.parametrize("s", [es.Sampling(), es.Sampling(temperature=0.9, top_k=30)])
+def test_stream_equals_generate(s):
+    decoder, session = self_drafting(), es.Session()
+    want = decoder.generate([PROMPTS[0]], max_new_tokens=NEW, sampling=s, seed=3)
+    pieces = list(
+        decoder.stream(PROMPTS[0], max_new_tokens=NEW, sampling=s, seed=3, session=session)
+    )
+    assert sum(pieces, []) == want.tokens[0]
+    assert session.stats == want.stats
+    assert sum(p.num_accepted for p in pieces) == sum(want.stats.accepted_per_depth)
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    def decode(self, ids):
+        return "".join(chr(64 + i) for i in ids)
+
+
+def test_stop_string_ends_with_the_token_that_completes_it():
+    decoder, session = self_drafting((1, 1), 1, 4), es.Session()
+    whole = autoregressive().generate([PROMPTS[0]], max_new_tokens=NEW).tokens[0]
+    stop = Letters().decode(whole[6:9])
+    pieces = decoder.stream(
+        PROMPTS[0], max_new_tokens=NEW, stop_strings=[stop], tokenizer=Letters(), session=session
+    )
+    text = Letters().decode(sum(pieces, []))
+    assert text.endswith(stop) and text.index(stop) == len(text) - 3
+    assert text == Letters().decode(whole)[: len(text)]
+    assert session.stats.emitted == len(text)
+
+
+def test_session_continues_a_conversation():
+    """A second turn gives what a fresh start gives, and absorbs only what is new."""
+    decoder, session = self_drafting(), es.Session(max_len=80)
+    first = sum(decoder.stream(PROMPTS[0], max_new_tokens=12, session=session), [])
+    turn = [*PROMPTS[0], *first, 5, 6, 7]
+    absorbed = []
+    prefill = decoder._prefill
+    decoder._prefill = lambda *args, start: absorbed.append(start) or prefill(*args, start=start)
+    second = sum(decoder.stream(turn, max_new_tokens=12, session=session), [])
+    del decoder._prefill
+    assert second == decoder.generate([turn], max_new_tokens=12).tokens[0]
+    assert len(turn) - 3 - 4 <= absorbed[0] < len(turn) - 3
+    changed = [*PROMPTS[0][:3], 11, 12]  # another conversation with the same beginning
+    third = sum(decoder.stream(changed, max_new_tokens=12, session=session), [])
+    assert third == decoder.generate([changed], max_new_tokens=12).tokens[0]
+
+
+def test_abandoned_stream_leaves_a_usable_session():
+    decoder, session = self_drafting(), es.Session(max_len=80)
+    some = sum(
+        itertools.islice(decoder.stream(PROMPTS[0], max_new_tokens=30, session=session), 2), []
+    )
+    turn = [*PROMPTS[0], *some, 33]
+    got = sum(decoder.stream(turn, max_new_tokens=10, session=session), [])
+    assert got == decoder.generate([turn], max_new_tokens=10).tokens[0]

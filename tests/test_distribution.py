@@ -1,0 +1,101 @@
+"""I4: sampled sequences follow the base model, over several steps, and a broken rule is noticed."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from decoders import (
+    all_logits,
+    model,
+)
+
+import easyspec_jax as es
+
+# I4: the distribution of whole sequences, over several steps.
+
+TINY = es.ModelConfig(
+    vocab_size=6, embed_dim=8, mlp_dim=12, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=4,
+    max_len=32,
+)  # fmt: skip
+FILTERED = es.Sampling(temperature=0.8, top_k=5, top_p=0.95, min_p=0.02)
+
+
+def enumerate_sequences(base, prompt, s, length=3):
+    """Probability of every sequence of `length` tokens under the base alone, {tuple: p}, prefix by prefix."""
+    filters = es.sampling.make_filters(s)
+    table = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for prefix, p in table.items():
+            logits = all_logits(base, [*prompt, *prefix])[-1:]
+            for token, q in enumerate(np.asarray(es.sampling.probabilities(logits, filters))[0]):
+                longer[(*prefix, token)] = p * float(q)
+        table = longer
+    return table
+
+
+def chi_square(rows, table):
+    """Standard deviations of Pearson's statistic above its mean; cells below 5 expected are merged."""
+    counts = {key: 0 for key in table}
+    for row in rows:
+        counts[tuple(row)] += 1
+    assert all(table[key] > 0 for key, n in counts.items() if n), (
+        "an impossible sequence was emitted"
+    )
+    expected = np.array([table[key] for key in counts]) * len(rows)
+    counts = np.array(list(counts.values()))
+    small = expected < 5
+    expected = np.append(expected[~small], max(expected[small].sum(), 1e-9))
+    counts = np.append(counts[~small], counts[small].sum())
+    x, dof = ((counts - expected) ** 2 / expected).sum(), len(counts) - 1
+    return (x - dof) / np.sqrt(2 * dof)
+
+
+@functools.cache
+def tiny_decoder(label="llama"):
+    """`label` changes nothing but the key of jit's cache."""
+    config = dataclasses.replace(TINY, family=label)
+    base = model((1, 1), config=config, seed=1, dtype="float32")
+    draft = model((1, 1), config=config, seed=2, group_size=2, dtype="float32")
+    return es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=2)
+
+
+@functools.cache
+def tiny_table(s):
+    return enumerate_sequences(tiny_decoder().base, [3, 1], s)
+
+
+def sequence_deviation(decoder, s, rows=4096):
+    prompts = np.tile([[3, 1]], (rows, 1))
+    out = decoder.generate(prompts, max_new_tokens=3, sampling=s, seed=5)
+    return chi_square(out.tokens, tiny_table(s))
+
+
+# False alarm of a deviation above 5: under 1e-5 a test.
+@pytest.mark.parametrize("s", [es.Sampling(temperature=1.0), FILTERED], ids=["plain", "filtered"])
+def test_sampled_sequences_follow_the_base(s):
+    assert sequence_deviation(tiny_decoder(), s) < 5
+    assert sequence_deviation(es.Decoder(tiny_decoder().base), s) < 5
+
+
+@pytest.mark.parametrize("broken", ["no residual", "q of another temperature", "stale key"])
+def test_broken_sampling_is_noticed(monkeypatch, broken):
+    if broken == "no residual":
+        monkeypatch.setattr(es.sampling, "_residual", lambda p, proposal, count: p)
+    elif broken == "q of another temperature":
+        drafter = es.drafters.layer_parallel
+        monkeypatch.setattr(drafter, "sample", lambda key, q: es.sampling.sample(key, q**3))
+    else:
+        monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)
+    assert sequence_deviation(tiny_decoder(broken), es.Sampling(temperature=1.0)) > 5
+
+
+def test_rows_draw_independently_and_seeds_repeat():
+    decoder, prompts = tiny_decoder(), [[3, 1]] * 8
+    run = functools.partial(decoder.generate, prompts, max_new_tokens=12)
+    s = es.Sampling(temperature=1.0)
+    first, again, other = run(sampling=s, seed=0), run(sampling=s, seed=0), run(sampling=s, seed=1)
+    assert first.tokens == again.tokens != other.tokens
+    assert len(set(map(tuple, first.tokens))) > 4

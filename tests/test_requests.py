@@ -1,0 +1,169 @@
+"""Statistics, compilations, donation and refusals of the decoder."""
+
+import jax
+import numpy as np
+import pytest
+from decoders import (
+    CONFIG,
+    MESHES,
+    NEW,
+    PROMPTS,
+    all_logits,
+    autoregressive,
+    model,
+    self_drafting,
+    stranger_drafting,
+)
+
+import easyspec_jax as es
+from easyspec_jax import checkpoint, loop, sharding
+
+# Statistics.
+
+
+def test_statistics_of_a_perfect_draft():
+    """γ = 3, always right: 24 tokens in 6 steps of 4."""
+    stats = self_drafting((1, 1), 1, 3).generate([PROMPTS[0]], max_new_tokens=24).stats
+    assert (stats.steps, stats.emitted) == (6, 24)
+    assert stats.accepted_histogram == (0, 0, 0, 6)
+    assert stats.tokens_per_step == 4.0
+    assert stats.acceptance_per_depth == (1.0, 1.0, 1.0)
+
+
+def test_statistics_of_a_cut_step():
+    """γ = 3, always right, 6 tokens: 4 in the first step, then 2, both of them accepted draft tokens."""
+    stats = self_drafting((1, 1), 1, 3).generate([PROMPTS[0]], max_new_tokens=6).stats
+    assert stats.accepted_histogram == (0, 0, 1, 1)
+    assert stats.tried_per_depth == stats.accepted_per_depth == (2, 2, 1)
+    assert stats.tokens_per_step == 3.0
+
+
+def test_statistics_agree_with_themselves():
+    out = self_drafting().generate(PROMPTS, max_new_tokens=NEW)
+    stats = out.stats
+    assert stats.emitted == NEW * 3 and sum(stats.accepted_histogram) == stats.steps
+    assert stats.steps == sum(row.steps for row in stats.rows)
+    accepted = sum(i * n for i, n in enumerate(stats.accepted_histogram))
+    assert accepted == sum(stats.accepted_per_depth)
+    assert all(a <= t for a, t in zip(stats.accepted_per_depth, stats.tried_per_depth, strict=True))
+    deeper = zip(stats.accepted_per_depth, stats.tried_per_depth[1:], strict=False)
+    assert all(tried <= accepted for accepted, tried in deeper)
+    assert 0 < stats.acceptance_rate < 1
+
+
+def test_logprobs_are_the_bases():
+    out = self_drafting().generate(PROMPTS[:2], max_new_tokens=8, logprobs=True)
+    for prompt, new, got in zip(PROMPTS, out.tokens, out.logprobs, strict=False):
+        scores = jax.nn.log_softmax(all_logits(model((1, 1)), prompt + new[:-1]))
+        want = np.asarray(scores)[np.arange(8) + len(prompt) - 1, new]
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# I6: compilation and donation.
+
+
+def test_one_compilation_per_bucket():
+    decoder = self_drafting()
+    decoder.warmup(2, 10, 20)
+    before = loop.run_loop._cache_size(), loop.prefill_chunk._cache_size()
+    for seed, (length, new) in enumerate([(3, 9), (16, 20), (10, 30)]):
+        prompts = [[1] * length, [2] * (length - 1)]
+        decoder.generate(prompts, max_new_tokens=new, eos_ids=range(seed), seed=seed)
+    assert (loop.run_loop._cache_size(), loop.prefill_chunk._cache_size()) == before
+    decoder.warmup(2, 10, 20, sampling=es.Sampling(temperature=0.5, top_p=0.9))
+    before = loop.run_loop._cache_size()
+    for temperature, top_p in [(0.7, 0.5), (1.3, 0.99)]:
+        s = es.Sampling(temperature=temperature, top_p=top_p)
+        decoder.generate([[1], [2]], max_new_tokens=4, sampling=s)
+    assert loop.run_loop._cache_size() == before
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_caches_are_donated(mesh_shape, monkeypatch):
+    seen = []
+    run = loop.run_loop
+
+    def spy(base, drafter, state, *, specs):
+        seen.append(state)
+        return run(base, drafter, state, specs=specs)
+
+    monkeypatch.setattr(loop, "run_loop", spy)
+    self_drafting(mesh_shape).generate(PROMPTS, max_new_tokens=NEW)
+    caches = jax.tree.leaves((seen[0].cache.blocks, seen[0].draft.cache.blocks))
+    assert len(caches) > 20 and all(leaf.is_deleted() for leaf in caches)
+
+
+# Refusals: one sentence, before anything is allocated.
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "sentence"),
+    [
+        ([], {}, "no prompts given"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 61]], {}, r"prompt 0 has token id 61, outside the base's 0 .. 60"),
+        ([[-1]], {}, "prompt 0 has token id -1"),
+        ([[0.5]], {}, "prompt 0 is not a list of token ids"),
+        ([[1] * 96], {}, "prompt 0 has 96 tokens, but the base's context is 96"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ],
+)
+def test_bad_requests_are_refused(monkeypatch, prompts, options, sentence):
+    monkeypatch.setattr(es.decode, "zeros", lambda abstract: pytest.fail("allocated"))
+    with pytest.raises(ValueError, match=sentence):
+        self_drafting().generate(prompts, **{"max_new_tokens": 4, **options})
+
+
+def test_bad_decoders_are_refused():
+    base, draft = model((1, 1)), model((1, 1), group_size=3)
+    drafter = es.LayerParallelDrafter(draft)
+    with pytest.raises(ValueError, match="num_draft_tokens must be at least 1, got 0"):
+        es.Decoder(base, drafter, num_draft_tokens=0)
+    with pytest.raises(ValueError, match="tree_width must be 1"):
+        es.Decoder(base, drafter, tree_width=4)
+    with pytest.raises(ValueError, match="parallel must be one of 'attention', 'layer', got 'mlp'"):
+        es.LayerParallelDrafter(draft, parallel="mlp")
+    with pytest.raises(ValueError, match="different meshes"):
+        es.Decoder(model((4, 2)), drafter)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        other = es.LayerParallelDrafter(draft.replace(tokenizer="b"))
+        es.Decoder(base.replace(tokenizer="a"), other)
+    with pytest.raises(ValueError, match="layout must be .* got 'both'"):
+        es.random_model(CONFIG, es.make_mesh(1, 1), layout="both")
+
+
+def test_sliding_window_is_kept_or_refused():
+    windowed = es.random_model(
+        es.ModelConfig(**{**vars(CONFIG), "sliding_window": 32}),
+        es.make_mesh(1, 1),
+        dtype="float64",
+    )
+    decoder = es.Decoder(windowed)
+    want = autoregressive().generate([[1, 2]], max_new_tokens=30).tokens
+    assert decoder.generate([[1, 2]], max_new_tokens=30).tokens == want
+    with pytest.raises(ValueError, match="sliding window of 32"):
+        decoder.generate([[1, 2]], max_new_tokens=31)
+
+
+def test_too_little_memory_is_refused_with_the_budget(monkeypatch):
+    monkeypatch.setattr(sharding, "device_memory", lambda mesh: 100_000)
+    monkeypatch.setattr(es.decode, "zeros", lambda abstract: pytest.fail("allocated"))
+    with pytest.raises(
+        ValueError, match="base weights .* base cache .* draft cache .* but a device"
+    ):
+        self_drafting().generate(PROMPTS, max_new_tokens=NEW)
+
+
+def test_short_draft_context_warns_and_stays_lossless():
+    prompt = [[1] * 40]
+    want = autoregressive().generate(prompt, max_new_tokens=NEW).tokens
+    with pytest.warns(UserWarning, match="the draft's context of 48 tokens is shorter than the 64"):
+        assert stranger_drafting().generate(prompt, max_new_tokens=NEW).tokens == want
+
+
+def test_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a converted checkpoint"):
+        es.load_model(tmp_path)
+    (tmp_path / checkpoint.METADATA_FILE).write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="has checkpoint format 99"):
+        es.load_model(tmp_path)

@@ -1,0 +1,189 @@
+"""Filters against sorting, verification by hand and against the distribution it must keep."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from easyspec_jax import Sampling, sampling
+from easyspec_jax.sampling import Proposal, make_filters, probabilities, sample, verify
+
+
+def sorted_filter(logits, s: Sampling):
+    """The same filters the obvious way, in float64 and with sorting; ties at a threshold are kept."""
+    x = logits.astype(np.float64) / s.temperature
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    if s.top_k:
+        p = np.where(p >= np.sort(p)[::-1][min(s.top_k, p.size) - 1], p, 0)
+        p /= p.sum()
+    if s.top_p < 1:
+        order = np.sort(p)[::-1]
+        last = np.searchsorted(np.cumsum(order), s.top_p)
+        p = np.where(p >= order[min(last, p.size - 1)], p, 0)
+        p /= p.sum()
+    if s.min_p:
+        p = np.where(p >= s.min_p * p.max(), p, 0)
+        p /= p.sum()
+    return p
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    temperature=st.floats(0.1, 3),
+    top_k=st.sampled_from([0, 1, 3, 17, 1000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+)
+def test_filters_equal_sorting(seed, temperature, top_k, top_p, min_p):
+    logits = np.random.default_rng(seed).normal(size=(37,)).astype(np.float32) * 3
+    s = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    p = np.asarray(probabilities(jnp.asarray(logits)[None], make_filters(s)))[0]
+    np.testing.assert_allclose(p, sorted_filter(logits, s), atol=2e-6)
+
+
+def test_top_k_keeps_ties():
+    logits = jnp.asarray([[2.0, 1.0, 1.0, 0.0]], jnp.float32)
+    p = probabilities(logits, make_filters(Sampling(temperature=1.0, top_k=2)))
+    np.testing.assert_array_equal(np.asarray(p)[0] > 0, [True, True, True, False])
+
+
+def test_masked_logits_stay_impossible():
+    logits = jnp.asarray([[0.0, -jnp.inf, 1.0, -jnp.inf]], jnp.float32)
+    s = Sampling(temperature=2.0, top_k=3, top_p=0.99, min_p=0.01)
+    p = np.asarray(probabilities(logits, make_filters(s)))[0]
+    assert np.isfinite(p).all() and p[1] == p[3] == 0
+    np.testing.assert_allclose(p.sum(), 1, atol=1e-6)
+
+
+def test_sample_never_draws_a_zero():
+    probs = jnp.tile(jnp.asarray([[0.0, 1e-30, 0.0, 1.0]], jnp.float32), (4096, 1))
+    assert set(np.asarray(sample(jax.random.key(0), probs)).tolist()) <= {1, 3}
+
+
+def chain(tokens, probs=None, valid=None):
+    tokens = jnp.asarray(tokens, jnp.int32)
+    parents = jnp.broadcast_to(jnp.arange(-1, tokens.shape[1] - 1), tokens.shape)
+    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
+    return Proposal(tokens=tokens, parents=parents, valid=valid, probs=probs)
+
+
+GREEDY = make_filters(Sampling())
+SAMPLED = make_filters(Sampling(temperature=1.0))
+
+
+@pytest.mark.parametrize(
+    ("drafted", "valid", "accepted", "next_token"),
+    [
+        ([1, 2, 3], [True] * 3, 3, 4),  # all right: the bonus token
+        ([1, 2, 0], [True] * 3, 2, 3),
+        ([0, 2, 3], [True] * 3, 0, 1),  # what follows a rejection does not count
+        ([1, 2, 3], [True, False, True], 1, 2),  # an invalid node ends the chain
+    ],
+)
+def test_greedy_by_hand(drafted, valid, accepted, next_token):
+    logits = 5 * jax.nn.one_hot(jnp.asarray([[1, 2, 3, 4]]), 6, dtype=jnp.float32)
+    verdict = verify(logits, chain([drafted], valid=[valid]), GREEDY, jax.random.key(0))
+    assert int(verdict.num_accepted[0]) == accepted
+    assert int(verdict.next_token[0]) == next_token
+
+
+def test_equal_distributions_accept_everything():
+    """p = q accepts every draft token, and what is left at row n is p itself: the bonus token."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(512, 4, 7)), jnp.float32)
+    q = probabilities(logits[:, :3], SAMPLED)
+    drafted = sample(jax.random.key(1), q)
+    verdict = verify(logits, chain(drafted, q), SAMPLED, jax.random.key(2))
+    assert (np.asarray(verdict.num_accepted) == 3).all()
+
+
+ROWS, V = 40_000, 5
+
+
+def emitted(kind, seed=0):
+    """First two tokens that one step emits (-1: only one) from p, for drafts of `kind`; [ROWS, 2] and p rows [3, V]."""
+    rng = np.random.default_rng(seed)
+    base = (
+        rng.normal(size=(3, V)) * 1.5
+    )  # independent of the drafted tokens: enumeration is a product
+    logits = jnp.broadcast_to(jnp.asarray(base, jnp.float32), (ROWS, 3, V))
+    keys = jax.random.split(jax.random.key(seed), 2)
+    if kind == "chosen":
+        proposal = chain(np.tile([[1, 3]], (ROWS, 1)))
+    else:
+        q = jnp.asarray(rng.normal(size=(2, V)) * 1.5, jnp.float32)
+        q = jnp.broadcast_to(jax.nn.softmax(q)[None], (ROWS, 2, V))
+        valid = np.tile([[True, kind != "invalid"]], (ROWS, 1))
+        proposal = chain(sample(keys[0], q), q, valid)
+    verdict = verify(logits, proposal, SAMPLED, keys[1])
+    m, last = np.asarray(verdict.num_accepted), np.asarray(verdict.next_token)
+    drafted = np.asarray(proposal.tokens)
+    first = np.where(m > 0, drafted[:, 0], last)
+    second = np.where(m > 1, drafted[:, 1], np.where(m == 1, last, -1))
+    return first, second, np.asarray(jax.nn.softmax(base, axis=-1))
+
+
+def chi_square(counts, expected):
+    """Pearson's statistic in units of standard deviations above its mean; false alarm at 5: under 1e-5."""
+    x = ((counts - expected) ** 2 / expected).sum()
+    dof = counts.size - 1
+    return (x - dof) / np.sqrt(2 * dof)
+
+
+def deviation(kind):
+    first, second, p = emitted(kind)
+    one = chi_square(np.bincount(first, minlength=V), ROWS * p[0])
+    second = second[second >= 0]
+    # Whether a second token comes depends on the first alone, so among those that came p[1] must hold.
+    two = chi_square(np.bincount(second, minlength=V), len(second) * p[1])
+    return max(one, two)
+
+
+@pytest.mark.parametrize("kind", ["drawn", "chosen", "invalid"])
+def test_one_step_keeps_the_distribution(kind):
+    assert deviation(kind) < 5
+
+
+@pytest.mark.parametrize("kind", ["drawn", "chosen"])
+@pytest.mark.parametrize("broken", ["accept all", "accept too easily", "no residual"])
+def test_broken_rules_are_noticed(monkeypatch, kind, broken):
+    if broken == "no residual":
+        monkeypatch.setattr(sampling, "_residual", lambda p, proposal, count: p)
+    else:
+        uniform = jax.random.uniform
+        bound = {"accept all": 0.0, "accept too easily": 0.5}[broken]
+        monkeypatch.setattr(
+            jax.random, "uniform", lambda key, shape, dtype: bound * uniform(key, shape, dtype)
+        )
+    assert deviation(kind) > 5
+
+
+def test_residual_after_each_rejection_by_hand():
+    """p = (.5, .5, 0), q = (0, .5, .5): token 2 is always rejected, and then only token 0 is left."""
+    p = jnp.log(jnp.asarray([[[0.5, 0.5, 0.0]] * 2] * 256, jnp.float32))
+    q = jnp.asarray([[[0.0, 0.5, 0.5]]] * 256, jnp.float32)
+    verdict = verify(p, chain([[2]] * 256, q), SAMPLED, jax.random.key(0))
+    assert (np.asarray(verdict.num_accepted) == 0).all()
+    assert (np.asarray(verdict.next_token) == 0).all()
+
+
+def test_every_filter_combination_traces_once():
+    """Values of filters are run-time; which are on is static."""
+    traced = jax.jit(probabilities)
+    logits = jnp.zeros((1, 8), jnp.float32)
+    for on in itertools.product([False, True], repeat=3):
+        for scale in (1, 2):
+            s = Sampling(
+                temperature=0.5 * scale,
+                top_k=3 * scale * on[0],
+                top_p=1 - 0.1 * scale * on[1],
+                min_p=0.1 * scale * on[2],
+            )
+            traced(logits, make_filters(s))
+    assert traced._cache_size() == 8
