@@ -1,4 +1,5 @@
-"""Lossless low-latency LLM decoding in JAX: speculative decoding with a layer-parallel draft (EasySpec, arXiv 2502.02493).
+"""Lossless low-latency LLM decoding in JAX: speculative decoding with a layer-parallel draft
+(EasySpec, arXiv 2502.02493).
 
 import easyspec_jax as es
 

@@ -1,8 +1,9 @@
 """The functional KV cache: written in place when donated, rolled back by resetting a length.
 
-An entry is [K * B, S, H] (kv heads major, so that a split over kv heads is a split of the first axis): the layout in which
-XLA updates and reads it without copies or transposes. Entries at or beyond `length` are scratch: attention masks by position,
-so they are never read before they are written again.
+An entry is [K * B, S, H] (kv heads major, so that a split over kv heads is a split of the first
+axis): the layout in which XLA updates and reads it without copies or transposes. Entries at or
+beyond `length` are scratch: attention masks by position, so they are never read before they are
+written again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from easyspec_jax.sharding import Layout
 
 @struct.dataclass(kw_only=True)
 class LayerKV:
-    """Keys (rotated) and values of one layer, or of one slot: the layers of a group stacked over the mesh axis "layer"."""
+    """Keys (rotated) and values of one layer, or of one slot: the layers of a group stacked over
+    the mesh axis "layer".
+    """
 
     k: jax.Array  # [K * B, S, H], or [n, K * B, S, H] with the first axis over "layer"
     v: jax.Array  # the same shape
 
     def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
-        """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is i32[B]."""
+        """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is
+        i32[B].
+        """
         return LayerKV(k=_write(self.k, k, start), v=_write(self.v, v, start))
 
 
@@ -42,7 +47,9 @@ def _write(cache, new, start):
 
 @struct.dataclass(kw_only=True)
 class KVCache:
-    """All layers' keys and values; the first `length[b]` entries of row b belong to committed tokens."""
+    """All layers' keys and values; the first `length[b]` entries of row b belong to committed
+    tokens.
+    """
 
     blocks: tuple[tuple[LayerKV, ...], ...]  # as Params.blocks: one LayerKV per slot of each block
     length: jax.Array  # i32[B]

@@ -1,7 +1,8 @@
 """Models from disk or from a seed, straight onto a mesh; and the layout of a checkpoint folder.
 
-A checkpoint is one Orbax checkpoint per layer and one for embedding, norm and head, so neither saving nor loading ever holds
-more than a block beside the model itself. It knows nothing of meshes or groups: both are made at load.
+A checkpoint is one Orbax checkpoint per layer and one for embedding, norm and head, so neither
+saving nor loading ever holds more than a block beside the model itself. It knows nothing of meshes
+or groups: both are made at load.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from easyspec_jax.model import Model, Params, arrange_block, block_specs, layer_
 from easyspec_jax.sharding import Layout, check_memory, device_bytes, make_layout, make_mesh
 
 FORMAT = 1
-METADATA_FILE = "easyspec.json"  # {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary or null}
+# {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null}
+METADATA_FILE = "easyspec.json"
 TOP = "top"  # embed, final_norm and, when untied, lm_head
 
 
@@ -34,7 +36,7 @@ def layer_name(index: int) -> str:
 
 
 def save_part(folder: pathlib.Path, name: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write one part (`TOP` or a `layer_name`) of a checkpoint; shapes as `ModelConfig` has them."""
+    """Write one part (`TOP` or a `layer_name`) of a checkpoint, shapes as in `ModelConfig`."""
     from orbax.checkpoint import v1 as ocp
 
     path = (folder / name).absolute()
@@ -57,7 +59,8 @@ def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]
     metadata = json.loads((folder / METADATA_FILE).read_text())
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{folder} has checkpoint format {metadata.get('format')}, but this version reads {FORMAT}: convert it again"
+            f"{folder} has checkpoint format {metadata.get('format')}, "
+            f"but this version reads {FORMAT}: convert it again"
         )
     return ModelConfig.from_hf(json.loads((folder / "config.json").read_text())), metadata
 
@@ -75,13 +78,15 @@ def load_model(
     Args:
       path: a folder written by `convert`.
       mesh: from `make_mesh`; default: one over all devices.
-      group_size: layers per group for layer-parallel drafting, or an explicit partition (layers per block, in order).
+      group_size: layers per group for layer-parallel drafting, or an explicit partition (layers per
+        block, in order).
       dtype: of weights and cache; default float32 on CPU, bfloat16 elsewhere.
-      layout: "base" splits the heads over all devices, "draft" over the axis "tensor" only, with groups over "layer".
-        Default: "base" for group_size 1, else "draft".
+      layout: "base" splits the heads over all devices, "draft" over the axis "tensor" only, with
+        groups over "layer". Default: "base" for group_size 1, else "draft".
 
     Raises:
-      ValueError: no checkpoint there, a bad partition or layout, or more than the devices hold; nothing is allocated then.
+      ValueError: no checkpoint there, a bad partition or layout, or more than the devices hold;
+        nothing is allocated then.
     """
     config, metadata = read_metadata(path)
     folder = pathlib.Path(path).absolute()
@@ -103,7 +108,9 @@ def random_model(
     layout: str | None = None,
     seed: int = 0,
 ) -> Model:
-    """A model with random weights, the same for one seed on every mesh; other arguments as in `load_model`."""
+    """A model with random weights, the same for one seed on every mesh; other arguments as in
+    `load_model`.
+    """
     root = jax.random.key(seed)
 
     def part(name, abstract):
@@ -115,7 +122,9 @@ def random_model(
 
 
 def _build(config, mesh, group_size, dtype, layout, part: Callable, tokenizer) -> Model:
-    """A model from `part(name, abstract arrays)`, which brings one part of a checkpoint; block by block."""
+    """A model from `part(name, abstract arrays)`, which brings one part of a checkpoint; block by
+    block.
+    """
     mesh = mesh if mesh is not None else make_mesh()
     partition = make_partition(config.num_layers, group_size)
     if layout not in (None, "base", "draft"):

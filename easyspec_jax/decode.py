@@ -1,7 +1,8 @@
-"""Generation from the host's side: check the request, size the buffers, run the loop, read the answer.
+"""Generation from the host's side: check the request, size the buffers, run the loop, read the
+answer.
 
-`Decoder.generate` is one donated while_loop on the device; `Decoder.stream` drives the same step one call at a time. Shapes come
-in buckets, so requests of similar length share a compilation.
+`Decoder.generate` is one donated while_loop on the device; `Decoder.stream` drives the same step
+one call at a time. Shapes come in buckets, so requests of similar length share a compilation.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Generation:
 
 
 class Piece(list):
-    """The token ids of one step of `Decoder.stream`; the first `num_accepted` of them came from the draft."""
+    """The token ids of one step of `Decoder.stream`; the first `num_accepted` of them came from the
+    draft.
+    """
 
     def __init__(self, ids: Sequence[int], num_accepted: int):
         super().__init__(ids)
@@ -54,7 +57,9 @@ class Piece(list):
 
 
 class Session:
-    """A row of decoding that outlives one `stream` call: caches stay, so a longer prompt costs only its new part."""
+    """A row of decoding that outlives one `stream` call: caches stay, so a longer prompt costs only
+    its new part.
+    """
 
     def __init__(self, max_len: int | None = None):
         """Room for `max_len` tokens in all calls together; None sizes it by the first call."""
@@ -100,7 +105,7 @@ class Decoder:
                 )
             if None not in (base.tokenizer, model.tokenizer) and base.tokenizer != model.tokenizer:
                 raise ValueError(
-                    "base and draft have different tokenizers: their ordinary tokens have other ids, "
+                    "base and draft have different tokenizers: ordinary tokens have other ids, "
                     "so a draft could never be accepted; use a draft of the same family"
                 )
 
@@ -117,7 +122,8 @@ class Decoder:
         """Continue every prompt until a stop id, `max_new_tokens` or the end of the base's context.
 
         Args:
-          prompts: lists of token ids of any lengths, or i32[B, T]. Rows draw independently, equal prompts too.
+          prompts: lists of token ids of any lengths, or i32[B, T]. Rows draw independently, equal
+            prompts too.
           max_new_tokens: at least 1.
           sampling: greedy by default.
           eos_ids: any of these ends its row and stays its last token.
@@ -125,7 +131,8 @@ class Decoder:
           logprobs: also return the base's log-probability of every new token.
 
         Raises:
-          ValueError: a bad prompt or option, or a request the devices cannot hold; nothing is allocated then.
+          ValueError: a bad prompt or option, or a request the devices cannot hold; nothing is
+            allocated then.
         """
         rows = self._check(prompts, max_new_tokens)
         size = self._capacity(max(map(len, rows)) + max_new_tokens)
@@ -158,13 +165,15 @@ class Decoder:
         """Yield the new tokens of each step as it ends: `generate` for one prompt, piece by piece.
 
         Args:
-          stop_strings: the answer ends with the token that completes one of these in the decoded text.
+          stop_strings: the answer ends with the token that completes one of these in the decoded
+            text.
           tokenizer: anything with `decode(ids) -> str`; needed for stop strings.
-          session: keeps the caches for a later call whose prompt continues this conversation; holds the statistics.
+          session: keeps the caches for a later call whose prompt continues this conversation; holds
+            the statistics.
 
         Raises:
-          ValueError: as `generate`; stop strings without a tokenizer; a session that is too small. At the call, not at
-            the first piece.
+          ValueError: as `generate`; stop strings without a tokenizer; a session that is too small.
+            At the call, not at the first piece.
         """
         rows = self._check([prompt], max_new_tokens)
         if stop_strings and tokenizer is None:
@@ -182,7 +191,9 @@ class Decoder:
         sampling: Sampling = Sampling(),  # noqa: B008
         logprobs: bool = False,
     ) -> None:
-        """Compile what `generate` needs for requests of this size, so that the first one does not wait."""
+        """Compile what `generate` needs for requests of this size, so that the first one does not
+        wait.
+        """
         rows = self._check(np.zeros((batch, prompt_len), np.int32), max_new_tokens)
         size = self._capacity(prompt_len + max_new_tokens)
         state = self._begin(rows, max_new_tokens, sampling, (), 0, logprobs, size)
@@ -205,7 +216,7 @@ class Decoder:
         for i, row in enumerate(rows):
             if row.ndim != 1 or row.size == 0:
                 raise ValueError(
-                    f"prompt {i} is empty: give at least one token (a beginning-of-text id, say)"
+                    f"prompt {i} is empty: give at least one token, a beginning of text say"
                 )
             if not np.issubdtype(row.dtype, np.integer):
                 raise ValueError(f"prompt {i} is not a list of token ids: it holds {row.dtype}")
@@ -216,13 +227,14 @@ class Decoder:
                 )
             if row.size >= c.max_len:
                 raise ValueError(
-                    f"prompt {i} has {row.size} tokens, but the base's context is {c.max_len}: shorten it"
+                    f"prompt {i} has {row.size} tokens, but the base's context is "
+                    f"{c.max_len}: shorten it"
                 )
             total = row.size + max_new_tokens
             if c.sliding_window is not None and min(total, c.max_len) > c.sliding_window:
                 raise ValueError(
-                    f"prompt {i} and max_new_tokens make {total} tokens, but the model attends to a sliding window of "
-                    f"{c.sliding_window}, and longer texts are not supported: ask for fewer tokens"
+                    f"prompt {i} and max_new_tokens make {total} tokens, but the model attends to "
+                    f"a sliding window of {c.sliding_window}: ask for fewer tokens"
                 )
         self._warn_short_drafts(max(row.size for row in rows) + max_new_tokens)
         return rows
@@ -231,8 +243,9 @@ class Decoder:
         for model in self._draft_models():
             if model.config.max_len < min(total, self.base.config.max_len):
                 warnings.warn(
-                    f"the draft's context of {model.config.max_len} tokens is shorter than the {total} asked for: "
-                    "beyond it drafts are rarely accepted, which costs speed, never text",
+                    f"the draft's context of {model.config.max_len} tokens is shorter than the "
+                    f"{total} asked for: beyond it drafts are rarely accepted, "
+                    "which costs speed, never text",
                     stacklevel=4,
                 )
 
@@ -251,7 +264,7 @@ class Decoder:
         batch, base = len(rows), self.base
         abstract = abstract_cache(base.config, base.layout, base.partition, batch, size, base.dtype)
         options = DraftOptions(
-            filters=make_filters(sampling),
+            filters=jax.tree.map(self._put, make_filters(sampling)),
             num_draft_tokens=self.num_draft_tokens,
             vocab_size=base.config.vocab_size,
         )
@@ -307,7 +320,7 @@ class Decoder:
         chunk = next((c for c in PREFILL_CHUNKS if c >= end - start), PREFILL_CHUNKS[-1])
         chunk = min(chunk, size)
         for at in range(start, end, chunk):
-            # The last piece is shifted back where it would not fit: absorbing a token again changes nothing.
+            # The last piece moves back where it would not fit: absorbing again changes nothing.
             first = self._put(np.int32(min(at, size - chunk)))
             state = loop.prefill_chunk(
                 self.base, self.drafter, state, first, chunk=chunk, specs=specs
@@ -323,8 +336,8 @@ class Decoder:
         )
         if min(total, self.base.config.max_len) + self.num_draft_tokens + 1 > size:
             raise ValueError(
-                f"the session has room for {size - self.num_draft_tokens - 1} tokens, but prompt and max_new_tokens "
-                f"make {total}: open one with a larger max_len"
+                f"the session has room for {size - self.num_draft_tokens - 1} tokens, but prompt "
+                f"and max_new_tokens make {total}: open one with a larger max_len"
             )
         state = self._begin([row], max_new_tokens, sampling, eos_ids, seed, False, size)
         known = 0

@@ -1,9 +1,11 @@
-"""EasySpec's idea (arXiv 2502.02493, section 3): consecutive layers of the draft run at once, one per device.
+"""EasySpec's idea (arXiv 2502.02493, section 3): consecutive layers of the draft run at once, one
+per device.
 
-In a group of layers every attention reads the residual stream as it was before the group ("fuzzy"), so the attentions are
-independent of each other and run at the same time on the devices of the mesh axis "layer"; the MLPs follow one after another,
-each split over all devices. The same stacked weights also give the exact model: the devices take turns, so that only
-activations travel, never weights or cache entries.
+In a group of layers every attention reads the residual stream as it was before the group ("fuzzy"),
+so the attentions are independent of each other and run at the same time on the devices of the mesh
+axis "layer"; the MLPs follow one after another, each split over all devices. The same stacked
+weights also give the exact model: the devices take turns, so that only activations travel, never
+weights or cache entries.
 
     exact   h - A1 - M1 - A2 - M2 - A3 - M3 -        fuzzy   h - A1 -+- M1 - M2 - M3 -
                                                              |-- A2 -|
@@ -29,8 +31,8 @@ PARALLEL = ("attention", "layer")
 def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[int, ...]:
     """Layers per block, in order.
 
-    An int groups as published: the first and the last layer stay alone, the layers between are cut into groups of
-    `group_size`, the last of which may be shorter. A sequence is taken as it is.
+    An int groups as published: the first and the last layer stay alone, the layers between are cut
+    into groups of `group_size`, the last of which may be shorter. A sequence is taken as it is.
 
     Raises:
       ValueError: group_size below 1, or a partition that does not sum to `num_layers`.
@@ -45,7 +47,8 @@ def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[in
     partition = tuple(int(size) for size in group_size)
     if any(size < 1 for size in partition) or sum(partition) != num_layers:
         raise ValueError(
-            f"a partition needs sizes of at least 1 that sum to the {num_layers} layers of the model, "
+            f"a partition needs sizes of at least 1 that sum to the "
+            f"{num_layers} layers of the model, "
             f"got {partition}, which sums to {sum(partition)}"
         )
     return partition
@@ -56,8 +59,8 @@ def run_exact(
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """One block layer after layer: the ordinary model, whatever the grouping.
 
-    Over the mesh axis "layer" the devices take turns: a device out of turn skips by `lax.cond`, which leaves its cache alone
-    without a copy.
+    Over the mesh axis "layer" the devices take turns: a device out of turn skips by `lax.cond`,
+    which leaves its cache alone without a copy.
     """
     if len(block.mlp) == 1:
         return run_layer(model, block, x, kv, step)
@@ -73,7 +76,9 @@ def run_exact(
 def _turn(
     model: Model, block: Block, x: jax.Array, kv: LayerKV, step: Step, j: int
 ) -> tuple[jax.Array, LayerKV]:
-    """Attention of layer j of a group on the device that owns it, zeros elsewhere; `kv` is the cache of its slot."""
+    """Attention of layer j of a group on the device that owns it, zeros elsewhere; `kv` is the
+    cache of its slot.
+    """
     group, n = model.layout.group, model.layout.group_devices
     if group is None:
         return attention(model, block.attention[j], x, kv, step)
@@ -109,7 +114,9 @@ def run_fuzzy(
 def run_whole_layers(
     model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-    """The paper's ablation: MLPs at once too. Every MLP reads x plus its own attention; all that was added is summed."""
+    """The paper's ablation: MLPs at once too. Every MLP reads x plus its own attention; all that
+    was added is summed.
+    """
     if len(block.mlp) == 1:
         return run_layer(model, block, x, kv, step)
     deltas, kv = _attend_at_once(model, block, x, kv, step)
@@ -121,7 +128,9 @@ def run_whole_layers(
 
 
 def _attend_at_once(model, block, x, kv, step):
-    """Every attention output of a group ([B, T, D] each, in layer order, whole on every device), and the written cache."""
+    """Every attention output of a group ([B, T, D] each, in layer order, whole on every device),
+    and the written cache.
+    """
     group, n = model.layout.group, model.layout.group_devices
     deltas, written = [], []
     for weights, slot_kv in zip(block.attention, kv, strict=True):

@@ -1,7 +1,7 @@
 """The decoding loop on the device: prefill, one step, and the while_loop of steps.
 
-One step function serves generation, streaming, speculation and plain autoregression (no drafter). The whole state is donated,
-so caches are updated in place from the first token to the last.
+One step function serves generation, streaming, speculation and plain autoregression (no drafter).
+The whole state is donated, so caches are updated in place from the first token to the last.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from easyspec_jax.stats import Counters, count
 class DecodeState:
     """Everything that one batch carries from step to step.
 
-    Between steps the base cache covers all committed tokens but the last, the root of the next step; the drafter has absorbed
-    the first `absorbed` of them.
+    Between steps the base cache covers all committed tokens but the last, the root of the next
+    step; the drafter has absorbed the first `absorbed` of them.
     """
 
     tokens: (
@@ -162,7 +162,8 @@ class Specs:
 def prefill_chunk(
     base: Model, drafter: Any, state: DecodeState, start: jax.Array, *, chunk: int, specs: Specs
 ) -> DecodeState:
-    """Absorb prompt tokens [start, start + chunk) of every row, but never its last: that is the root of the first step.
+    """Absorb prompt tokens [start, start + chunk) of every row, but never its last: that is the
+    root of the first step.
 
     Args:
       state: donated.
@@ -186,7 +187,9 @@ def prefill_chunk(
 
 @functools.partial(jax.jit, static_argnames="specs", donate_argnames="state")
 def run_loop(base: Model, drafter: Any, state: DecodeState, *, specs: Specs) -> DecodeState:
-    """Step until every row is done; `state` is donated, `specs` are those of (base, drafter, state)."""
+    """Step until every row is done; `state` is donated, `specs` are those of (base, drafter,
+    state).
+    """
 
     def run(base, drafter, state):
         return lax.while_loop(lambda s: ~s.done.all(), lambda s: step(base, drafter, s)[0], state)

@@ -1,8 +1,10 @@
-"""The exact model: Llama, Mistral, Qwen2 and Qwen3 as pure functions of parameters, tokens and a KV cache.
+"""The exact model: Llama, Mistral, Qwen2 and Qwen3 as pure functions of parameters, tokens and a KV
+cache.
 
-Dimension letters: B batch, T new tokens in this call, S cache capacity, D embed, F mlp, N query heads, K kv heads,
-G = N // K query heads per kv head, H head dim, V vocabulary, L layers. Inside `shard_map` K, G, F and V are the local share.
-Every weight product leaves a partial sum that is added up over the axes its layout names, once per attention and once per MLP.
+Dimension letters: B batch, T new tokens in this call, S cache capacity, D embed, F mlp, N query
+heads, K kv heads, G = N // K query heads per kv head, H head dim, V vocabulary, L layers. Inside
+`shard_map` K, G, F and V are the local share. Every weight product leaves a partial sum that is
+added up over the axes its layout names, once per attention and once per MLP.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from easyspec_jax.sharding import Layout, psum
 
 @struct.dataclass(kw_only=True)
 class Attention:
-    """Attention weights of one layer, or of one slot of a group with a leading axis over the mesh axis "layer"."""
+    """Attention weights of one layer, or of one slot of a group with a leading axis over the mesh
+    axis "layer".
+    """
 
     norm: jax.Array  # [D]
     wqkv: (
@@ -53,8 +57,9 @@ class Mlp:
 class Block:
     """One layer, or a group of layers whose attentions may run at once.
 
-    Layer j of a group is in slot j // n on device j % n of the mesh axis "layer" (n devices); a short last slot is padded with
-    zero layers. Where n = 1 every layer is a slot of its own, not stacked.
+    Layer j of a group is in slot j // n on device j % n of the mesh axis "layer" (n devices); a
+    short last slot is padded with zero layers. Where n = 1 every layer is a slot of its own, not
+    stacked.
     """
 
     attention: tuple[Attention, ...]  # one per slot
@@ -127,7 +132,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
         return freq
     if scaling.kind == "linear":
         return freq / scaling.factor
-    # Llama 3.1: long wavelengths are interpolated by `factor`, short ones kept, those between blended linearly.
+    # Llama 3.1: long wavelengths are divided by `factor`, short ones kept, others blended.
     turns = scaling.original_max_len * freq / (2 * math.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)
@@ -142,7 +147,9 @@ def rotate(x: jax.Array, step: Step) -> jax.Array:
 
 
 def _project_heads(w: Attention, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), before norms and rotation."""
+    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), before norms and
+    rotation.
+    """
 
     def project(weight, bias):
         d, k, n, h = weight.shape
@@ -158,7 +165,8 @@ def _project_heads(w: Attention, x: jax.Array) -> tuple[jax.Array, jax.Array, ja
 def attention(
     model: Model, w: Attention, x: jax.Array, kv: LayerKV, step: Step
 ) -> tuple[jax.Array, LayerKV]:
-    """What one attention layer adds to x ([B, T, D]), as a partial sum over `layout.heads`, and its cache with x written.
+    """What one attention layer adds to x ([B, T, D]), as a partial sum over `layout.heads`, and its
+    cache with x written.
 
     Writing first and reading the updated cache lets XLA update the donated buffer in place.
     """
@@ -210,8 +218,10 @@ def forward(
 
     Args:
       tokens: i32[B, T]. Ids the model has no row for are read as its unknown or padding id.
-      cache: consumed; row b is written at length[b] .. length[b] + T - 1, which must lie below `max_len`.
-      num: i32[B], how many of the T tokens count; the cache's length grows by it. The rest is padding. Default T.
+      cache: consumed; row b is written at length[b] .. length[b] + T - 1, which must lie below
+        `max_len`.
+      num: i32[B], how many of the T tokens count; the cache's length grows by it. The rest is
+        padding. Default T.
       run_block: how a block runs; `layer_parallel` has the ways to run groups.
 
     Returns:
@@ -283,7 +293,9 @@ def top_letters(config: ModelConfig) -> dict[str, str]:
 
 
 def arrange_attention(layer: dict[str, Any], *, split_query: bool) -> Attention:
-    """One layer of a checkpoint (`ModelConfig.layer_shapes`) as `Attention`; `split_query` keeps queries apart."""
+    """One layer of a checkpoint (`ModelConfig.layer_shapes`) as `Attention`; `split_query` keeps
+    queries apart.
+    """
 
     def join(*parts):  # [..., K, G, H] queries, [..., K, H] keys and values
         parts = [
@@ -314,7 +326,9 @@ def arrange_attention(layer: dict[str, Any], *, split_query: bool) -> Attention:
 
 
 def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
-    """The layers of one block as checkpoints hold them, fused and, in a group over the axis "layer", stacked by slot."""
+    """The layers of one block as checkpoints hold them, fused and, in a group over the axis
+    "layer", stacked by slot.
+    """
     attentions = [arrange_attention(layer, split_query=bool(layout.query)) for layer in layers]
     n = layout.group_devices
     if n > 1 and len(layers) > 1:

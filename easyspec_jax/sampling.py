@@ -1,7 +1,8 @@
-"""From logits to tokens: filters, draws, and the verification that keeps speculative decoding lossless.
+"""From logits to tokens: filters, draws, and the verification that keeps speculative decoding
+lossless.
 
-Nothing here sorts the vocabulary: thresholds of top-k and top-p are found exactly by bisection on the bits of the
-probabilities, which stays cheap and capturable inside a GPU's decode loop.
+Nothing here sorts the vocabulary: thresholds of top-k and top-p are found exactly by bisection on
+the bits of the probabilities, which stays cheap and capturable inside a GPU's decode loop.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from easyspec_jax.config import Sampling
 
 @struct.dataclass(kw_only=True)
 class Filters:
-    """A `Sampling` inside jit: values are leaves, so changing them compiles nothing; which ones are on is static."""
+    """A `Sampling` inside jit: values are leaves, so changing them compiles nothing; which ones are
+    on is static.
+    """
 
     temperature: jax.Array  # f32[]
     top_k: jax.Array  # i32[]
@@ -47,7 +50,9 @@ def make_filters(sampling: Sampling) -> Filters:
 
 @struct.dataclass(kw_only=True)
 class Proposal:
-    """What a drafter proposes for one step: n nodes, each hanging on the root (the current token) or on an earlier node."""
+    """What a drafter proposes for one step: n nodes, each hanging on the root (the current token)
+    or on an earlier node.
+    """
 
     tokens: jax.Array  # i32[B, n]
     parents: jax.Array  # i32[B, n], index of the parent node, -1 = root
@@ -66,7 +71,8 @@ class Verdict:
 
 
 def probabilities(logits: jax.Array, filters: Filters) -> jax.Array:
-    """The distribution tokens are drawn from: temperature, then top-k, top-p, min-p, each on the renormalised rest.
+    """The distribution tokens are drawn from: temperature, then top-k, top-p, min-p, each on the
+    renormalised rest.
 
     Args:
       logits: [..., V], any float type.
@@ -93,7 +99,8 @@ def _keep(p: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _largest_threshold(p: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest t >= 0 (f32[..., 1]) with holds(t), for a predicate that turns false as t grows; 0 if none holds.
+    """The largest t >= 0 (f32[..., 1]) with holds(t), for a predicate that turns false as t grows;
+    0 if none holds.
 
     Floats that are not negative order as their bits do, so 31 halvings are exact.
     """
@@ -107,7 +114,9 @@ def _largest_threshold(p: jax.Array, holds: Callable[[jax.Array], jax.Array]) ->
 
 
 def sample(key: jax.Array, probs: jax.Array) -> jax.Array:
-    """One draw per row: i32[...] from f32[..., V], which need not be normalised; a zero is never drawn."""
+    """One draw per row: i32[...] from f32[..., V], which need not be normalised; a zero is never
+    drawn.
+    """
     return jax.random.categorical(key, jnp.log(probs), axis=-1).astype(jnp.int32)
 
 
@@ -117,10 +126,12 @@ def argmax(logits: jax.Array) -> jax.Array:
 
 
 def verify(logits: jax.Array, proposal: Proposal, filters: Filters, key: jax.Array) -> Verdict:
-    """Accept the longest prefix of a chain that keeps the base model's distribution (Leviathan et al. 2023, Algorithm 1).
+    """Accept the longest prefix of a chain that keeps the base model's distribution (Leviathan et
+    al. 2023, Algorithm 1).
 
-    A drawn token x is accepted with min(1, p(x) / q(x)), a chosen one (`proposal.probs` is None) with p(x). At the first
-    rejection the token is drawn from what p has left over q; with no draft token there, from p.
+    A drawn token x is accepted with min(1, p(x) / q(x)), a chosen one (`proposal.probs` is None)
+    with p(x). At the first rejection the token is drawn from what p has left over q; with no draft
+    token there, from p.
 
     Args:
       logits: [B, n + 1, V] of the base model at the root and behind each draft token.
@@ -145,7 +156,9 @@ def verify(logits: jax.Array, proposal: Proposal, filters: Filters, key: jax.Arr
 
 
 def _residual(p: jax.Array, proposal: Proposal, count: jax.Array) -> jax.Array:
-    """What is left of p (f32[B, V]) after draft token `count` was rejected; all of it where there was none."""
+    """What is left of p (f32[B, V]) after draft token `count` was rejected; all of it where there
+    was none.
+    """
     n = proposal.tokens.shape[1]
     if n == 0:
         return p

@@ -1,7 +1,7 @@
 """Where every array lives: the mesh, and which mesh axes split which dimension of a model.
 
-A `Layout` is a frozen value. Model code runs on local shards inside one `shard_map` and asks the layout only for the axes to
-sum over, so one device (no axes at all) and any mesh share every line.
+A `Layout` is a frozen value. Model code runs on local shards inside one `shard_map` and asks the
+layout only for the axes to sum over, so one device (no axes at all) and any mesh share every line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LAYER, TENSOR = "layer", "tensor"
 
 
 def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
-    """A ("layer", "tensor") mesh over the first layer x tensor devices; `tensor=None` takes all that `layer` leaves.
+    """A ("layer", "tensor") mesh over the first layer x tensor devices; `tensor=None` takes all
+    that `layer` leaves.
 
     Raises:
       ValueError: an axis below 1, or more devices asked for than there are.
@@ -38,7 +39,8 @@ def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
         tensor = max(len(devices) // layer, 1)
     if layer * tensor > len(devices):
         raise ValueError(
-            f"a mesh of layer={layer} x tensor={tensor} needs {layer * tensor} devices, but there are {len(devices)}"
+            f"a mesh of layer={layer} x tensor={tensor} "
+            f"needs {layer * tensor} devices, but there are {len(devices)}"
         )
     grid = np.asarray(devices[: layer * tensor]).reshape(layer, tensor)
     return Mesh(grid, (LAYER, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -46,7 +48,9 @@ def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Logical dimensions -> mesh axes for one model. An axis of size 1 is never named, so it costs no collective."""
+    """Logical dimensions -> mesh axes for one model. An axis of size 1 is never named, so it costs
+    no collective.
+    """
 
     mesh: Mesh
     kv: tuple[str, ...] = ()  # splits the kv heads, and with them the KV cache
@@ -72,7 +76,9 @@ class Layout:
         return math.prod(self.mesh.shape[a] for a in axes)
 
     def spec(self, letters: str) -> P:
-        """PartitionSpec for an array with these dimension letters: L stacked layers, K, J split query heads, F, V."""
+        """PartitionSpec for an array with these dimension letters: L stacked layers, K, J split
+        query heads, F, V.
+        """
         axes = {"L": (self.group,), "K": self.kv, "J": self.query, "F": self.mlp, "V": self.vocab}
         named = [axes.get(letter) or None for letter in letters]
         while named and named[-1] in (None, (None,)):
@@ -85,9 +91,11 @@ class Layout:
 
 
 def make_layout(config: ModelConfig, mesh: Mesh, *, layer_parallel: bool) -> Layout:
-    """The layout of a base model (heads over all devices), or of a layer-parallel draft (heads over "tensor" only).
+    """The layout of a base model (heads over all devices), or of a layer-parallel draft (heads over
+    "tensor" only).
 
-    MLPs and vocabulary go over all devices in both. What does not divide is replicated on that axis, and one log line says so.
+    MLPs and vocabulary go over all devices in both. What does not divide is replicated on that
+    axis, and one log line says so.
     """
     real = tuple(a for a in (LAYER, TENSOR) if mesh.shape[a] > 1)
     head_axes = tuple(a for a in real if a == TENSOR or not layer_parallel)
@@ -107,7 +115,9 @@ def make_layout(config: ModelConfig, mesh: Mesh, *, layer_parallel: bool) -> Lay
 
 
 def _split_heads(config: ModelConfig, mesh: Mesh, axes: tuple[str, ...]):
-    """Kv heads over all axes if they divide, else axis by axis: kv heads, else the query heads of each, else nothing."""
+    """Kv heads over all axes if they divide, else axis by axis: kv heads, else the query heads of
+    each, else nothing.
+    """
     if config.num_kv_heads % math.prod(mesh.shape[a] for a in axes) == 0:
         return axes, (), ()
     kv, query, whole = (), (), ()
@@ -124,7 +134,7 @@ def _split_heads(config: ModelConfig, mesh: Mesh, axes: tuple[str, ...]):
 
 
 def _dividing(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The most of `axes` that divide `size`: all of them, else "tensor", else "layer", else none."""
+    """The most of `axes` that divide `size`: all, else "tensor", else "layer", else none."""
     for tried in (axes, *((a,) for a in reversed(axes))):
         if size % math.prod(mesh.shape[a] for a in tried) == 0:
             return tried
@@ -158,7 +168,9 @@ def on_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a pytree of sharded arrays (or ShapeDtypeStructs with shardings)."""
+    """Bytes that one device holds of a pytree of sharded arrays (or ShapeDtypeStructs with
+    shardings).
+    """
 
     def local(x):
         shape = (
@@ -185,6 +197,7 @@ def check_memory(mesh: Mesh, budget: dict[str, int]) -> None:
     if limit is not None and total > limit:
         parts = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in budget.items())
         raise ValueError(
-            f"needs {total / 2**30:.2f} GiB on each device ({parts}), but a device has {limit / 2**30:.2f} GiB: "
+            f"needs {total / 2**30:.2f} GiB on each device ({parts}), "
+            f"but a device has {limit / 2**30:.2f} GiB: "
             "use more devices, a smaller batch or fewer tokens"
         )

@@ -1,7 +1,7 @@
 """How well speculation went: counted on the device inside the loop, turned into rates on the host.
 
-A step that is cut short (by a stop token or the length limit) counts with what it emitted: draft tokens behind the cut were
-not tried, accepted or emitted.
+A step that is cut short (by a stop token or the length limit) counts with what it emitted: draft
+tokens behind the cut were not tried, accepted or emitted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def count(counters: Counters, num_accepted, num_valid, num_emitted):
     """Counters after one more step; works on jax and on numpy arrays.
 
     Args:
-      num_accepted, num_valid: i32[B], accepted draft tokens, and draft tokens that there were to try.
+      num_accepted, num_valid: i32[B], accepted draft tokens, and draft tokens that there were to
+        try.
       num_emitted: i32[B], tokens emitted after every cut; 0 = the row was not active.
     """
     xp = jnp if isinstance(num_emitted, jax.Array) else np
@@ -73,7 +74,9 @@ class Stats:
 
     @property
     def acceptance_rate(self) -> float:
-        """α: accepted / tried draft tokens; tried are those up to and including the first rejection."""
+        """α: accepted / tried draft tokens; tried are those up to and including the first
+        rejection.
+        """
         tried = sum(self.tried_per_depth)
         return sum(self.accepted_per_depth) / tried if tried else 0.0
 

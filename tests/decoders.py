@@ -1,4 +1,6 @@
-"""Tiny models and decoders, made once per test process: compiling them is what the tests' time goes into."""
+"""Tiny models and decoders, made once per test process: compiling them is what the tests' time goes
+into.
+"""
 
 import functools
 
@@ -6,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 import easyspec_jax as es
-from easyspec_jax.sharding import on_mesh, specs_of
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
 CONFIG = es.ModelConfig(
@@ -43,25 +44,30 @@ def self_drafting(mesh_shape=(1, 1), group_size=3, gamma=3, calibrate=True, para
 
 @functools.cache
 def stranger_drafting(mesh_shape=(1, 1)):
-    """A draft of other shape and weights, with a larger vocabulary and a shorter context: it hardly helps."""
+    """A draft of other shape and weights, with a larger vocabulary and a shorter context: it hardly
+    helps.
+    """
     draft = model(mesh_shape, group_size=2, seed=7, config=SMALL)
     return es.Decoder(model(mesh_shape), es.LayerParallelDrafter(draft), num_draft_tokens=2)
 
 
 def all_logits(base, tokens):
-    """Logits f[T, V] at every position of one text."""
+    """Logits f[B, T, V] at every position of texts of one length, i32[B, T]; on one device."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    return _all_logits(base, tokens, fresh_cache(base, *tokens.shape))
 
-    def run(base, tokens, cache):
-        hidden, _ = es.model.forward(base, tokens, cache)
-        return es.model.logits(base, hidden)
 
-    cache = fresh_cache(base, 1, len(tokens))
-    tokens = jnp.asarray([tokens], jnp.int32)
-    specs = specs_of((base, tokens, cache))
-    out_spec = jax.sharding.PartitionSpec()
-    return jax.jit(on_mesh(run, base.layout.mesh, specs, out_spec))(base, tokens, cache)[0]
+@jax.jit
+def _all_logits(base, tokens, cache):
+    hidden, _ = es.model.forward(base, tokens, cache)
+    return es.model.logits(base, hidden)
 
 
 def fresh_cache(m, batch, max_len):
     abstract = es.cache.abstract_cache(m.config, m.layout, m.partition, batch, max_len, m.dtype)
     return es.cache.zeros(abstract)
+
+
+def joined(pieces):
+    """The tokens of all pieces of a stream."""
+    return [token for piece in pieces for token in piece]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -23,21 +24,17 @@ FILTERED = es.Sampling(temperature=0.8, top_k=5, top_p=0.95, min_p=0.02)
 
 
 def enumerate_sequences(base, prompt, s, length=3):
-    """Probability of every sequence of `length` tokens under the base alone, {tuple: p}, prefix by prefix."""
-    filters = es.sampling.make_filters(s)
-    table = {(): 1.0}
-    for _ in range(length):
-        longer = {}
-        for prefix, p in table.items():
-            logits = all_logits(base, [*prompt, *prefix])[-1:]
-            for token, q in enumerate(np.asarray(es.sampling.probabilities(logits, filters))[0]):
-                longer[(*prefix, token)] = p * float(q)
-        table = longer
-    return table
+    """Probability of every sequence of `length` tokens under the base alone, {tuple: p}."""
+    v = base.config.vocab_size
+    sequences = list(itertools.product(range(v), repeat=length))
+    logits = all_logits(base, [[*prompt, *sequence[:-1]] for sequence in sequences])
+    p = es.sampling.probabilities(logits[:, -length:], es.sampling.make_filters(s))
+    chosen = np.take_along_axis(np.asarray(p), np.array(sequences)[..., None], axis=-1)
+    return dict(zip(sequences, chosen[..., 0].astype(np.float64).prod(axis=1), strict=True))
 
 
 def chi_square(rows, table):
-    """Standard deviations of Pearson's statistic above its mean; cells below 5 expected are merged."""
+    """Pearson's statistic in standard deviations above its mean; cells below 5 are merged."""
     counts = {key: 0 for key in table}
     for row in rows:
         counts[tuple(row)] += 1

@@ -31,7 +31,9 @@ def test_statistics_of_a_perfect_draft():
 
 
 def test_statistics_of_a_cut_step():
-    """γ = 3, always right, 6 tokens: 4 in the first step, then 2, both of them accepted draft tokens."""
+    """γ = 3, always right, 6 tokens: 4 in the first step, then 2, both of them accepted draft
+    tokens.
+    """
     stats = self_drafting((1, 1), 1, 3).generate([PROMPTS[0]], max_new_tokens=6).stats
     assert stats.accepted_histogram == (0, 0, 1, 1)
     assert stats.tried_per_depth == stats.accepted_per_depth == (2, 2, 1)
@@ -54,7 +56,7 @@ def test_statistics_agree_with_themselves():
 def test_logprobs_are_the_bases():
     out = self_drafting().generate(PROMPTS[:2], max_new_tokens=8, logprobs=True)
     for prompt, new, got in zip(PROMPTS, out.tokens, out.logprobs, strict=False):
-        scores = jax.nn.log_softmax(all_logits(model((1, 1)), prompt + new[:-1]))
+        scores = jax.nn.log_softmax(all_logits(model((1, 1)), [prompt + new[:-1]])[0])
         want = np.asarray(scores)[np.arange(8) + len(prompt) - 1, new]
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -90,7 +92,7 @@ def test_caches_are_donated(mesh_shape, monkeypatch):
     monkeypatch.setattr(loop, "run_loop", spy)
     self_drafting(mesh_shape).generate(PROMPTS, max_new_tokens=NEW)
     caches = jax.tree.leaves((seen[0].cache.blocks, seen[0].draft.cache.blocks))
-    assert len(caches) > 20 and all(leaf.is_deleted() for leaf in caches)
+    assert len(caches) >= 14 and all(leaf.is_deleted() for leaf in caches)
 
 
 # Refusals: one sentence, before anything is allocated.
@@ -128,7 +130,7 @@ def test_bad_decoders_are_refused():
     with pytest.raises(ValueError, match="different tokenizers"):
         other = es.LayerParallelDrafter(draft.replace(tokenizer="b"))
         es.Decoder(base.replace(tokenizer="a"), other)
-    with pytest.raises(ValueError, match="layout must be .* got 'both'"):
+    with pytest.raises(ValueError, match=r"layout must be .* got 'both'"):
         es.random_model(CONFIG, es.make_mesh(1, 1), layout="both")
 
 
@@ -149,7 +151,7 @@ def test_too_little_memory_is_refused_with_the_budget(monkeypatch):
     monkeypatch.setattr(sharding, "device_memory", lambda mesh: 100_000)
     monkeypatch.setattr(es.decode, "zeros", lambda abstract: pytest.fail("allocated"))
     with pytest.raises(
-        ValueError, match="base weights .* base cache .* draft cache .* but a device"
+        ValueError, match=r"base weights .* base cache .* draft cache .* but a device"
     ):
         self_drafting().generate(PROMPTS, max_new_tokens=NEW)
 

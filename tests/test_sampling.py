@@ -14,7 +14,7 @@ from easyspec_jax.sampling import Proposal, make_filters, probabilities, sample,
 
 
 def sorted_filter(logits, s: Sampling):
-    """The same filters the obvious way, in float64 and with sorting; ties at a threshold are kept."""
+    """The same filters the obvious way, in float64, by sorting; ties at a threshold are kept."""
     x = logits.astype(np.float64) / s.temperature
     p = np.exp(x - x.max())
     p /= p.sum()
@@ -107,7 +107,9 @@ ROWS, V = 40_000, 5
 
 
 def emitted(kind, seed=0):
-    """First two tokens that one step emits (-1: only one) from p, for drafts of `kind`; [ROWS, 2] and p rows [3, V]."""
+    """First two tokens that one step emits (-1: only one) from p, for drafts of `kind`; [ROWS, 2]
+    and p rows [3, V].
+    """
     rng = np.random.default_rng(seed)
     base = (
         rng.normal(size=(3, V)) * 1.5
@@ -130,7 +132,9 @@ def emitted(kind, seed=0):
 
 
 def chi_square(counts, expected):
-    """Pearson's statistic in units of standard deviations above its mean; false alarm at 5: under 1e-5."""
+    """Pearson's statistic in units of standard deviations above its mean; false alarm at 5: under
+    1e-5.
+    """
     x = ((counts - expected) ** 2 / expected).sum()
     dof = counts.size - 1
     return (x - dof) / np.sqrt(2 * dof)
@@ -140,7 +144,7 @@ def deviation(kind):
     first, second, p = emitted(kind)
     one = chi_square(np.bincount(first, minlength=V), ROWS * p[0])
     second = second[second >= 0]
-    # Whether a second token comes depends on the first alone, so among those that came p[1] must hold.
+    # Whether a second token comes depends on the first alone: among those that came p[1] holds.
     two = chi_square(np.bincount(second, minlength=V), len(second) * p[1])
     return max(one, two)
 
@@ -165,7 +169,7 @@ def test_broken_rules_are_noticed(monkeypatch, kind, broken):
 
 
 def test_residual_after_each_rejection_by_hand():
-    """p = (.5, .5, 0), q = (0, .5, .5): token 2 is always rejected, and then only token 0 is left."""
+    """p = (.5, .5, 0), q = (0, .5, .5): token 2 is always rejected, then only 0 is left."""
     p = jnp.log(jnp.asarray([[[0.5, 0.5, 0.0]] * 2] * 256, jnp.float32))
     q = jnp.asarray([[[0.0, 0.5, 0.5]]] * 256, jnp.float32)
     verdict = verify(p, chain([[2]] * 256, q), SAMPLED, jax.random.key(0))

@@ -1,7 +1,7 @@
 """What the decoding loop knows of a drafter: a frozen pytree with pure methods, and nothing else.
 
-A drafter's state is addressed by absolute position: every call forgets all at or beyond `start`, so rolling back a rejected
-draft needs no method of its own.
+A drafter's state is addressed by absolute position: every call forgets all at or beyond `start`, so
+rolling back a rejected draft needs no method of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Drafter(Protocol):
         """The models it runs, for checks against the base."""
 
     def init(self, batch: int, max_len: int, options: DraftOptions) -> Any:
-        """An empty state for `batch` rows of at most `max_len` tokens, allocated on the drafter's mesh."""
+        """An empty state for `batch` rows of at most `max_len` tokens, allocated on the drafter's
+        mesh.
+        """
 
     def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> Any:
         """Shapes and shardings of what `init` allocates, for the memory budget."""
@@ -52,12 +54,16 @@ class Drafter(Protocol):
         num: jax.Array,
         key: jax.Array,
     ) -> tuple[Proposal, Any, KVCache]:
-        """Absorb the newly committed tokens (i32[B, W], `num` of them count), then draft behind them."""
+        """Absorb the newly committed tokens (i32[B, W], `num` of them count), then draft behind
+        them.
+        """
 
     def verify(
         self, base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
     ) -> tuple[jax.Array, KVCache, Any]:
-        """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node, the written cache, and anything for `observe`."""
+        """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node, the written cache,
+        and anything for `observe`.
+        """
 
     def observe(self, state: Any, verdict: Verdict, aux: Any) -> Any:
         """Learn from a verdict."""

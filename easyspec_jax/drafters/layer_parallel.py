@@ -1,7 +1,9 @@
 """EasySpec's drafter: a small model whose layers run in parallel groups, calibrated once per step.
 
-Each step begins with one exact pass over the tokens just committed. It replaces the approximate cache entries that drafting
-left, so errors never pile up, and its last logits are already the first draft distribution: calibration costs no extra pass.
+Each step begins with one exact pass over the tokens just committed. It replaces the approximate
+cache entries that drafting
+left, so errors never pile up, and its last logits are already the first draft distribution:
+calibration costs no extra pass.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from easyspec_jax.sampling import Proposal, argmax, probabilities, sample
 
 @struct.dataclass(kw_only=True)
 class DraftState:
-    """Between steps the cache's first `length` entries are exact (calibrated) and cover the absorbed tokens."""
+    """Between steps the cache's first `length` entries are exact (calibrated) and cover the
+    absorbed tokens.
+    """
 
     cache: KVCache
     options: DraftOptions
@@ -30,12 +34,15 @@ class DraftState:
 
 @struct.dataclass
 class LayerParallelDrafter(DrafterBase):
-    """Drafts a chain with `draft`, whose partition says which layers run at once; all groups of one layer = exact drafting.
+    """Drafts a chain with `draft`, whose partition says which layers run at once; all groups of one
+    layer = exact drafting.
 
     Args:
       draft: loaded with `group_size` (or a partition).
-      calibrate: run the pass over newly committed tokens exactly (EasySpec); False runs it in groups too.
-      parallel: "attention" (EasySpec: MLPs in order) or "layer" (whole layers at once, the paper's ablation).
+      calibrate: run the pass over newly committed tokens exactly (EasySpec); False runs it in
+        groups too.
+      parallel: "attention" (EasySpec: MLPs in order) or "layer" (whole layers at once, the paper's
+        ablation).
 
     Raises:
       ValueError: an unknown `parallel`.
@@ -81,7 +88,9 @@ class LayerParallelDrafter(DrafterBase):
         num: jax.Array,
         key: jax.Array,
     ) -> tuple[Proposal, DraftState, KVCache]:
-        """Calibrate, then draft γ tokens: the first from the calibration pass, each further one from a parallel pass."""
+        """Calibrate, then draft γ tokens: the first from the calibration pass, each further one
+        from a parallel pass.
+        """
         options = state.options
         fuzzy = draft_runner(self.parallel)
         keys = jax.random.split(key, options.num_draft_tokens)
@@ -109,7 +118,9 @@ class LayerParallelDrafter(DrafterBase):
         return _chain(tokens, q), state.replace(cache=cache.rollback(absorbed)), base_cache
 
     def _choose(self, hidden: jax.Array, options: DraftOptions, key: jax.Array) -> Any:
-        """The next draft token i32[B] behind `hidden` ([B, 1, D]) and q, f32[B, V]; None when greedy."""
+        """The next draft token i32[B] behind `hidden` ([B, 1, D]) and q, f32[B, V]; None when
+        greedy.
+        """
         scores = _fit_vocab(logits(self.draft, hidden)[:, 0], options.vocab_size)
         if options.filters.greedy:
             return argmax(scores), None
@@ -124,7 +135,9 @@ def _chain(tokens: jax.Array, probs: jax.Array | None) -> Proposal:
 
 
 def _fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:
-    """Draft scores [B, V'] over the base's V ids: cut, or padded with -inf; ids the draft lacks are never drafted."""
+    """Draft scores [B, V'] over the base's V ids: cut, or padded with -inf; ids the draft lacks are
+    never drafted.
+    """
     missing = vocab_size - scores.shape[-1]
     if missing <= 0:
         return scores[:, :vocab_size]

