@@ -33,7 +33,7 @@ from easyspec_jax.text import (
     stop_ids,
 )
 
-DEFAULT_SESSION = 4096  # tokens that a chat has room for, where the base's context is longer
+DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
 _DRAFT_OPTIONS = ("num_draft_tokens", "group_size", "no_calibrate", "parallel", "show_draft")
 
 

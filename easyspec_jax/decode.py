@@ -8,6 +8,7 @@ one call at a time. Shapes come in buckets, so requests of similar length share 
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from easyspec_jax.cache import abstract_cache, zeros
 from easyspec_jax.config import Sampling
 from easyspec_jax.drafters.base import Drafter, DraftOptions
 from easyspec_jax.model import Model
+from easyspec_jax.profile import phase_seconds
 from easyspec_jax.sampling import make_filters
 from easyspec_jax.sharding import check_memory, device_bytes
 from easyspec_jax.stats import Counters, Stats, count, make_stats
@@ -202,6 +204,34 @@ class Decoder:
         state = state.replace(done=self._put(np.ones((batch,), bool)))
         jax.block_until_ready(loop.run_loop(self.base, self.drafter, state, specs=specs))
 
+    def profile(
+        self,
+        batch: int = 1,
+        prompt_len: int = 64,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        repeats: int = 20,
+    ) -> dict[str, float]:
+        """Seconds of a prefill of prompt_len tokens and, per step, of each phase and the whole.
+
+        Keys: prefill, step, calibrate, draft, verify, commit. Phases are timed by themselves, on
+        tokens of no meaning; their times depend on shapes alone.
+        """
+        rows = self._check(np.zeros((batch, prompt_len), np.int32), max_new_tokens)
+        size = self._capacity(prompt_len + max_new_tokens)
+
+        def prefilled():
+            state = self._begin(rows, max_new_tokens, sampling, (), 0, False, size)
+            specs = loop.Specs.of((self.base, self.drafter, state))
+            return jax.block_until_ready(self._prefill(state, rows, specs))
+
+        prefilled()
+        start = time.perf_counter()
+        state = prefilled()
+        times = {"prefill": time.perf_counter() - start}
+        return times | phase_seconds(self.base, self.drafter, state, repeats=repeats)
+
     def _draft_models(self) -> tuple[Model, ...]:
         return self.drafter.models() if self.drafter is not None else ()
 
@@ -258,9 +288,11 @@ class Decoder:
         return -(-total // size) * size
 
     def _begin(
-        self, rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size
+        self, rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size, kept=None
     ) -> loop.DecodeState:
-        """A state with nothing absorbed yet, after the memory it needs was checked."""
+        """A state with nothing absorbed yet, or with the caches of `kept`, an earlier state of the
+        same size; after the memory it needs was checked.
+        """
         batch, base = len(rows), self.base
         abstract = abstract_cache(base.config, base.layout, base.partition, batch, size, base.dtype)
         options = DraftOptions(
@@ -275,8 +307,8 @@ class Decoder:
             tokens[b, : row.size] = row
         limit = np.minimum(lengths + max_new_tokens, base.config.max_len).astype(np.int32)
         return loop.DecodeState(
-            cache=zeros(abstract),
-            draft=self.drafter.init(batch, size, options) if self.drafter is not None else None,
+            cache=kept.cache if kept is not None else zeros(abstract),
+            draft=self._draft_state(batch, size, options, kept),
             **jax.tree.map(
                 self._put,
                 {
@@ -294,6 +326,13 @@ class Decoder:
                 },
             ),
         )
+
+    def _draft_state(self, batch, size, options, kept) -> Any:
+        if self.drafter is None:
+            return None
+        if kept is not None:
+            return self.drafter.resume(kept.draft, options)
+        return self.drafter.init(batch, size, options)
 
     def _put(self, x):
         """x on every device of the mesh."""
@@ -339,15 +378,14 @@ class Decoder:
                 f"the session has room for {size - self.num_draft_tokens - 1} tokens, but prompt "
                 f"and max_new_tokens make {total}: open one with a larger max_len"
             )
-        state = self._begin([row], max_new_tokens, sampling, eos_ids, seed, False, size)
+        session._state = None  # its buffers are about to be donated
+        state = self._begin([row], max_new_tokens, sampling, eos_ids, seed, False, size, old)
         known = 0
         if old is not None:
             both = zip(session._tokens[: session._absorbed], row[:-1].tolist(), strict=False)
             known = next(
                 (i for i, (a, b) in enumerate(both) if a != b), min(session._absorbed, row.size - 1)
             )
-            draft = _with_caches(state.draft, old.draft)
-            state = state.replace(cache=old.cache, draft=draft)
         specs = loop.Specs.of((self.base, self.drafter, state))
         session._state = self._prefill(state, [row], specs, start=known)
         session._tokens, session._absorbed = row.tolist(), row.size - 1
@@ -360,7 +398,8 @@ class Decoder:
         specs = loop.Specs.of((self.base, self.drafter, session._state))
         counters, new, done = Counters.zeros(1, self.num_draft_tokens), [], False
         while not done:
-            state, out = loop.run_step(self.base, self.drafter, session._state, specs=specs)
+            state, session._state = session._state, None  # donated: nobody may use it again
+            state, out = loop.run_step(self.base, self.drafter, state, specs=specs)
             out, done = jax.device_get((out, state.done))
             done = bool(done[0])
             ids = out.tokens[0, : out.num_emitted[0]].tolist()
@@ -381,8 +420,3 @@ class Decoder:
 def _pad_eos(eos_ids: Sequence[int]) -> np.ndarray:
     slots = max(-(-len(eos_ids) // EOS_SLOTS), 1) * EOS_SLOTS
     return np.array([*eos_ids, *[-1] * (slots - len(eos_ids))], np.int32)
-
-
-def _with_caches(fresh: Any, old: Any) -> Any:
-    """A drafter's state for a new request that keeps what the old one absorbed."""
-    return fresh if old is None else fresh.replace(cache=old.cache)

@@ -66,19 +66,19 @@ class Emission:
 def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Emission]:
     """Draft, verify and commit once; a finished row stays as it is."""
     draft_key, verify_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    root = _window(state.tokens, state.length - 1, 1)[:, 0]
+    root = window(state.tokens, state.length - 1, 1)[:, 0]
     cache = state.cache.rollback(state.length - 1)
     if drafter is None:
-        proposal, draft = _nothing(state.length.shape[0]), None
+        proposal, draft = no_proposal(state.length.shape[0]), None
         hidden, cache = forward(base, root[:, None], cache)
         scores = logits(base, hidden)
         verdict = verify(scores, proposal, state.filters, verify_key)
     else:
         width = state.num_draft_tokens + 1
-        window = _window(state.tokens, state.absorbed, width)
+        recent = window(state.tokens, state.absorbed, width)
         new = state.length - state.absorbed
         proposal, draft, cache = drafter.propose(
-            state.draft, cache, window, state.absorbed, new, draft_key
+            state.draft, cache, recent, state.absorbed, new, draft_key
         )
         with jax.named_scope("verify"):
             scores, cache, aux = drafter.verify(base, cache, root, proposal)
@@ -124,13 +124,14 @@ def _commit(
     return new, emission
 
 
-def _nothing(batch: int) -> Proposal:
+def no_proposal(batch: int) -> Proposal:
+    """The proposal of autoregression: no nodes."""
     empty = jnp.zeros((batch, 0), jnp.int32)
     return Proposal(tokens=empty, parents=empty, valid=jnp.zeros((batch, 0), bool))
 
 
-def _window(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
-    """x[b, start[b] : start[b] + width] of every row."""
+def window(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    """x[b, start[b] : start[b] + width] of every row, i32[B, width]."""
     return jax.vmap(lambda row, s: lax.dynamic_slice(row, (s,), (width,)))(x, start)
 
 

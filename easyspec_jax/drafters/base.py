@@ -42,6 +42,9 @@ class Drafter(Protocol):
     def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> Any:
         """Shapes and shardings of what `init` allocates, for the memory budget."""
 
+    def resume(self, state: Any, options: DraftOptions) -> Any:
+        """The state of an earlier request, with all it absorbed, under other options."""
+
     def prefill(self, state: Any, tokens: jax.Array, start: jax.Array, num: jax.Array) -> Any:
         """Absorb prompt tokens (i32[B, C], `num` of them count) at positions start[b] and on."""
 

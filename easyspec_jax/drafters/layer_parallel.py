@@ -70,6 +70,10 @@ class LayerParallelDrafter(DrafterBase):
         abstract = self.abstract_state(batch, max_len, options)
         return abstract.replace(cache=zeros(abstract.cache))
 
+    def resume(self, state: DraftState, options: DraftOptions) -> DraftState:
+        """The same cache, other options."""
+        return state.replace(options=options)
+
     def prefill(
         self, state: DraftState, tokens: jax.Array, start: jax.Array, num: jax.Array
     ) -> DraftState:
