@@ -169,3 +169,11 @@ def test_no_checkpoint_is_refused(tmp_path):
     (tmp_path / checkpoint.METADATA_FILE).write_text('{"format": 99}')
     with pytest.raises(ValueError, match="has checkpoint format 99"):
         es.load_model(tmp_path)
+
+
+def test_profile_names_every_phase():
+    times = self_drafting().profile(batch=1, prompt_len=5, max_new_tokens=8, repeats=2)
+    assert set(times) == {"prefill", "step", "calibrate", "draft", "verify", "commit"}
+    assert all(times[name] > 0 for name in ("prefill", "step", "calibrate", "verify"))
+    alone = autoregressive().profile(batch=1, prompt_len=5, max_new_tokens=8, repeats=2)
+    assert alone["calibrate"] == alone["draft"] == 0 < alone["step"]
