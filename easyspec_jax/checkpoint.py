@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -90,11 +91,20 @@ def load_model(
     """
     config, metadata = read_metadata(path)
     folder = pathlib.Path(path).absolute()
+    stored = {p.relative_to(folder).as_posix() for p in folder.glob("layers/*")}
+    if stored != {layer_name(i) for i in range(config.num_layers)} or not (folder / TOP).is_dir():
+        raise ValueError(
+            f"{folder} is incomplete or not of one piece: config.json has {config.num_layers} "
+            f"layers and {len(stored)} are stored; convert the model again"
+        )
 
     def part(name, abstract):
         from orbax.checkpoint import v1 as ocp
 
-        return ocp.load(folder / name, abstract)
+        try:
+            return ocp.load(folder / name, abstract)
+        except Exception as error:  # Orbax has many kinds for a damaged folder
+            raise ValueError(f"{folder / name} is damaged: convert the model again") from error
 
     return _build(config, mesh, group_size, dtype, layout, part, metadata.get("tokenizer"))
 
@@ -135,7 +145,7 @@ def _build(config, mesh, group_size, dtype, layout, part: Callable, tokenizer) -
     placed = make_layout(config, mesh, layer_parallel=layer_parallel)
     if dtype is None:
         dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
-    dtype = jnp.dtype(dtype)
+    dtype = _float_type(dtype)
     check_memory(mesh, {"weights": device_bytes(abstract_params(config, placed, partition, dtype))})
     # Each array comes with the split it keeps, so that fusing and stacking stay on the device.
     layer = _abstract(config.layer_shapes(), dtype, placed, layer_letters(config))
@@ -153,6 +163,16 @@ def _build(config, mesh, group_size, dtype, layout, part: Callable, tokenizer) -
     return Model(
         params=params, config=config, layout=placed, partition=partition, tokenizer=tokenizer
     )
+
+
+def _float_type(dtype: Any) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype must be a floating type such as float32 or bfloat16, got {dtype}")
+    return found
 
 
 def _abstract(shapes, dtype, layout: Layout, letters):
@@ -221,22 +241,25 @@ def _jit_arrange(size, config, layout):
 
 @functools.cache
 def _random_part(abstract):
+    """A jitted key -> arrays; one draw for all arrays of a part compiles several times faster."""
+
     def make(key):
-        keys = jax.random.split(key, len(abstract))
+        ends = np.cumsum([math.prod(a.shape) for _, a in abstract])
+        flat = jnp.split(jax.random.normal(key, (int(ends[-1]),), jnp.float32), ends[:-1].tolist())
         return {
-            name: _random(k, name, a.shape, a.dtype)
-            for k, (name, a) in zip(keys, abstract, strict=True)
+            name: _scaled(draw.reshape(a.shape), name).astype(a.dtype)
+            for draw, (name, a) in zip(flat, abstract, strict=True)
         }
 
     return jax.jit(make, out_shardings={name: a.sharding for name, a in abstract})
 
 
-def _random(key, name, shape, dtype):
+def _scaled(draw: jax.Array, name: str) -> jax.Array:
+    """A standard normal draw as the weights `name`: outputs keep the size of inputs."""
     if name.endswith("norm"):
-        return jnp.ones(shape, dtype)
-    fan_in = {"wo": shape[:-1], "embed": (1,)}.get(name, shape[:1])
-    scale = 0.02 if name.startswith("b") else float(np.prod(fan_in)) ** -0.5
-    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+        return jnp.ones_like(draw)
+    fan_in = {"wo": draw.shape[:-1], "embed": (1,)}.get(name, draw.shape[:1])
+    return draw * (0.02 if name.startswith("b") else math.prod(fan_in) ** -0.5)
 
 
 def _named(specs, mesh):

@@ -14,6 +14,7 @@ weights or cache entries.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,12 +38,17 @@ def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[in
     Raises:
       ValueError: group_size below 1, or a partition that does not sum to `num_layers`.
     """
-    if isinstance(group_size, int):
+    sizes = group_size if isinstance(group_size, Sequence) else (group_size,)
+    if isinstance(sizes, str) or not all(_is_integer(size) for size in sizes):
+        raise ValueError(
+            f"group_size must be a whole number or a partition of whole numbers, got {group_size!r}"
+        )
+    if not isinstance(group_size, Sequence):
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         between = max(num_layers - 2, 0)
-        full, rest = divmod(between, group_size)
-        groups = (group_size,) * full + ((rest,) if rest else ())
+        full, rest = divmod(between, int(group_size))
+        groups = (int(group_size),) * full + ((rest,) if rest else ())
         return (1, *groups, 1) if num_layers > 1 else (1,)
     partition = tuple(int(size) for size in group_size)
     if any(size < 1 for size in partition) or sum(partition) != num_layers:
@@ -52,6 +58,10 @@ def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[in
             f"got {partition}, which sums to {sum(partition)}"
         )
     return partition
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def run_exact(

@@ -15,7 +15,8 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.cache import KVCache
-from easyspec_jax.model import Model, forward, logits
+from easyspec_jax.drafters.base import verify_in_one_pass
+from easyspec_jax.model import Model, forward
 from easyspec_jax.sampling import Filters, Proposal, Verdict, verify
 from easyspec_jax.sharding import on_mesh, specs_of
 from easyspec_jax.stats import Counters, count
@@ -69,20 +70,19 @@ def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Em
     root = window(state.tokens, state.length - 1, 1)[:, 0]
     cache = state.cache.rollback(state.length - 1)
     if drafter is None:
-        proposal, draft = no_proposal(state.length.shape[0]), None
-        hidden, cache = forward(base, root[:, None], cache)
-        scores = logits(base, hidden)
-        verdict = verify(scores, proposal, state.filters, verify_key)
+        proposal, draft, judge = no_proposal(state.length.shape[0]), None, verify_in_one_pass
     else:
+        judge = drafter.verify
         width = state.num_draft_tokens + 1
         recent = window(state.tokens, state.absorbed, width)
         new = state.length - state.absorbed
         proposal, draft, cache = drafter.propose(
             state.draft, cache, recent, state.absorbed, new, draft_key
         )
-        with jax.named_scope("verify"):
-            scores, cache, aux = drafter.verify(base, cache, root, proposal)
-            verdict = verify(scores, proposal, state.filters, verify_key)
+    with jax.named_scope("verify"):
+        scores, cache, aux = judge(base, cache, root, proposal)
+        verdict = verify(scores, proposal, state.filters, verify_key)
+    if drafter is not None:
         draft = drafter.observe(draft, verdict, aux)
     with jax.named_scope("commit"):
         return _commit(state.replace(cache=cache, draft=draft), proposal, verdict, scores)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from easyspec_jax import loop
-from easyspec_jax.model import Model, forward, logits
+from easyspec_jax.drafters.base import verify_in_one_pass
+from easyspec_jax.model import Model
 from easyspec_jax.sampling import verify
 from easyspec_jax.sharding import on_mesh
 
@@ -41,16 +42,14 @@ def _calibrate(base, drafter, state):
 
 
 def _verify(base, drafter, state):
-    root = state.tokens[:, 0]
     cache = state.cache.rollback(state.length - 1)
     if drafter is None:
-        hidden, cache = forward(base, root[:, None], cache)
-        scores = logits(base, hidden)
-        proposal = loop.no_proposal(root.shape[0])
+        proposal, judge = loop.no_proposal(state.length.shape[0]), verify_in_one_pass
     else:
         shapes = jax.eval_shape(lambda: _proposal(drafter, state, state.draft)[0])
         proposal = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        scores, cache, _ = drafter.verify(base, cache, root, proposal)
+        judge = drafter.verify
+    scores, cache, _ = judge(base, cache, state.tokens[:, 0], proposal)
     verdict = verify(scores, proposal, state.filters, state.key)
     return _use(state.replace(cache=cache), verdict.next_token[:, None])
 

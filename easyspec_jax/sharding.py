@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,12 @@ def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
     that `layer` leaves.
 
     Raises:
-      ValueError: an axis below 1, or more devices asked for than there are.
+      ValueError: an axis that is no whole number above 0, or more devices asked for than there are.
     """
     devices = jax.devices()
+    for name, size in (("layer", layer), ("tensor", tensor)):
+        if size is not None and (not isinstance(size, numbers.Integral) or isinstance(size, bool)):
+            raise ValueError(f"mesh axis {name} must be a whole number of devices, got {size!r}")
     if layer < 1 or (tensor is not None and tensor < 1):
         raise ValueError(f"mesh axes must be at least 1, got layer={layer}, tensor={tensor}")
     if tensor is None:

@@ -150,6 +150,10 @@ def test_partitions_keep_the_first_and_the_last_layer_alone():
         ((1, 0, 4, 1), "sizes of at least 1"),
         ((7, -1), "sizes of at least 1"),
         ((), "sums to 0"),
+        (4.0, "a whole number or a partition of whole numbers, got 4.0"),
+        (True, "a whole number or a partition of whole numbers, got True"),
+        ((1.7, 4, 1), "a whole number or a partition of whole numbers"),
+        ("4", "a whole number or a partition of whole numbers, got '4'"),
     ],
     ids=str,
 )

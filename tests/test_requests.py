@@ -16,7 +16,7 @@ from decoders import (
 )
 
 import easyspec_jax as es
-from easyspec_jax import checkpoint, loop, sharding
+from easyspec_jax import loop, sharding
 
 # Statistics.
 
@@ -161,14 +161,6 @@ def test_short_draft_context_warns_and_stays_lossless():
     want = autoregressive().generate(prompt, max_new_tokens=NEW).tokens
     with pytest.warns(UserWarning, match="the draft's context of 48 tokens is shorter than the 64"):
         assert stranger_drafting().generate(prompt, max_new_tokens=NEW).tokens == want
-
-
-def test_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not a converted checkpoint"):
-        es.load_model(tmp_path)
-    (tmp_path / checkpoint.METADATA_FILE).write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="has checkpoint format 99"):
-        es.load_model(tmp_path)
 
 
 def test_profile_names_every_phase():

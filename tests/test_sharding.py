@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import shutil
 
@@ -94,6 +95,8 @@ def test_mesh_takes_the_first_devices_row_by_row():
         (0, None, "mesh axes must be at least 1, got layer=0, tensor=None"),
         (1, 0, "mesh axes must be at least 1, got layer=1, tensor=0"),
         (4, 3, "a mesh of layer=4 x tensor=3 needs 12 devices, but there are 8"),
+        ("4", None, "mesh axis layer must be a whole number of devices, got '4'"),
+        (1, 2.0, "mesh axis tensor must be a whole number of devices, got 2.0"),
         (9, None, "a mesh of layer=9 x tensor=1 needs 9 devices, but there are 8"),
     ],
 )
@@ -288,6 +291,8 @@ def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(
     folder.mkdir()
     for file in ("config.json", "easyspec.json"):
         shutil.copy(checkpoints["9/3"] / file, folder)
+    for part in ("top", *(f"layers/{i:04d}" for i in range(5))):
+        (folder / part).mkdir(parents=True)
     mesh = es.make_mesh(1, 1)
     monkeypatch.setattr(sharding, "device_memory", lambda mesh: 1000)
     with pytest.raises(ValueError, match=r"needs 0\.00 GiB on each device"):
@@ -311,9 +316,35 @@ def test_a_checkpoint_of_another_format_is_refused(checkpoints, tmp_path):
         es.load_model(tmp_path)
 
 
+def damaged(checkpoint, folder, config=None):
+    """A copy of a checkpoint, with other entries in its config.json."""
+    shutil.copytree(checkpoint, folder)
+    entries = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(entries | (config or {})))
+    return folder
+
+
+def test_an_incomplete_checkpoint_is_refused(checkpoints, tmp_path):
+    lacking = damaged(checkpoints["9/3"], tmp_path / "lacking")
+    shutil.rmtree(lacking / "layers" / "0003")
+    shorter = damaged(checkpoints["9/3"], tmp_path / "shorter", {"num_hidden_layers": 4})
+    for folder, layers, stored in ((lacking, 5, 4), (shorter, 4, 5)):
+        sentence = f"config.json has {layers} layers and {stored} are stored; convert"
+        with pytest.raises(ValueError, match=sentence):
+            es.load_model(folder, es.make_mesh(1, 1))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(checkpoints, tmp_path):
+    folder = damaged(checkpoints["9/3"], tmp_path / "other", {"intermediate_size": 8})
+    with pytest.raises(ValueError, match="layers/0000 is damaged: convert the model again"):
+        es.load_model(folder, es.make_mesh(1, 1))
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
+        ({"dtype": "int8"}, "dtype must be a floating type such as float32 or bfloat16, got int8"),
+        ({"dtype": "float63"}, "dtype must be a floating type .* got float63"),
         ({"layout": "both"}, 'layout must be "base" or "draft", got \'both\''),
         (
             {"layout": "base", "group_size": (3, 2)},

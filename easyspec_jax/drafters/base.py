@@ -75,6 +75,15 @@ class Drafter(Protocol):
         """Counters of this drafter's own stages, by name."""
 
 
+def verify_in_one_pass(
+    base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
+) -> tuple[jax.Array, KVCache, None]:
+    """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache."""
+    tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
+    hidden, base_cache = models.forward(base, tokens, base_cache)
+    return models.logits(base, hidden), base_cache, None
+
+
 class DrafterBase:
     """The hooks most drafters leave alone."""
 
@@ -84,9 +93,7 @@ class DrafterBase:
 
     def verify(self, base, base_cache, root, proposal):
         """One base pass over the root and all nodes."""
-        tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
-        hidden, base_cache = models.forward(base, tokens, base_cache)
-        return models.logits(base, hidden), base_cache, None
+        return verify_in_one_pass(base, base_cache, root, proposal)
 
     def observe(self, state, verdict, aux):
         """Nothing is learnt."""
