@@ -192,9 +192,10 @@ class Decoder:
         *,
         sampling: Sampling = Sampling(),  # noqa: B008
         logprobs: bool = False,
+        stream: bool = False,
     ) -> None:
-        """Compile what `generate` needs for requests of this size, so that the first one does not
-        wait.
+        """Compile what `generate` (or `stream`) needs for requests of this size, so that the first
+        one does not wait.
         """
         rows = self._check(np.zeros((batch, prompt_len), np.int32), max_new_tokens)
         size = self._capacity(prompt_len + max_new_tokens)
@@ -202,7 +203,8 @@ class Decoder:
         specs = loop.Specs.of((self.base, self.drafter, state))
         state = self._prefill(state, rows, specs)
         state = state.replace(done=self._put(np.ones((batch,), bool)))
-        jax.block_until_ready(loop.run_loop(self.base, self.drafter, state, specs=specs))
+        run = loop.run_step if stream else loop.run_loop
+        jax.block_until_ready(run(self.base, self.drafter, state, specs=specs))
 
     def profile(
         self,

@@ -1,5 +1,9 @@
 """Statistics, compilations, donation and refusals of the decoder."""
 
+import collections
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -78,6 +82,35 @@ def test_one_compilation_per_bucket():
         s = es.Sampling(temperature=temperature, top_p=top_p)
         decoder.generate([[1], [2]], max_new_tokens=4, sampling=s)
     assert loop.run_loop._cache_size() == before
+
+
+def test_warmup_compiles_the_stream():
+    decoder = self_drafting()
+    decoder.warmup(1, 10, 20, stream=True)
+    before = loop.run_step._cache_size(), loop.prefill_chunk._cache_size()
+    for _ in decoder.stream([1] * 12, max_new_tokens=9, eos_ids=[7]):
+        pass
+    assert (loop.run_step._cache_size(), loop.prefill_chunk._cache_size()) == before
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_compiled_loop_copies_no_cache(batch):
+    """In optimised HLO: writes in place, and neither copies nor transposes as large as an entry."""
+    decoder = self_drafting()
+    rows = [np.array([1, 2, 3])] * batch
+    size = 4096  # a cache entry is then far larger than anything else
+    state = decoder._begin(rows, 40, es.Sampling(), (), 0, False, size)
+    specs = loop.Specs.of((decoder.base, decoder.drafter, state))
+    compiled = loop.run_loop.lower(decoder.base, decoder.drafter, state, specs=specs).compile()
+    entry = state.cache.blocks[0][0].k
+    shape = re.compile(r"= f64\[([\d,]+)\]\S* (\S+?)\(")
+    moved = collections.Counter()
+    for dims, op in shape.findall(compiled.as_text()):
+        if math.prod(map(int, dims.split(","))) >= entry.size:
+            moved[op] += 1
+    assert moved["dynamic-update-slice"] + moved["scatter"] >= 2 * CONFIG.num_layers
+    assert not {"copy", "transpose", "concatenate", "select", "convert"} & set(moved)
+    assert compiled.memory_analysis().temp_size_in_bytes < entry.nbytes
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)
