@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf_tokenizer import write_tokenizer
+from convert.gguf_tokenizer import check_tokenizer, write_tokenizer
 from convert.tensors import LAYER_NAMES, TOP_NAMES, Tensor, expected_tensors, row_ranges
 from easyspec_jax.config import ModelConfig
 
@@ -91,6 +91,7 @@ class GgufSource:
         self._metadata: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
         self._stored = {t.name: t for t in reader.tensors}
         raw = self._config()
+        check_tokenizer(self._metadata)
         self.config = ModelConfig.from_hf(raw)
         self.config_text = json.dumps(raw, indent=2) + "\n"
         self.generation_config = self._generation_config()
@@ -115,7 +116,10 @@ class GgufSource:
         tensor, shape = self._stored[self.label(name)], self.tensors[name].shape
         rotary = self.config.family == "llama" and ".self_attn." in name
         rotary = rotary and name.endswith(("q_proj.weight", "k_proj.weight"))
-        for rows in row_ranges(shape, 4, self.config.head_dim if rotary else 1):
+        # the data of a vector in a packed type is its bytes, which are no rows
+        vector = len(shape) == 1
+        multiple = self.config.head_dim if rotary else 1
+        for rows in [slice(None)] if vector else row_ranges(shape, 4, multiple):
             dense = dequantize(tensor.data[rows], tensor.tensor_type)
             dense = dense.reshape(-1, *shape[1:])
             yield _to_half_rotation(dense, self.config.head_dim) if rotary else dense
@@ -198,17 +202,19 @@ class GgufSource:
         return int(embed.shape[-1])
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict | None:
-        kind = self._get("rope.scaling.type", "none")
+        kind = self._get("rope.scaling.type", "linear")  # as llama.cpp has it
         factor = self._get("rope.scaling.factor", self._get("rope.scale_linear"))
         if kind not in ("none", "linear"):
             raise ValueError(f"{self.path}: rotary scaling {kind!r} is not supported.")
-        if _ROPE_FACTORS in self._stored:
-            return self._llama3_scaling(head_dim, theta)
-        if factor in (None, 0.0, 1.0) or (
-            kind == "none" and self._get("rope.scale_linear") is None
-        ):
-            return None
-        return {"rope_type": "linear", "factor": factor}
+        scaled = kind != "none" and factor not in (None, 0.0, 1.0)
+        if _ROPE_FACTORS not in self._stored:
+            return {"rope_type": "linear", "factor": factor} if scaled else None
+        if scaled:
+            raise ValueError(
+                f"{self.path}: {_ROPE_FACTORS} together with the rotary scaling factor {factor} "
+                "is not supported."
+            )
+        return self._llama3_scaling(head_dim, theta)
 
     def _llama3_scaling(self, head_dim: int, theta: float) -> dict | None:
         """The llama3 scaling whose factors per frequency the file holds.

@@ -44,14 +44,11 @@ _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word in 
 _BEGINS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a BOS token goes first unless said
 
 
-def write_tokenizer(metadata: dict[str, Any], folder: pathlib.Path) -> None:
-    """Write the tokenizer of a GGUF file into `folder`; nothing if the file has no vocabulary.
-
-    Args:
-      metadata: all keys and values of the file.
+def check_tokenizer(metadata: dict[str, Any]) -> None:
+    """Refuse a vocabulary of which `write_tokenizer` could not make a tokenizer.
 
     Raises:
-      ValueError: the kind of tokenizer or its way of splitting is unknown.
+      ValueError: the kind of tokenizer or its way of splitting is unknown, or a part is missing.
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
     if tokens is None:
@@ -61,7 +58,43 @@ def write_tokenizer(metadata: dict[str, Any], folder: pathlib.Path) -> None:
         raise ValueError(
             f"tokenizer.ggml.model {model!r} is not supported; only gpt2 and llama are."
         )
-    tokenizer = _byte_level(metadata) if model == "gpt2" else _sentencepiece(metadata)
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if model == "gpt2" and name not in _SPLITS:
+        raise ValueError(
+            f"tokenizer.ggml.pre {name!r} is not supported; known are {', '.join(_SPLITS)}."
+        )
+    needed = "merges" if model == "gpt2" else "scores"
+    if f"tokenizer.ggml.{needed}" not in metadata:
+        raise ValueError(
+            f"the file has a vocabulary of the kind {model} but no tokenizer.ggml.{needed}."
+        )
+    per_token = ("token_type", "scores") if model == "llama" else ("token_type",)
+    for key in per_token:
+        values = metadata.get(f"tokenizer.ggml.{key}")
+        if values is not None and len(values) != len(tokens):
+            raise ValueError(
+                f"tokenizer.ggml.{key} has {len(values)} entries for {len(tokens)} tokens."
+            )
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if model == "llama" and metadata.get(f"tokenizer.ggml.{key}"):
+            raise ValueError(f"tokenizer.ggml.{key} is set, which is not supported.")
+
+
+def write_tokenizer(metadata: dict[str, Any], folder: pathlib.Path) -> None:
+    """Write the tokenizer of a GGUF file into `folder`; nothing if the file has no vocabulary.
+
+    Args:
+      metadata: all keys and values of the file.
+
+    Raises:
+      ValueError: see `check_tokenizer`.
+    """
+    check_tokenizer(metadata)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        return
+    byte_level = metadata["tokenizer.ggml.model"] == "gpt2"
+    tokenizer = _byte_level(metadata) if byte_level else _sentencepiece(metadata)
     types = _types(metadata)
     for kind, special in (((_CONTROL, _UNKNOWN), True), ((_USER_DEFINED,), False)):
         added = [
@@ -78,10 +111,6 @@ def write_tokenizer(metadata: dict[str, Any], folder: pathlib.Path) -> None:
 
 def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _SPLITS:
-        raise ValueError(
-            f"tokenizer.ggml.pre {name!r} is not supported; known are {', '.join(_SPLITS)}."
-        )
     merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
     bpe = models.BPE(_vocab(metadata), merges, ignore_merges=name in _WHOLE_WORDS_FIRST)
     tokenizer = Tokenizer(bpe)
@@ -101,9 +130,6 @@ def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
-    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
-        if metadata.get(f"tokenizer.ggml.{key}"):
-            raise ValueError(f"tokenizer.ggml.{key} is set, which is not supported.")
     vocab = _vocab(metadata)
     unknown = _token(metadata, "unknown")
     tokenizer = Tokenizer(

@@ -129,13 +129,31 @@ def check_tensors(source: Source) -> None:
         raise ValueError(f"the weights do not fit the config; {'; '.join(parts)}.")
 
 
+def check_tied_head(source: Source) -> None:
+    """Refuse a head beside a tied embedding unless it repeats it: dropped, it would go unnoticed.
+
+    Reads values, a slice of each tensor at a time, after `check_tensors`.
+
+    Raises:
+      ValueError: the two differ.
+    """
+    head, embed = TOP_NAMES["lm_head"], TOP_NAMES["embed"]
+    if source.config.tie_embeddings and head in source.tensors:
+        if not _same_values(source, head, embed):
+            raise ValueError(
+                f"config.json ties the head, but {source.label(head)} differs from the embedding: "
+                "set tie_word_embeddings to false."
+            )
+
+
 def read_array(
     source: Source, tensor: str, name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
     """Our array `name`, of `shape` and `dtype`, from a tensor of the source.
 
     Raises:
-      ValueError: a value is not finite, in the source or after the cast.
+      ValueError: a value is not finite, in the source or after the cast; or the source yields
+        fewer or more rows than the array has.
     """
     out = np.empty(shape, dtype)
     # rows of `target` are rows of the source, whichever way the array is stored
@@ -149,14 +167,20 @@ def read_array(
         if not np.isfinite(chunk).all():
             raise ValueError(f"tensor {source.label(tensor)} holds values that are not finite.")
         with np.errstate(over="ignore"):
-            target[start:stop] = chunk
-        # only float16 has a smaller range than what is read
-        if dtype == np.float16 and not np.isfinite(target[start:stop]).all():
+            cast = chunk.astype(dtype, copy=False)
+        if cast.dtype != chunk.dtype and not np.isfinite(cast).all():
+            wider = "bfloat16 or float32" if dtype == np.float16 else "float32"
             raise ValueError(
                 f"tensor {source.label(tensor)} holds values beyond the range of {dtype.name}; "
-                "convert with --dtype bfloat16 or float32."
+                f"convert with --dtype {wider}."
             )
+        if stop <= len(target):
+            target[start:stop] = cast
         start = stop
+    if start != len(target):
+        raise ValueError(
+            f"tensor {source.label(tensor)} holds {start} rows instead of {len(target)}."
+        )
     return out
 
 
@@ -174,10 +198,31 @@ def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _harmless(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor beyond the model's own may be dropped: it repeats what is known anyway."""
+    """Whether a tensor beyond the model's own may be dropped: it repeats what is known anyway.
+
+    Of a head beside a tied embedding only `check_tied_head` can tell.
+    """
     if name == TOP_NAMES["lm_head"]:
         return config.tie_embeddings
     return name.endswith("rotary_emb.inv_freq")
+
+
+def _same_values(source: Source, one: str, other: str) -> bool:
+    """Whether two tensors hold the same values, whatever their types; not if one is unreadable."""
+    tensors = source.tensors[one], source.tensors[other]
+    if tensors[0].shape != tensors[1].shape or any(t.dtype not in DTYPES for t in tensors):
+        return False
+    left, right = source.chunks(one), source.chunks(other)
+    a = b = np.empty((0, *tensors[0].shape[1:]), np.float32)
+    while True:
+        # a slice is taken only when the one before it is used up: slices of two types differ
+        a, b = (a if len(a) else next(left, a)), (b if len(b) else next(right, b))
+        rows = min(len(a), len(b))
+        if not rows:
+            return len(a) == len(b)
+        if not np.array_equal(a[:rows].astype(np.float32), b[:rows].astype(np.float32)):
+            return False
+        a, b = a[rows:], b[rows:]
 
 
 def _some(names: list[str], limit: int = 8) -> str:

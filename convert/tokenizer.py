@@ -37,14 +37,23 @@ def tokenizer_hash(folder: pathlib.Path) -> str | None:
 
     Added tokens are left out, inside the vocabulary or not: fine-tunes rename and append them, and
     that does not change how text is cut.
+
+    Raises:
+      ValueError: the tokenizer.json has no vocabulary to hash.
     """
     path = pathlib.Path(folder) / "tokenizer.json"
     if not path.is_file():
         return None
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    vocab = tokenizer["model"]["vocab"]
-    if isinstance(vocab, list):  # Unigram: [token, score] pairs in the order of their ids
-        vocab = {token: i for i, (token, _) in enumerate(vocab)}
-    added = {token["content"] for token in tokenizer.get("added_tokens") or ()}
-    pairs = sorted((token, i) for token, i in vocab.items() if token not in added)
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        vocab = tokenizer["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: [token, score] pairs in the order of their ids
+            vocab = {token: i for i, (token, _) in enumerate(vocab)}
+        added = {token["content"] for token in tokenizer.get("added_tokens") or ()}
+        pairs = sorted((token, i) for token, i in vocab.items() if token not in added)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "tokenizer.json cannot be read: it must be JSON with a vocabulary at model.vocab "
+            f"({type(error).__name__}: {error})."
+        ) from None
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

@@ -35,7 +35,7 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
 
     Args:
       src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name).
-      dst: the new folder; it may exist if it is empty.
+      dst: the new folder; it may exist if it is empty, and is removed then, before all else.
       dtype: "float32", "bfloat16" or "float16"; None keeps that of the source, which for quantised
         GGUF tensors is float32.
       revision: branch, tag or commit of a hub id.
@@ -44,25 +44,51 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
     Raises:
       ValueError: the source is not a model that can be converted; says why. Whatever the headers
         show is found before anything is written.
-      OSError: a file cannot be read or written, or `dst` is not empty.
+      OSError: a file cannot be read or written, or `dst` exists and cannot be replaced.
     """
     dst = pathlib.Path(os.path.abspath(dst))
     if dtype is not None and dtype not in tensors.DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(tensors.DTYPES)}.")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise FileExistsError(f"{dst} exists and is not an empty folder; name a new one.")
+    _make_way(dst)
     with contextlib.ExitStack() as stack:
         source = _open(src, revision, stack)
         tensors.check_tensors(source)
+        tensors.check_tied_head(source)
         temp = stack.enter_context(_temporary(dst))
         _write_texts(source, temp)
+        tokenizer = tokenizer_hash(temp)  # may refuse, so it goes before the weights
         dtype = dtype or source.dtype
         parts = tqdm.tqdm(_parts(source.config), desc=dst.name, unit="part", disable=not progress)
         _write_arrays(source, temp, dtype, parts)
-        metadata = {"format": checkpoint.FORMAT, "dtype": dtype, "tokenizer": tokenizer_hash(temp)}
+        metadata = {"format": checkpoint.FORMAT, "dtype": dtype, "tokenizer": tokenizer}
         (temp / checkpoint.METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
         os.rename(temp, dst)
     return dst
+
+
+def _make_way(dst: pathlib.Path) -> None:
+    """Remove `dst` if it is an empty folder; what the rename at the end would meet is found now.
+
+    Raises:
+      FileExistsError: `dst` is a file, a symlink, a mount point, in use, or not empty.
+    """
+    if dst.is_symlink():
+        raise FileExistsError(f"{dst} is a symlink; name a folder that does not exist.")
+    if not dst.exists():
+        return
+    if not dst.is_dir() or any(dst.iterdir()):
+        raise FileExistsError(
+            f"{dst} exists and is not an empty folder; name a folder that does not exist."
+        )
+    if dst.samefile(os.curdir):  # could be removed, and every relative path with it
+        raise FileExistsError(f"{dst} is the current folder; name a folder that does not exist.")
+    try:
+        dst.rmdir()
+    except OSError as error:
+        raise FileExistsError(
+            f"{dst} is empty but cannot be replaced ({error.strerror}); "
+            "name a folder that does not exist."
+        ) from error
 
 
 def _open(src, revision: str | None, stack: contextlib.ExitStack) -> tensors.Source:

@@ -104,6 +104,8 @@ def load_model(
         try:
             return ocp.load(folder / name, abstract)
         except Exception as error:  # Orbax has many kinds for a damaged folder
+            if isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
             raise ValueError(f"{folder / name} is damaged: convert the model again") from error
 
     return _build(config, mesh, group_size, dtype, layout, part, metadata.get("tokenizer"))
@@ -170,8 +172,10 @@ def _float_type(dtype: Any) -> jnp.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"dtype must be a floating type such as float32 or bfloat16, got {dtype}")
+    known = ["bfloat16", "float16", "float32"]
+    known += ["float64"] if jax.config.jax_enable_x64 else []
+    if found is None or found.name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype}")
     return found
 
 

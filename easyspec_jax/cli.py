@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import sys
@@ -19,16 +18,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import easyspec_jax as es
-from easyspec_jax.checkpoint import abstract_params, read_metadata
-from easyspec_jax.sharding import LAYER, TENSOR, device_bytes, make_layout
+from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.request import make_request
 from easyspec_jax.text import (
     Conversation,
     TextPrinter,
     Tokenizer,
-    has_chat_template,
     read_generation_config,
     stop_ids,
 )
@@ -57,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except RuntimeError as error:  # of the devices: jax appends pages of details
+            sys.stdout.flush()
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"error: {reason}", file=sys.stderr)
+            return 1
 
 
 def configure(args: argparse.Namespace) -> None:
@@ -69,6 +71,8 @@ def configure(args: argparse.Namespace) -> None:
             raise ValueError(f"--cpu-devices must be at least 1, got {devices}")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
+    if getattr(args, "dtype", None) == "float32":  # else GPUs compute its products in TF32
+        jax.config.update("jax_default_matmul_precision", "float32")
     if getattr(args, "compile_cache", False) and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compile"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -177,29 +181,39 @@ def _group_size(text: str) -> int | tuple[int, ...]:
     return sizes if len(sizes) > 1 else sizes[0]
 
 
-@dataclasses.dataclass
-class _Engine:
-    """What both text commands need."""
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What both text commands need beside the weights; all of it was checked."""
 
-    decoder: es.Decoder
+    config: es.ModelConfig  # the base's
+    mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     sampling: es.Sampling
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]  # special tokens that were given as stop texts included
+
+
+@dataclasses.dataclass(frozen=True)
+class _Engine:
+    """A setup and the models."""
+
+    decoder: es.Decoder
+    setup: _Setup
     load_seconds: float
 
     def answer(
         self, args: argparse.Namespace, ids: list[int], clock: _Clock, **options: Any
     ) -> tuple[list[int], str]:
         """Print what follows `ids` as it comes; returns its tokens and its text."""
-        printer = TextPrinter(self.tokenizer, args.stop, mark=bool(args.show_draft))
+        setup = self.setup
+        printer = TextPrinter(setup.tokenizer, args.stop, mark=bool(args.show_draft))
         new: list[int] = []
         with clock:
             for piece in self.decoder.stream(
                 ids,
-                sampling=self.sampling,
-                eos_ids=self.eos_ids,
+                sampling=setup.sampling,
+                eos_ids=setup.eos_ids,
                 stop_strings=args.stop,
-                tokenizer=self.tokenizer,
+                tokenizer=setup.tokenizer,
                 **options,
             ):
                 clock.count(piece)
@@ -209,8 +223,31 @@ class _Engine:
         return new, printer.text
 
 
-def _open(args: argparse.Namespace) -> _Engine:
-    """Check what can be checked, then load."""
+def _check(args: argparse.Namespace) -> _Setup:
+    """Refuse what can be refused before weights, which may take minutes, are loaded."""
+    _check_arguments(args)
+    config, metadata = read_metadata(args.base)
+    mesh = es.make_mesh(args.layer, args.tensor)
+    if args.draft is not None:
+        _check_draft(args, metadata.get("tokenizer"))
+    generation = read_generation_config(args.base)
+    sampling = choose_sampling(args, generation)
+    tokenizer = Tokenizer(args.base)
+    # Decoding leaves special tokens out, so such a text is never in the answer: its id ends it.
+    special = tokenizer.special_ids()
+    stops = [special[text] for text in args.stop if text in special]
+    return _Setup(
+        config=config,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        eos_ids=(*stop_ids(generation, config), *(i for i in stops if i < config.vocab_size)),
+    )
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "num_draft_tokens", "max_len"):
+        _check_positive(args, name)
     if "" in args.stop:
         raise ValueError("--stop needs a text that is not empty")
     if args.system is not None and not args.chat:
@@ -218,31 +255,42 @@ def _open(args: argparse.Namespace) -> _Engine:
     given = [name for name in _DRAFT_OPTIONS if getattr(args, name) is not None]
     if args.draft is None and given:
         raise ValueError(f"--{given[0].replace('_', '-')} needs --draft")
-    config, _ = read_metadata(args.base)
-    generation = read_generation_config(args.base)
-    sampling = choose_sampling(args, generation)
-    tokenizer = Tokenizer(args.base)
-    if args.chat:
-        # That there is no template should show before the model is loaded.
-        tokenizer.render([{"role": "user", "content": "?"}])
+
+
+def _check_positive(args: argparse.Namespace, name: str) -> None:
+    value = getattr(args, name, None)
+    if value is not None and value < 1:
+        raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _check_draft(args: argparse.Namespace, base_tokenizer: str | None) -> None:
+    config, metadata = read_metadata(args.draft)
+    es.make_partition(config.num_layers, _draft_groups(args))
+    tokenizer = metadata.get("tokenizer")
+    if None not in (base_tokenizer, tokenizer) and base_tokenizer != tokenizer:
+        raise ValueError(
+            "base and draft have different tokenizers: ordinary tokens have other ids, "
+            "so a draft could never be accepted; use a draft of the same family"
+        )
+
+
+def _draft_groups(args: argparse.Namespace) -> int | tuple[int, ...]:
+    return args.layer if args.group_size is None else args.group_size
+
+
+def _load(args: argparse.Namespace, setup: _Setup) -> _Engine:
     began = time.perf_counter()
-    decoder = _decoder(args)
-    return _Engine(
-        decoder=decoder,
-        tokenizer=tokenizer,
-        sampling=sampling,
-        eos_ids=stop_ids(generation, config),
-        load_seconds=time.perf_counter() - began,
-    )
+    decoder = _decoder(args, setup.mesh)
+    return _Engine(decoder=decoder, setup=setup, load_seconds=time.perf_counter() - began)
 
 
-def _decoder(args: argparse.Namespace) -> es.Decoder:
-    mesh = es.make_mesh(args.layer, args.tensor)
+def _decoder(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> es.Decoder:
     base = es.load_model(args.base, mesh, dtype=args.dtype)
     if args.draft is None:
         return es.Decoder(base)
-    size = args.group_size if args.group_size is not None else args.layer
-    draft = es.load_model(args.draft, mesh, group_size=size, dtype=args.dtype, layout="draft")
+    draft = es.load_model(
+        args.draft, mesh, group_size=_draft_groups(args), dtype=args.dtype, layout="draft"
+    )
     drafter = es.LayerParallelDrafter(
         draft, calibrate=not args.no_calibrate, parallel=args.parallel or "attention"
     )
@@ -277,11 +325,14 @@ def choose_sampling(args: argparse.Namespace, generation: dict[str, Any]) -> es.
 def _generate(args: argparse.Namespace) -> int:
     # One line end of a piped text is the shell's, not the prompt's.
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    engine = _open(args)
+    setup = _check(args)
     if args.chat:
-        ids = Conversation(engine.tokenizer, args.system).ask(prompt)
+        ids = Conversation(setup.tokenizer, args.system).ask(prompt)
     else:
-        ids = engine.tokenizer.encode(prompt)
+        ids = setup.tokenizer.encode(prompt)
+    # The decoder's own check, but before there is one.
+    make_request(setup.config, [ids], args.max_new_tokens, setup.sampling, setup.eos_ids, args.seed)
+    engine = _load(args, setup)
     session, clock = es.Session(), _Clock(engine.load_seconds)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "session": session}
     engine.answer(args, ids, clock, **options)
@@ -290,14 +341,16 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    engine = _open(args)
-    context = engine.decoder.base.config.max_len
-    max_len = min(context, args.max_len or DEFAULT_SESSION)
-    session, talk = es.Session(max_len), Conversation(engine.tokenizer, args.system)
-    clock, seed = _Clock(engine.load_seconds), args.seed
+    setup = _check(args)
+    talk = Conversation(setup.tokenizer, args.system)
+    talk.ask("?")  # a template that is missing or refuses the system message should show now
+    talk.withdraw()
+    engine = _load(args, setup)
+    max_len = min(setup.config.max_len, args.max_len or DEFAULT_SESSION)
+    session, clock, seed = es.Session(max_len), _Clock(engine.load_seconds), args.seed
     for line in _lines():
         if line == "/reset":
-            talk = Conversation(engine.tokenizer, args.system)
+            talk = Conversation(setup.tokenizer, args.system)
             continue
         try:
             ids = talk.ask(line)
@@ -312,7 +365,7 @@ def _chat(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
             talk.withdraw()
             continue
-        talk.answer(new, text, eos_ids=engine.eos_ids)
+        talk.answer(new, text, eos_ids=setup.eos_ids)
         _report(args, session.stats, clock)
         clock, seed = _Clock(0.0), seed + 1  # else every answer would draw the same random numbers
     return 0
@@ -405,67 +458,15 @@ def _describe(stats: es.Stats, clock: _Clock, speed: float | None) -> list[str]:
 
 
 def _info(args: argparse.Namespace) -> int:
-    c, metadata = read_metadata(args.checkpoint)
-    mesh = es.make_mesh(args.layer, args.tensor)
-    partition = es.make_partition(c.num_layers, args.group_size)
-    base, draft = (make_layout(c, mesh, layer_parallel=parallel) for parallel in (False, True))
-    groups = ",".join(map(str, partition))
-    rows = {
-        "family": c.family + (", tied embedding" if c.tie_embeddings else ""),
-        "dimensions": f"L {c.num_layers}, D {c.embed_dim}, F {c.mlp_dim}, N {c.num_heads}, "
-        f"K {c.num_kv_heads}, H {c.head_dim}, V {c.vocab_size}, context {c.max_len}",
-        "parameters": f"{count_parameters(c):,}, stored as {metadata.get('dtype')}",
-    }
-    for dtype in ("float32", "bfloat16"):
-        size = jnp.dtype(dtype).itemsize
-        kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
-        rows[dtype] = f"{_mb(count_parameters(c) * size)}, KV cache {kv:,} bytes per token"
-        if mesh.size > 1:
-            exact = abstract_params(c, base, (1,) * c.num_layers, dtype)
-            grouped = abstract_params(c, draft, partition, dtype)
-            both = f"{_mb(device_bytes(exact))} as base, {_mb(device_bytes(grouped))} as draft"
-            rows[dtype] += f"; per device {both}"
-    ids = stop_ids(read_generation_config(args.checkpoint), c)
-    rows |= {
-        "stop ids": ", ".join(map(str, ids)) or "none",
-        "tokenizer": metadata.get("tokenizer") or "none (token ids only)",
-        "chat template": "yes" if has_chat_template(args.checkpoint) else "no",
-        "groups": f"{groups}: {len(partition)} attention steps instead of {c.num_layers}",
-        "mesh": f"{LAYER} {mesh.shape[LAYER]} x {TENSOR} {mesh.shape[TENSOR]}",
-        "as base": _splits(base),
-        "as draft": _splits(draft),
-    }
-    for name, value in rows.items():
-        print(f"{name:<13}  {value}")
-    return 0
+    from easyspec_jax import info
 
-
-def count_parameters(config: es.ModelConfig) -> int:
-    """Numbers that a checkpoint stores; a tied head counts once."""
-    shapes = [*config.layer_shapes().values()] * config.num_layers + [*config.top_shapes().values()]
-    return sum(math.prod(shape) for shape in shapes)
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
-
-
-def _splits(layout: es.Layout) -> str:
-    """Which mesh axes split what, in words."""
-    names = {
-        "layers of a group": (layout.group,) if layout.group else (),
-        "kv heads": layout.kv,
-        "query heads of each": layout.query,
-        "MLP": layout.mlp,
-        "vocabulary": layout.vocab,
-    }
-    parts = [f"{name} over {' and '.join(axes)}" for name, axes in names.items() if axes]
-    return ", ".join(parts) or "whole on every device"
+    return info.run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:
     from easyspec_jax import demo
 
+    _check_positive(args, "max_new_tokens")
     return demo.run(args, cache_root())
 
 

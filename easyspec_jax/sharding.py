@@ -71,13 +71,14 @@ class Layout:
         return self.kv + self.query
 
     @property
+    def num_head_shards(self) -> int:
+        """Devices that the attention heads of one layer are split over."""
+        return math.prod(self.mesh.shape[a] for a in self.heads)
+
+    @property
     def group_devices(self) -> int:
         """Devices that the layers of one group are spread over."""
         return self.mesh.shape[self.group] if self.group else 1
-
-    def size(self, axes: tuple[str, ...]) -> int:
-        """Number of shards that `axes` make."""
-        return math.prod(self.mesh.shape[a] for a in axes)
 
     def spec(self, letters: str) -> P:
         """PartitionSpec for an array with these dimension letters: L stacked layers, K, J split
@@ -186,22 +187,32 @@ def device_bytes(tree: Any) -> int:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes one device of the mesh may hold, or None where the platform does not say (CPU)."""
+    """Bytes still free on one device of the mesh, or None where the platform does not say (CPU)."""
     stats = mesh.devices.flat[0].memory_stats()
-    return stats.get("bytes_limit") if stats else None
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def check_memory(mesh: Mesh, budget: dict[str, int]) -> None:
-    """Refuse a budget (bytes per device, by name) that the devices of the mesh cannot hold.
+def check_memory(mesh: Mesh, needed: dict[str, int], held: dict[str, int] | None = None) -> None:
+    """Refuse what the devices of the mesh cannot hold any more.
+
+    Args:
+      needed: bytes per device about to be allocated, by name.
+      held: bytes per device that are there already, by name; only for the message.
 
     Raises:
       ValueError: with every entry of the budget.
     """
-    limit, total = device_memory(mesh), sum(budget.values())
-    if limit is not None and total > limit:
-        parts = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in budget.items())
+
+    def listed(budget):
+        return ", ".join(f"{name} {n / 2**30:.2f}" for name, n in budget.items())
+
+    free, total = device_memory(mesh), sum(needed.values())
+    if free is not None and total > free:
+        beside = f" beside {listed(held)}" if held else ""
         raise ValueError(
-            f"needs {total / 2**30:.2f} GiB on each device ({parts}), "
-            f"but a device has {limit / 2**30:.2f} GiB: "
+            f"needs {total / 2**30:.2f} GiB on each device ({listed(needed)}){beside}, "
+            f"but a device has {free / 2**30:.2f} GiB free: "
             "use more devices, a smaller batch or fewer tokens"
         )

@@ -48,6 +48,9 @@ class Tokenizer:
                 f"{self.folder} has no tokenizer: copy the model's tokenizer.json and "
                 "tokenizer_config.json there"
             )
+        # Both may be stored in the file from training; transformers leaves them off, too.
+        self._fast.no_truncation()
+        self._fast.no_padding()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with the special tokens (a first one, say) that the tokenizer adds."""
@@ -66,6 +69,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
         return self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens, which decoded text does not show, by what they are written as."""
+        added = self._fast.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """Messages as the chat template writes them, up to where the answer begins.
@@ -93,18 +101,15 @@ class Tokenizer:
 def has_chat_template(folder: str | os.PathLike) -> bool:
     """Whether the tokenizer files of a folder hold a chat template."""
     folder = pathlib.Path(folder)
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+    if (folder / "chat_template.jinja").is_file():
         return True
-    path = folder / "tokenizer_config.json"
-    return path.is_file() and bool(
-        json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    )
+    files = ("tokenizer_config.json", "chat_template.json")
+    return any(_read_json(folder / name).get("chat_template") for name in files)
 
 
 def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
     """generation_config.json of a checkpoint; empty if there is none."""
-    path = pathlib.Path(folder) / "generation_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _read_json(pathlib.Path(folder) / "generation_config.json")
 
 
 def stop_ids(generation: dict[str, Any], config: Any) -> tuple[int, ...]:
@@ -113,6 +118,10 @@ def stop_ids(generation: dict[str, Any], config: Any) -> tuple[int, ...]:
     if ids is None:
         return config.eos_ids
     return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _read(path: pathlib.Path, read) -> Any:
@@ -131,11 +140,15 @@ def _auto(folder: pathlib.Path) -> Any:
 
 def _templates(folder: pathlib.Path) -> Any:
     """Something with `apply_chat_template`; the general class, where it will do, imports faster."""
-    if not (folder / "tokenizer.json").is_file():
-        return _auto(folder)
-    from transformers import PreTrainedTokenizerFast
+    if (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    else:
+        found = _auto(folder)
+    if not found.chat_template:  # a file of processors, which tokenizer classes do not read
+        found.chat_template = _read_json(folder / "chat_template.json").get("chat_template")
+    return found
 
 
 class TextStream:

@@ -16,7 +16,7 @@ CONFIG = es.ModelConfig(
 )  # fmt: skip
 SMALL = es.ModelConfig(
     vocab_size=64, embed_dim=16, mlp_dim=24, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=8,
-    max_len=48, tie_embeddings=True,
+    max_len=96, tie_embeddings=True,
 )  # fmt: skip
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8], [60]]
 NEW = 24

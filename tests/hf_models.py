@@ -1,7 +1,8 @@
 """Tiny random Hugging Face checkpoints, written without torch, for parity and conversion tests.
 
 Weights carry the names and the [out, in] orientation that transformers gives them, so one folder is
-read both by `AutoModelForCausalLM.from_pretrained` and by `convert`.
+read both by `AutoModelForCausalLM.from_pretrained` and by `convert`, whose
+checkpoints are read back here.
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ from __future__ import annotations
 import json
 import pathlib
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
+
+import convert
+from easyspec_jax import checkpoint
+from easyspec_jax.config import ModelConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -171,3 +177,29 @@ def write_hf_folder(
     if tokenizer:
         write_tokenizer(path, config_dict["vocab_size"])
     return path
+
+
+def load_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
+    """The arrays of one part, which must have the shapes of the config and the noted dtype."""
+    from orbax.checkpoint import v1 as ocp
+
+    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    dtype = np.dtype(json.loads((folder / checkpoint.METADATA_FILE).read_text())["dtype"])
+    shapes = config.top_shapes() if part == checkpoint.TOP else config.layer_shapes()
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    abstract = {n: jax.ShapeDtypeStruct(s, dtype, sharding=device) for n, s in shapes.items()}
+    return {name: np.asarray(value) for name, value in ocp.load(folder / part, abstract).items()}
+
+
+def load_all(folder: pathlib.Path, num_layers: int = 3) -> dict[str, np.ndarray]:
+    """The arrays of all parts, those of layer i under "i.name"."""
+    arrays = load_part(folder, checkpoint.TOP)
+    for i in range(num_layers):
+        part = load_part(folder, checkpoint.layer_name(i))
+        arrays |= {f"{i}.{name}": value for name, value in part.items()}
+    return arrays
+
+
+def run(src, dst, **options) -> pathlib.Path:
+    """Convert without a progress bar."""
+    return convert.convert(src, dst, progress=False, **options)

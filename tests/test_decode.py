@@ -271,3 +271,22 @@ def test_abandoned_stream_leaves_a_usable_session():
     turn = [*PROMPTS[0], *some, 33]
     got = joined(decoder.stream(turn, max_new_tokens=10, session=session))
     assert got == decoder.generate([turn], max_new_tokens=10).tokens[0]
+
+
+def test_a_session_belongs_to_one_decoder():
+    """Another decoder, of equal shapes and other weights, does not read its caches."""
+    session, other = es.Session(max_len=80), es.Decoder(model((1, 1), seed=5))
+    for decoder in (autoregressive(), other, self_drafting()):
+        got = joined(decoder.stream(PROMPTS[0], max_new_tokens=8, session=session))
+        assert got == decoder.generate([PROMPTS[0]], max_new_tokens=8).tokens[0]
+
+
+def test_more_tokens_than_an_int_holds_end_with_the_context():
+    out = autoregressive().generate([[1] * 90], max_new_tokens=2**31 - 1)
+    assert len(out.tokens[0]) == CONFIG.max_len - 90
+
+
+@pytest.mark.parametrize("stops", ["Zq", [""], [3]])
+def test_bad_stop_strings_are_refused(stops):
+    with pytest.raises(ValueError, match="stop_strings must be a list of texts, none empty"):
+        self_drafting().stream([1], max_new_tokens=2, stop_strings=stops, tokenizer=Letters())

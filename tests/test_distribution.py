@@ -79,6 +79,7 @@ def test_sampled_sequences_follow_the_base(s):
 
 @pytest.mark.parametrize("broken", ["no residual", "q of another temperature", "stale key"])
 def test_broken_sampling_is_noticed(monkeypatch, broken):
+    decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken
     if broken == "no residual":
         monkeypatch.setattr(es.sampling, "_residual", lambda p, proposal, count: p)
     elif broken == "q of another temperature":
@@ -86,7 +87,7 @@ def test_broken_sampling_is_noticed(monkeypatch, broken):
         monkeypatch.setattr(drafter, "sample", lambda key, q: es.sampling.sample(key, q**3))
     else:
         monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)
-    assert sequence_deviation(tiny_decoder(broken), es.Sampling(temperature=1.0)) > 5
+    assert sequence_deviation(decoder, es.Sampling(temperature=1.0)) > 5
 
 
 def test_rows_draw_independently_and_seeds_repeat():

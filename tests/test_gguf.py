@@ -8,12 +8,12 @@ import pathlib
 import gguf
 import numpy as np
 import pytest
-from hf_models import random_tensors, tiny_config, write_hf_folder
-from test_convert import load_all, load_part, real_model, run
+from hf_models import load_all, load_part, random_tensors, run, tiny_config, write_hf_folder
+from test_convert import real_model
 from tokenizers import Tokenizer
 
 import convert
-from convert.gguf_source import _LAYER, _TOP
+from convert.gguf_source import _LAYER, _TOP, GgufSource
 from convert.gguf_tokenizer import _SPLITS, write_tokenizer
 from convert.tensors import LAYER_NAMES, TOP_NAMES
 from easyspec_jax import checkpoint
@@ -33,7 +33,9 @@ def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return out
 
 
-def write_gguf(path, raw: dict, *, kind="F32", metadata=(), tensors=()) -> pathlib.Path:
+def write_gguf(
+    path, raw: dict, *, kind="F32", vector_kind="F32", metadata=(), tensors=()
+) -> pathlib.Path:
     """A GGUF file of the random weights of a tiny config; `metadata` and `tensors` are added."""
     arch, config = raw["model_type"], ModelConfig.from_hf(raw)
     writer = gguf.GGUFWriter(str(path), arch)
@@ -58,7 +60,7 @@ def write_gguf(path, raw: dict, *, kind="F32", metadata=(), tensors=()) -> pathl
     for name, array in (stored | dict(tensors)).items():
         if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             array = to_interleaved(array, config.head_dim)
-        wanted = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
+        wanted = gguf.GGMLQuantizationType[kind if array.ndim > 1 else vector_kind]
         data = gguf.quants.quantize(array, wanted)
         writer.add_tensor(name, data, raw_dtype=wanted)
     writer.write_header_to_file()
@@ -103,13 +105,31 @@ def test_types_and_quantisation(kind, dtype, tmp_path):
 
 
 @untokenized
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_factors_become_rope_scaling(factor, tmp_path):
-    raw = tiny_config("llama", head_dim=64, rope_theta=5e5)
+@pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0"])
+def test_vectors_of_packed_types_are_read_whole(kind, tmp_path):
+    raw = tiny_config("qwen2", head_dim=16)
+    file = write_gguf(tmp_path / "m.gguf", raw, vector_kind=kind)
+    got, hf = load_all(run(file, tmp_path / "out")), random_tensors(raw)
+    tolerance = {"BF16": 2**-8, "F16": 2**-11, "Q8_0": 2**-6}[kind]
+    norm = hf["model.norm.weight"]
+    np.testing.assert_allclose(got["final_norm"], norm, atol=2 * tolerance)
+    bias = hf["model.layers.2.self_attn.k_proj.bias"]
+    np.testing.assert_allclose(got["2.bk"].reshape(-1), bias, atol=tolerance)
+
+
+def llama3_factors(factor: float) -> np.ndarray:
+    """The factors of Llama 3 for heads of width 64 and theta 5e5."""
     wavelength = 2 * np.pi * 5e5 ** (np.arange(0, 64, 2) / 64)
     smooth = (8192 / wavelength - 1) / 3
     factors = np.where(wavelength > 8192, factor, 1 / ((1 - smooth) / factor + smooth))
-    factors = np.where(wavelength < 2048, 1.0, factors).astype(np.float32)
+    return np.where(wavelength < 2048, 1.0, factors).astype(np.float32)
+
+
+@untokenized
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_factors_become_rope_scaling(factor, tmp_path):
+    raw = tiny_config("llama", head_dim=64, rope_theta=5e5)
+    factors = llama3_factors(factor)
     file = write_gguf(tmp_path / "m.gguf", raw, tensors={"rope_freqs.weight": factors})
     out = run(file, tmp_path / "out")
     config = ModelConfig.from_hf(json.loads((out / "config.json").read_text()))
@@ -138,6 +158,49 @@ def test_linear_scaling_and_end_tokens(tmp_path):
     assert generation == {"eos_token_id": [2, 9]}
 
 
+@untokenized
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [
+        ({"scaling.factor": 4.0}, 4.0),  # the type is linear unless said
+        ({"scale_linear": 2.0}, 2.0),
+        ({"scaling.type": "linear", "scale_linear": 2.0}, 2.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.type": "none", "scale_linear": 2.0}, None),
+        ({"scaling.type": "linear"}, None),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, None),
+        ({"scaling.factor": 1.0}, None),
+    ],
+)
+def test_scaling_is_linear_unless_none_is_said(scaling, factor, tmp_path):
+    metadata = {f"llama.rope.{key}": value for key, value in scaling.items()}
+    file = write_gguf(tmp_path / "m.gguf", tiny_config("llama"), metadata=metadata)
+    wanted = factor and RopeScaling(kind="linear", factor=factor)
+    assert GgufSource(file).config.rope_scaling == wanted
+
+
+@pytest.mark.parametrize(
+    ("scaling", "refused"),
+    [
+        ({"scaling.factor": 4.0}, True),
+        ({"scale_linear": 2.0}, True),
+        ({"scaling.factor": 1.0}, False),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, False),
+    ],
+)
+def test_llama3_factors_go_with_no_other_scaling(scaling, refused, tmp_path):
+    raw = tiny_config("llama", head_dim=64, rope_theta=5e5)
+    metadata = {f"llama.rope.{key}": value for key, value in scaling.items()}
+    tensors = {"rope_freqs.weight": llama3_factors(8.0)}
+    file = write_gguf(tmp_path / "m.gguf", raw, metadata=metadata, tensors=tensors)
+    if refused:
+        with pytest.raises(ValueError, match=r"rope_freqs.weight together with .* factor [24].0"):
+            run(file, tmp_path / "out")
+    else:
+        assert GgufSource(file).config.rope_scaling == RopeScaling(kind="llama3", factor=8.0)
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -150,6 +213,7 @@ def test_linear_scaling_and_end_tokens(tmp_path):
             {
                 "tokenizer.ggml.tokens": ["a"],
                 "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.scores": [0.0],
                 "tokenizer.ggml.remove_extra_whitespaces": True,
             },
             r"tokenizer.ggml.remove_extra_whitespaces is set",
@@ -158,10 +222,37 @@ def test_linear_scaling_and_end_tokens(tmp_path):
             {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "bert"},
             r"tokenizer.ggml.model 'bert' is not supported",
         ),
+        (
+            {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "gpt2"},
+            r"vocabulary of the kind gpt2 but no tokenizer.ggml.merges\.",
+        ),
+        (
+            {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "llama"},
+            r"vocabulary of the kind llama but no tokenizer.ggml.scores\.",
+        ),
+        (
+            {
+                "tokenizer.ggml.tokens": ["a", "b"],
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.scores": [0.0],
+            },
+            r"tokenizer.ggml.scores has 1 entries for 2 tokens",
+        ),
+        (
+            {
+                "tokenizer.ggml.tokens": ["a", "b"],
+                "tokenizer.ggml.model": "gpt2",
+                "tokenizer.ggml.merges": ["a b"],
+                "tokenizer.ggml.token_type": [1],
+            },
+            r"tokenizer.ggml.token_type has 1 entries for 2 tokens",
+        ),
     ],
 )
-def test_metadata_that_is_not_understood_is_refused(metadata, message, tmp_path):
+def test_metadata_that_is_not_understood_is_refused(metadata, message, tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "m.gguf", tiny_config("llama"), metadata=metadata)
+    # nothing may be written, not even for a moment
+    monkeypatch.delattr("convert.write._temporary")
     with pytest.raises(ValueError, match=message):
         run(file, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]

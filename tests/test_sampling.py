@@ -94,13 +94,15 @@ def test_greedy_by_hand(drafted, valid, accepted, next_token):
 
 
 def test_equal_distributions_accept_everything():
-    """p = q accepts every draft token, and what is left at row n is p itself: the bonus token."""
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(512, 4, 7)), jnp.float32)
-    q = probabilities(logits[:, :3], SAMPLED)
-    drafted = sample(jax.random.key(1), q)
-    verdict = verify(logits, chain(drafted, q), SAMPLED, jax.random.key(2))
+    """p = q accepts every draft token, and the bonus token is drawn from p itself."""
+    logits = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    logits = jnp.broadcast_to(jnp.asarray(logits), (8192, 4, 7))
+    p = probabilities(logits, SAMPLED)
+    drafted = sample(jax.random.key(1), p[:, :3])
+    verdict = verify(logits, chain(drafted, p[:, :3]), SAMPLED, jax.random.key(2))
     assert (np.asarray(verdict.num_accepted) == 3).all()
+    counts = np.bincount(np.asarray(verdict.next_token), minlength=7)
+    assert chi_square(counts, 8192 * np.asarray(p[0, 3])) < 5
 
 
 ROWS, V = 40_000, 5

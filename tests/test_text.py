@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 
@@ -196,6 +197,45 @@ def test_folders_without_tokenizer_or_template_are_refused(tmp_path, folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         Tokenizer(folder)
+
+
+def test_truncation_and_padding_of_the_file_are_left_off(folder):
+    text = "a text of more than four characters"
+    expected = Tokenizer(folder).encode(text)
+    path = folder / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    stored["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
+    path.write_text(json.dumps(stored))
+    assert Tokenizer(folder).encode(text) == expected and len(expected) == len(text)
+
+
+def test_special_ids_are_those_that_text_does_not_show(folder):
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.special_ids() == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert tokenizer.decode([0, 1, 2]) == ""
+
+
+def test_a_template_in_the_processors_file_is_used(folder):
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.json").write_text("{}")
+    assert not has_chat_template(folder)
+    template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert has_chat_template(folder)
+    assert Tokenizer(folder).render([{"role": "user", "content": "hi"}]) == "<hi>"
 
 
 @pytest.mark.real

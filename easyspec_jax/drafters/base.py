@@ -24,7 +24,6 @@ class DraftOptions:
 
     filters: Filters  # q is filtered as p is
     num_draft_tokens: int = struct.field(pytree_node=False)  # γ, at most
-    tree_width: int = struct.field(pytree_node=False, default=1)  # w
     vocab_size: int = struct.field(pytree_node=False)  # V of the base: q covers exactly its ids
 
 
@@ -58,7 +57,7 @@ class Drafter(Protocol):
         key: jax.Array,
     ) -> tuple[Proposal, Any, KVCache]:
         """Absorb the newly committed tokens (i32[B, W], `num` of them count), then draft behind
-        them.
+        them: exactly γ nodes, those that are not meant marked invalid.
         """
 
     def verify(

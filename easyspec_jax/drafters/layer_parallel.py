@@ -24,8 +24,8 @@ from easyspec_jax.sampling import Proposal, argmax, probabilities, sample
 
 @struct.dataclass(kw_only=True)
 class DraftState:
-    """Between steps the cache's first `length` entries are exact (calibrated) and cover the
-    absorbed tokens.
+    """Between steps the cache's first `length` entries cover the absorbed tokens; with calibration
+    they are exact.
     """
 
     cache: KVCache

@@ -1,0 +1,178 @@
+"""What a request and a pair of models must be: one clear sentence otherwise, before allocation."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from easyspec_jax.config import ModelConfig, Sampling
+from easyspec_jax.model import Model
+
+EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A checked request."""
+
+    rows: list[np.ndarray]  # i32[T] each, T at least 1
+    max_new_tokens: int
+    sampling: Sampling
+    eos_ids: np.ndarray  # i32[E], padded with -1
+    seed: int
+    logprobs: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(row.size for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the longest row when it is done, were there no end of the context."""
+        return self.longest + self.max_new_tokens
+
+
+def make_request(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    eos_ids: Sequence[int] = (),
+    seed: int = 0,
+    logprobs: bool = False,
+) -> Request:
+    """The request, for a base of this configuration.
+
+    Raises:
+      ValueError: on anything the base cannot do, naming the prompt or the option.
+    """
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling, got {sampling!r}")
+    if not is_integer(seed):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    rows = [_check_prompt(config, i, prompt) for i, prompt in enumerate(_listed(prompts))]
+    if not rows:
+        raise ValueError("no prompts given")
+    request = Request(
+        rows=rows,
+        max_new_tokens=int(max_new_tokens),
+        sampling=sampling,
+        eos_ids=_check_eos(config, eos_ids),
+        seed=int(seed),
+        logprobs=logprobs,
+    )
+    window = config.sliding_window
+    if window is not None and min(request.total, config.max_len) > window:
+        raise ValueError(
+            f"prompt and max_new_tokens make {request.total} tokens, but the model attends to a "
+            f"sliding window of {window}: ask for fewer tokens"
+        )
+    return request
+
+
+def _listed(prompts: Any) -> Iterable:
+    try:
+        return list(prompts)
+    except TypeError:
+        raise ValueError(f"prompts must be lists of token ids, got {prompts!r}") from None
+
+
+def _check_prompt(config: ModelConfig, i: int, prompt: Any) -> np.ndarray:
+    row = np.asarray(prompt)
+    if row.ndim != 1:
+        raise ValueError(f"prompt {i} is not a list of token ids: prompts are a list of such lists")
+    if row.size == 0:
+        raise ValueError(f"prompt {i} is empty: give at least one token, a beginning of text say")
+    if not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(f"prompt {i} is not a list of token ids: it holds {row.dtype}")
+    outside = (row < 0) | (row >= config.vocab_size)
+    if outside.any():
+        raise ValueError(
+            f"prompt {i} has token id {int(row[outside][0])}, "
+            f"outside the base's 0 .. {config.vocab_size - 1}"
+        )
+    if row.size >= config.max_len:
+        raise ValueError(
+            f"prompt {i} has {row.size} tokens, but the base's context is "
+            f"{config.max_len}: shorten it"
+        )
+    return row.astype(np.int32)
+
+
+def _check_eos(config: ModelConfig, eos_ids: Any) -> np.ndarray:
+    ids = [eos_ids] if is_integer(eos_ids) else list(eos_ids)
+    for i in ids:
+        if not is_integer(i) or not 0 <= i < config.vocab_size:
+            raise ValueError(
+                f"eos_ids must be token ids in the base's 0 .. {config.vocab_size - 1}, got {i!r}"
+            )
+    slots = max(-(-len(ids) // EOS_SLOTS), 1) * EOS_SLOTS
+    return np.array([*ids, *[-1] * (slots - len(ids))], np.int32)
+
+
+def check_stop_strings(stop_strings: Any, tokenizer: Any) -> tuple[str, ...]:
+    """The stop strings as a tuple.
+
+    Raises:
+      ValueError: not a list of texts, an empty one, or no tokenizer to find them with.
+    """
+    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
+        raise ValueError(f"stop_strings must be a list of texts, none empty, got {stop_strings!r}")
+    if stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer to find them in the text")
+    return tuple(stop_strings)
+
+
+def check_pair(base: Model, drafter: Any, num_draft_tokens: int, tree_width: int) -> None:
+    """Refuse a base, drafter and options that cannot work together; warn of a short draft context.
+
+    Raises:
+      ValueError: saying which.
+    """
+    if not is_integer(num_draft_tokens) or num_draft_tokens < 1:
+        raise ValueError(
+            f"num_draft_tokens must be a whole number above 0, got {num_draft_tokens!r}"
+        )
+    if tree_width != 1:
+        raise ValueError(f"tree_width must be 1 (chain drafting), got {tree_width!r}")
+    if max(base.partition) > 1:
+        raise ValueError("the base runs layer after layer: load it with group_size=1")
+    if drafter is not None and not hasattr(drafter, "propose"):
+        raise ValueError(
+            f"a drafter is needed, LayerParallelDrafter(draft) say, got {type(drafter).__name__}"
+        )
+    for draft in drafter.models() if drafter is not None else ():
+        _check_draft(base, draft)
+
+
+def _check_draft(base: Model, draft: Model) -> None:
+    if draft.layout.mesh != base.layout.mesh:
+        raise ValueError("base and draft are on different meshes: load both with the same mesh")
+    if None not in (base.tokenizer, draft.tokenizer) and base.tokenizer != draft.tokenizer:
+        raise ValueError(
+            "base and draft have different tokenizers: ordinary tokens have other ids, "
+            "so a draft could never be accepted; use a draft of the same family"
+        )
+    c = draft.config
+    context = min(c.max_len, c.sliding_window or c.max_len)
+    if context < base.config.max_len:
+        warnings.warn(
+            f"the draft's context of {context} tokens is shorter than the base's "
+            f"{base.config.max_len}: beyond it drafts are rarely accepted, which costs speed, "
+            "never text",
+            stacklevel=4,
+        )
+
+
+def is_integer(x: Any) -> bool:
+    """Whether x is a whole number, numpy's included, and no bool."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
