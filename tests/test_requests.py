@@ -196,7 +196,7 @@ def test_too_little_memory_is_refused_with_the_budget(monkeypatch):
     monkeypatch.setattr(es.decode, "zeros", lambda abstract: pytest.fail("allocated"))
     with pytest.raises(
         ValueError,
-        match="base cache .* draft cache .* beside base weights .* draft weights .* but a device",
+        match=r"base cache .* draft cache .* beside base weights .* draft weights .* but a device",
     ):
         self_drafting().generate(PROMPTS, max_new_tokens=NEW)
 
