@@ -40,7 +40,7 @@ class Generation:
     tokens: list[list[int]]  # new tokens per prompt; a stop id that ended a row is its last token
     stats: Stats
     logprobs: list[list[float]] | None = None  # log p of the base at temperature 1, unfiltered
-    report: dict[str, Any] = dataclasses.field(default_factory=dict)  # the drafter's own counters
+    drafter_report: dict[str, Any] = dataclasses.field(default_factory=dict)  # its own counters
 
 
 class Piece(list):
@@ -133,6 +133,7 @@ class Decoder:
             logprobs=[host[2][b, part].tolist() for b, part in enumerate(new)]
             if logprobs
             else None,
+            drafter_report=self.drafter.report(state.draft) if self.drafter is not None else {},
         )
 
     def stream(

@@ -57,6 +57,14 @@ def test_statistics_agree_with_themselves():
     assert 0 < stats.acceptance_rate < 1
 
 
+def test_a_drafter_reports_its_own_counters(monkeypatch):
+    drafter = es.LayerParallelDrafter
+    monkeypatch.setattr(drafter, "report", lambda self, state: state.cache.length.tolist())
+    out = self_drafting((1, 1), 1, 3).generate([PROMPTS[0]], max_new_tokens=8)
+    assert out.drafter_report == [len(PROMPTS[0]) + 4]  # what the second and last step absorbed
+    assert autoregressive().generate([PROMPTS[0]], max_new_tokens=2).drafter_report == {}
+
+
 def test_logprobs_are_the_bases():
     out = self_drafting().generate(PROMPTS[:2], max_new_tokens=8, logprobs=True)
     for prompt, new, got in zip(PROMPTS, out.tokens, out.logprobs, strict=False):
