@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def configure(args: argparse.Namespace) -> None:
     """Set the jax options that the arguments ask for; before anything else touches a device."""
+    # Only its templates are used: that it finds no PyTorch is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     devices = getattr(args, "cpu_devices", None)
     if args.run is _info:  # shapes only: as many devices as the mesh wants, none of them real
         devices = max(args.layer, 1) * max(args.tensor or 1, 1)
@@ -117,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="fetch a small model and watch it draft for itself")
     demo.set_defaults(run=_demo)
-    demo.add_argument("--prompt", default="Write a Python function that adds up a list of numbers.")
+    demo.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
     demo.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     demo.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="for the converted model")
     demo.add_argument("--base", metavar="CKPT", help="use this checkpoint instead of the download")

@@ -32,7 +32,7 @@ class Sampling:
             raise ValueError(
                 f"temperature must be 0 (greedy) or at least {_SMALLEST}, not {self.temperature!r}."
             )
-        if not (_is_int(self.top_k) and self.top_k >= 0):
+        if not (is_integer(self.top_k) and self.top_k >= 0):
             raise ValueError(f"top_k must be an integer >= 0 (0 = off), not {self.top_k!r}.")
         if not (_is_number(self.top_p) and _SMALLEST <= self.top_p <= 1):
             raise ValueError(f"top_p must be in [{_SMALLEST}, 1], not {self.top_p!r}.")
@@ -102,7 +102,7 @@ class ModelConfig:
             *("num_kv_heads", "head_dim", "max_len"),
         ):
             value = getattr(self, name)
-            if not (_is_int(value) and value > 0):
+            if not (is_integer(value) and value > 0):
                 raise ValueError(f"{name} must be an integer > 0, not {value!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -118,15 +118,15 @@ class ModelConfig:
             if not (_is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number > 0, not {value!r}.")
         window = self.sliding_window
-        if window is not None and not (_is_int(window) and window > 0):
+        if window is not None and not (is_integer(window) and window > 0):
             raise ValueError(f"sliding_window must be None or an integer > 0, not {window!r}.")
         if not isinstance(self.eos_ids, tuple) or not all(
-            _is_int(i) and i >= 0 for i in self.eos_ids
+            is_integer(i) and i >= 0 for i in self.eos_ids
         ):
             raise ValueError(f"eos_ids must be a tuple of token ids >= 0, not {self.eos_ids!r}.")
         for name in ("bos_id", "pad_id", "unk_id"):
             value = getattr(self, name)
-            if value is not None and not (_is_int(value) and 0 <= value < self.vocab_size):
+            if value is not None and not (is_integer(value) and 0 <= value < self.vocab_size):
                 raise ValueError(
                     f"{name} must be None or a token id below {self.vocab_size}, not {value!r}."
                 )
@@ -185,7 +185,7 @@ class ModelConfig:
         missing = [name for name in _REQUIRED if raw.get(name) is None]
         if missing:
             raise ValueError(f"the {family} config lacks {', '.join(missing)}.")
-        wrong = {name: raw[name] for name in _REQUIRED if not _is_int(raw[name])}
+        wrong = {name: raw[name] for name in _REQUIRED if not is_integer(raw[name])}
         if wrong:
             raise ValueError(
                 f"the {family} config has sizes that are no integers: {_listed(wrong)}."
@@ -309,7 +309,8 @@ _ALLOWED_BY_FAMILY: dict[str, dict[str, tuple]] = {
 }
 
 
-def _is_int(value) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether value is a whole number, numpy's included, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -420,6 +421,6 @@ def _eos_ids(value) -> tuple[int, ...]:
 
 def _token_id(value, vocab_size) -> int | None:
     """A token id, or None where the config has none; -1 and ids beyond the vocabulary mean none."""
-    if value is None or not _is_int(value) or not 0 <= value < vocab_size:
+    if value is None or not is_integer(value) or not 0 <= value < vocab_size:
         return None
     return value

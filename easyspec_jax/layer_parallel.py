@@ -14,7 +14,6 @@ weights or cache entries.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from easyspec_jax.cache import LayerKV
+from easyspec_jax.config import is_integer
 from easyspec_jax.model import Block, Model, RunBlock, Step, attention, mlp, run_layer
 from easyspec_jax.sharding import psum
 
@@ -39,7 +39,7 @@ def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[in
       ValueError: group_size below 1, or a partition that does not sum to `num_layers`.
     """
     sizes = group_size if isinstance(group_size, Sequence) else (group_size,)
-    if isinstance(sizes, str) or not all(_is_integer(size) for size in sizes):
+    if isinstance(sizes, str) or not all(is_integer(size) for size in sizes):
         raise ValueError(
             f"group_size must be a whole number or a partition of whole numbers, got {group_size!r}"
         )
@@ -58,10 +58,6 @@ def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[in
             f"got {partition}, which sums to {sum(partition)}"
         )
     return partition
-
-
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def run_exact(

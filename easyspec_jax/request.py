@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from easyspec_jax.config import ModelConfig, Sampling
+from easyspec_jax.config import ModelConfig, Sampling, is_integer
 from easyspec_jax.model import Model
 
 EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
@@ -171,8 +170,3 @@ def _check_draft(base: Model, draft: Model) -> None:
             "never text",
             stacklevel=4,
         )
-
-
-def is_integer(x: Any) -> bool:
-    """Whether x is a whole number, numpy's included, and no bool."""
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)

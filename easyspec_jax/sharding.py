@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.config import ModelConfig, is_integer
 
 logger = logging.getLogger("easyspec_jax")
 
@@ -35,7 +34,7 @@ def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
     """
     devices = jax.devices()
     for name, size in (("layer", layer), ("tensor", tensor)):
-        if size is not None and (not isinstance(size, numbers.Integral) or isinstance(size, bool)):
+        if size is not None and not is_integer(size):
             raise ValueError(f"mesh axis {name} must be a whole number of devices, got {size!r}")
     if layer < 1 or (tensor is not None and tensor < 1):
         raise ValueError(f"mesh axes must be at least 1, got layer={layer}, tensor={tensor}")
