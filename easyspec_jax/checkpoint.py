@@ -87,7 +87,8 @@ def load_model(
 
     Raises:
       ValueError: no checkpoint there, a bad partition or layout, or more than the devices hold;
-        nothing is allocated then.
+        nothing is allocated then. Or a part of the checkpoint is damaged.
+      OSError: a file cannot be read.
     """
     config, metadata = read_metadata(path)
     folder = pathlib.Path(path).absolute()
@@ -104,7 +105,9 @@ def load_model(
         try:
             return ocp.load(folder / name, abstract)
         except Exception as error:  # Orbax has many kinds for a damaged folder
-            if isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            machine = isinstance(error, OSError | MemoryError) and not missing
+            if machine or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise ValueError(f"{folder / name} is damaged: convert the model again") from error
 

@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--group-size", type=_group_size, default=4, help="as for a draft (default 4)"
     )
-    _add_mesh(info)
+    _add_mesh(info, tensor="1")
 
     demo = commands.add_parser("demo", help="fetch a small model and watch it draft for itself")
     demo.set_defaults(run=_demo)
@@ -143,10 +143,10 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
 
 
-def _add_mesh(parser: argparse.ArgumentParser) -> None:
+def _add_mesh(parser: argparse.ArgumentParser, tensor: str = "all others") -> None:
     add = parser.add_argument
     add("--layer", type=int, default=1, metavar="N", help="devices for the layers of a group")
-    add("--tensor", type=int, metavar="N", help="devices for heads (default: all others)")
+    add("--tensor", type=int, metavar="N", help=f"devices for heads (default: {tensor})")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -348,7 +348,7 @@ def _chat(args: argparse.Namespace) -> int:
     talk.ask("?")  # a template that is missing or refuses the system message should show now
     talk.withdraw()
     engine = _load(args, setup)
-    max_len = min(setup.config.max_len, args.max_len or DEFAULT_SESSION)
+    max_len = min(setup.config.context, args.max_len or DEFAULT_SESSION)
     session, clock, seed = es.Session(max_len), _Clock(engine.load_seconds), args.seed
     for line in _lines():
         if line == "/reset":

@@ -136,6 +136,11 @@ class ModelConfig:
         """G, query heads per kv head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def context(self) -> int:
+        """Tokens a text may have: the context length, within the sliding window if there is one."""
+        return min(self.max_len, self.sliding_window or self.max_len)
+
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every array of one layer, as stored: projections are [in, out]."""
         d, f, h = self.embed_dim, self.mlp_dim, self.head_dim

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax import loop
 from easyspec_jax.cache import abstract_cache, zeros
-from easyspec_jax.config import Sampling
+from easyspec_jax.config import Sampling, is_integer
 from easyspec_jax.drafters.base import Drafter, DraftOptions
 from easyspec_jax.model import Model
 from easyspec_jax.profile import phase_seconds
@@ -66,6 +66,7 @@ class Session:
         self._absorbed = 0  # leading tokens that both caches hold
         self._state: loop.DecodeState | None = None  # None too while its buffers are in use
         self._owner: Decoder | None = None
+        self._turn: object = None  # of the request it serves now
 
 
 class Decoder:
@@ -160,12 +161,13 @@ class Decoder:
         Raises:
           ValueError: as `generate`; stop strings without a tokenizer; a session that is too small.
             At the call, not at the first piece.
+          RuntimeError: from the iterator, once its session serves a later request.
         """
         stops = check_stop_strings(stop_strings, tokenizer)
         request = make_request(self.base.config, [prompt], max_new_tokens, sampling, eos_ids, seed)
         session = session if session is not None else Session()
         self._open(session, request)
-        return self._drive(session, stops, tokenizer)
+        return self._drive(session, session._turn, stops, tokenizer)
 
     def warmup(
         self,
@@ -197,16 +199,20 @@ class Decoder:
         sampling: Sampling = Sampling(),  # noqa: B008
         repeats: int = 20,
     ) -> dict[str, float]:
-        """Seconds of a prefill of prompt_len tokens and, per step, of each phase and the whole.
+        """Seconds of a prefill of prompt_len - 1 tokens and, per step, of each phase and the whole.
 
         Keys: prefill, step, calibrate, draft, verify, commit. Phases are timed by themselves, on
         tokens of no meaning; their times depend on shapes alone.
         """
         prompts = np.zeros((batch, prompt_len), np.int32)
         request = make_request(self.base.config, prompts, max_new_tokens, sampling)
+        if not is_integer(repeats) or repeats < 1:
+            raise ValueError(f"repeats must be a whole number above 0, got {repeats!r}")
         jax.block_until_ready(self._prefilled(request)[0])
+        state = jax.block_until_ready(self._begin(request, self._capacity(request.total)))
+        specs = loop.Specs.of((self.base, self.drafter, state))
         start = time.perf_counter()
-        state = jax.block_until_ready(self._prefilled(request)[0])
+        state = jax.block_until_ready(self._prefill(state, request, specs))
         times = {"prefill": time.perf_counter() - start}
         return times | phase_seconds(self.base, self.drafter, state, repeats=repeats)
 
@@ -324,6 +330,7 @@ class Decoder:
                 f"{total}: open one with a larger max_len"
             )
         session._state = None  # its buffers are about to be donated
+        session._turn = object()
         state = self._begin(request, size, old)
         known = 0
         if old is not None:
@@ -337,12 +344,14 @@ class Decoder:
         session.stats = make_stats(Counters.zeros(1, self.num_draft_tokens))
 
     def _drive(
-        self, session: Session, stop_strings: tuple[str, ...], tokenizer: Any
+        self, session: Session, turn: object, stop_strings: tuple[str, ...], tokenizer: Any
     ) -> Iterator[Piece]:
         """Step until the row is done; the session is consistent whenever this yields."""
-        specs = loop.Specs.of((self.base, self.drafter, session._state))
         counters, new, done = Counters.zeros(1, self.num_draft_tokens), [], False
         while not done:
+            if session._turn is not turn:
+                raise RuntimeError("this stream has ended: its session serves a later request")
+            specs = loop.Specs.of((self.base, self.drafter, session._state))
             state, session._state = session._state, None  # donated: nobody may use it again
             state, out = loop.run_step(self.base, self.drafter, state, specs=specs)
             out, done = jax.device_get((out, state.done))

@@ -56,8 +56,8 @@ def make_request(
         raise ValueError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a Sampling, got {sampling!r}")
-    if not is_integer(seed):
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if not is_integer(seed) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number of 64 bits, got {seed!r}")
     rows = [_check_prompt(config, i, prompt) for i, prompt in enumerate(_listed(prompts))]
     if not rows:
         raise ValueError("no prompts given")
@@ -86,7 +86,10 @@ def _listed(prompts: Any) -> Iterable:
 
 
 def _check_prompt(config: ModelConfig, i: int, prompt: Any) -> np.ndarray:
-    row = np.asarray(prompt)
+    try:
+        row = np.asarray(prompt)
+    except ValueError:  # lists of several lengths
+        row = np.zeros((0, 0))
     if row.ndim != 1:
         raise ValueError(f"prompt {i} is not a list of token ids: prompts are a list of such lists")
     if row.size == 0:
@@ -108,7 +111,7 @@ def _check_prompt(config: ModelConfig, i: int, prompt: Any) -> np.ndarray:
 
 
 def _check_eos(config: ModelConfig, eos_ids: Any) -> np.ndarray:
-    ids = [eos_ids] if is_integer(eos_ids) else list(eos_ids)
+    ids = list(eos_ids) if isinstance(eos_ids, Iterable) else [eos_ids]
     for i in ids:
         if not is_integer(i) or not 0 <= i < config.vocab_size:
             raise ValueError(
@@ -124,11 +127,13 @@ def check_stop_strings(stop_strings: Any, tokenizer: Any) -> tuple[str, ...]:
     Raises:
       ValueError: not a list of texts, an empty one, or no tokenizer to find them with.
     """
-    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
+    is_list = isinstance(stop_strings, Iterable) and not isinstance(stop_strings, str)
+    stops = tuple(stop_strings) if is_list else (None,)
+    if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop_strings must be a list of texts, none empty, got {stop_strings!r}")
-    if stop_strings and tokenizer is None:
+    if stops and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer to find them in the text")
-    return tuple(stop_strings)
+    return stops
 
 
 def check_pair(base: Model, drafter: Any, num_draft_tokens: int, tree_width: int) -> None:
@@ -161,12 +166,11 @@ def _check_draft(base: Model, draft: Model) -> None:
             "base and draft have different tokenizers: ordinary tokens have other ids, "
             "so a draft could never be accepted; use a draft of the same family"
         )
-    c = draft.config
-    context = min(c.max_len, c.sliding_window or c.max_len)
-    if context < base.config.max_len:
+    ours, theirs = draft.config.context, base.config.context
+    if ours < theirs:
         warnings.warn(
-            f"the draft's context of {context} tokens is shorter than the base's "
-            f"{base.config.max_len}: beyond it drafts are rarely accepted, which costs speed, "
+            f"the draft's context of {ours} tokens is shorter than the base's {theirs}: "
+            "beyond it drafts are rarely accepted, which costs speed, "
             "never text",
             stacklevel=4,
         )

@@ -115,9 +115,8 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
 def stop_ids(generation: dict[str, Any], config: Any) -> tuple[int, ...]:
     """The stop ids of a generation_config.json, else those of the model's configuration."""
     ids = generation.get("eos_token_id")
-    if ids is None:
-        return config.eos_ids
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    ids = config.eos_ids if ids is None else ids if isinstance(ids, list) else [ids]
+    return tuple(i for i in ids if 0 <= i < config.vocab_size)  # others are never drawn
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -304,7 +304,25 @@ def test_more_tokens_than_an_int_holds_end_with_the_context():
     assert len(out.tokens[0]) == CONFIG.max_len - 90
 
 
-@pytest.mark.parametrize("stops", ["Zq", [""], [3]])
+@pytest.mark.parametrize("stops", ["Zq", [""], [3], None, 5])
 def test_bad_stop_strings_are_refused(stops):
     with pytest.raises(ValueError, match="stop_strings must be a list of texts, none empty"):
         self_drafting().stream([1], max_new_tokens=2, stop_strings=stops, tokenizer=Letters())
+
+
+def test_stop_strings_may_come_from_a_generator():
+    decoder = self_drafting()
+    whole = autoregressive().generate([PROMPTS[0]], max_new_tokens=NEW).tokens[0]
+    stops = (Letters().decode(whole[i : i + 3]) for i in [6])
+    options = {"max_new_tokens": NEW, "stop_strings": stops, "tokenizer": Letters()}
+    assert len(joined(decoder.stream(PROMPTS[0], **options))) <= 9
+
+
+def test_a_stream_whose_session_serves_another_request_ends():
+    decoder, session = self_drafting(), es.Session(max_len=80)
+    first = decoder.stream(PROMPTS[0], max_new_tokens=9, session=session)
+    next(first)
+    second = decoder.stream(PROMPTS[1], max_new_tokens=9, session=session)
+    with pytest.raises(RuntimeError, match="its session serves a later request"):
+        next(first)
+    assert joined(second) == decoder.generate([PROMPTS[1]], max_new_tokens=9).tokens[0]

@@ -154,7 +154,10 @@ def test_caches_are_donated(mesh_shape, monkeypatch):
         ([[1]], {"eos_ids": [61]}, r"eos_ids must be token ids in the base's 0 .. 60, got 61"),
         ([[1]], {"eos_ids": [2**40]}, "eos_ids must be token ids"),
         ([[1]], {"sampling": 0.8}, r"sampling must be a Sampling, got 0\.8"),
-        ([[1]], {"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ([[[1], [2, 3]]], {}, "prompt 0 is not a list of token ids"),
+        ([[1]], {"eos_ids": None}, "eos_ids must be token ids .* got None"),
+        ([[1]], {"seed": "a"}, "seed must be a whole number of 64 bits, got 'a'"),
+        ([[1]], {"seed": 2**70}, "seed must be a whole number of 64 bits"),
     ],
 )
 def test_bad_requests_are_refused(monkeypatch, prompts, options, sentence):

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from hf_models import write_tokenizer
 
-from easyspec_jax.text import Conversation, TextStream, Tokenizer, find_stop, has_chat_template
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.text import (
+    Conversation,
+    TextStream,
+    Tokenizer,
+    find_stop,
+    has_chat_template,
+    stop_ids,
+)
 
 MODELS = pathlib.Path(os.environ.get("EASYSPEC_MODELS", "~/.cache/easyspec-models")).expanduser()
 TEXTS = (
@@ -285,3 +293,13 @@ class TestRealTokenizers:
         rest = second[len(first) + len(answer) :]
         again = tokenizer.encode(tokenizer.render(talk.messages), add_special_tokens=False)
         assert len(rest) > 5 and rest == again[-len(rest) :]
+
+
+def test_stop_ids_outside_the_vocabulary_are_left_out():
+    config = ModelConfig(
+        vocab_size=8, embed_dim=4, mlp_dim=4, num_layers=1, num_heads=1, num_kv_heads=1,
+        head_dim=4, eos_ids=(3,),
+    )  # fmt: skip
+    assert stop_ids({"eos_token_id": [2, 8, -1]}, config) == (2,)
+    assert stop_ids({"eos_token_id": 5}, config) == (5,)
+    assert stop_ids({}, config) == (3,)
