@@ -7,10 +7,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from decoders import (
-    all_logits,
-    model,
-)
+from decoders import NEW, PROMPTS, all_logits, model, self_drafting
 
 import easyspec_jax as es
 
@@ -88,6 +85,16 @@ def test_broken_sampling_is_noticed(monkeypatch, broken):
     else:
         monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)
     assert sequence_deviation(decoder, es.Sampling(temperature=1.0)) > 5
+
+
+def test_sampling_is_the_same_on_a_mesh():
+    """float64 logits agree to rounding, so one seed draws the same tokens on eight devices."""
+    s = es.Sampling(temperature=0.9, top_k=40, top_p=0.95)
+    options = {"max_new_tokens": NEW, "sampling": s, "seed": 4}
+    want = self_drafting().generate(PROMPTS, **options)
+    got = self_drafting((4, 2)).generate(PROMPTS, **options)
+    assert got.tokens == want.tokens and got.stats == want.stats
+    assert want.tokens != self_drafting().generate(PROMPTS, max_new_tokens=NEW).tokens
 
 
 def test_rows_draw_independently_and_seeds_repeat():

@@ -6,6 +6,8 @@ import functools
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -334,6 +336,15 @@ def test_an_incomplete_checkpoint_is_refused(checkpoints, tmp_path):
             es.load_model(folder, es.make_mesh(1, 1))
 
 
+def test_a_checkpoint_of_other_shapes_is_refused(checkpoints, tmp_path):
+    """In a process of its own: a reader that fails leaves unfinished coroutines behind."""
+    folder = damaged(checkpoints["9/3"], tmp_path / "other", {"intermediate_size": 8})
+    code = "import sys, easyspec_jax as es; es.load_model(sys.argv[1], es.make_mesh(1, 1))"
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"ValueError: {folder}/layers/0000 is damaged: convert the model again" in done.stderr
+
+
 @pytest.mark.parametrize(
     "error, seen",
     [
@@ -345,7 +356,7 @@ def test_an_incomplete_checkpoint_is_refused(checkpoints, tmp_path):
     ids=repr,
 )
 def test_damage_is_told_from_the_machines_failures(checkpoints, monkeypatch, error, seen):
-    """The reader's failures are stood in for: a real one leaves unfinished coroutines behind."""
+    """The reader's failures are stood in for, one of each kind."""
     from orbax.checkpoint import v1 as ocp
 
     def fail(path, abstract):
