@@ -34,6 +34,12 @@ class LayerKV:
         """
         return LayerKV(k=_write(self.k, k, start), v=_write(self.v, v, start))
 
+    def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
+        """Entries start[b] + index[b, j] of row b move to start[b] + j (index: i32[B, J], rising
+        along j); not for a stacked slot.
+        """
+        return LayerKV(k=_keep(self.k, start, index), v=_keep(self.v, start, index))
+
 
 def _write(cache, new, start):
     if start.shape[0] == 1:
@@ -43,6 +49,16 @@ def _write(cache, new, start):
     return jax.vmap(lambda c, n, s: lax.dynamic_update_slice(c, n, (s, jnp.zeros_like(s))))(
         cache, new, starts
     )
+
+
+def _keep(cache, start, index):
+    source = start[:, None] + index
+    if start.shape[0] == 1:
+        kept = jnp.take(cache, source[0], axis=1, mode="clip")
+    else:
+        source = jnp.tile(source, (cache.shape[0] // start.shape[0], 1))
+        kept = jnp.take_along_axis(cache, source[..., None], axis=1, mode="clip")
+    return _write(cache, kept, start)
 
 
 @struct.dataclass(kw_only=True)
@@ -62,6 +78,13 @@ class KVCache:
     def rollback(self, length: jax.Array) -> KVCache:
         """Forget every entry at or beyond `length` (i32[B]); nothing is copied."""
         return self.replace(length=length)
+
+    def keep(self, start: jax.Array, index: jax.Array) -> KVCache:
+        """Entries start[b] + index[b, j] become start[b] + j in every layer: the accepted path of a
+        tree (i32[B, J], rising along j). `length` stays. Not for models in groups.
+        """
+        blocks = tuple(tuple(kv.keep(start, index) for kv in block) for block in self.blocks)
+        return self.replace(blocks=blocks)
 
 
 def abstract_cache(

@@ -26,7 +26,7 @@ class Sampling:
     min_p: float = 0.0  # drop tokens below this share of the largest probability; 0 = none
 
     def __post_init__(self):
-        if not (_is_number(self.temperature) and self.temperature >= 0):
+        if not (is_number(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, not {self.temperature!r}.")
         if 0 < self.temperature < _SMALLEST:
             raise ValueError(
@@ -34,9 +34,9 @@ class Sampling:
             )
         if not (is_integer(self.top_k) and self.top_k >= 0):
             raise ValueError(f"top_k must be an integer >= 0 (0 = off), not {self.top_k!r}.")
-        if not (_is_number(self.top_p) and _SMALLEST <= self.top_p <= 1):
+        if not (is_number(self.top_p) and _SMALLEST <= self.top_p <= 1):
             raise ValueError(f"top_p must be in [{_SMALLEST}, 1], not {self.top_p!r}.")
-        if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+        if not (is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise ValueError(f"min_p must be in [0, 1], not {self.min_p!r}.")
 
     @property
@@ -62,7 +62,7 @@ class RopeScaling:
             )
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_len"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise ValueError(f"rotary scaling: {name} must be a number > 0, not {value!r}.")
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
@@ -115,7 +115,7 @@ class ModelConfig:
             )
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0):
+            if not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number > 0, not {value!r}.")
         window = self.sliding_window
         if window is not None and not (is_integer(window) and window > 0):
@@ -319,7 +319,8 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether value is a finite real number, numpy's included, and no bool."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and math.isfinite(value)
 

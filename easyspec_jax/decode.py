@@ -79,22 +79,33 @@ class Decoder:
         *,
         num_draft_tokens: int = 5,
         tree_width: int = 1,
+        min_draft_probability: float | None = None,
     ):
         """Pair a base with a drafter.
 
         Args:
           base: the model whose distribution is kept.
           drafter: None decodes autoregressively.
-          num_draft_tokens: γ, drafted tokens per step (at most, for drafters that choose).
-          tree_width: w; only chains (1) are drafted.
+          num_draft_tokens: γ, depth of the draft: tokens a step may accept (at most, for drafters
+            that choose).
+          tree_width: w, draft tokens at each depth; 1 is a chain.
+          min_draft_probability: drafting stops early once the likeliest draft is less probable than
+            this to the draft model; None never stops.
 
         Raises:
-          ValueError: a bad γ or w, a base in groups, models on different meshes, or different
-            tokenizers.
+          ValueError: a bad γ, w or probability, a base in groups, models on different meshes, or
+            different tokenizers.
         """
-        check_pair(base, drafter, num_draft_tokens, tree_width)
+        check_pair(base, drafter, num_draft_tokens, tree_width, min_draft_probability)
         self.base, self.drafter = base, drafter
         self.num_draft_tokens = int(num_draft_tokens) if drafter is not None else 0
+        self.tree_width = int(tree_width)
+        self.min_draft_probability = min_draft_probability or None
+
+    @property
+    def _num_nodes(self) -> int:
+        """Nodes of one step's draft."""
+        return self.num_draft_tokens * self.tree_width
 
     def generate(
         self,
@@ -218,7 +229,7 @@ class Decoder:
 
     def _capacity(self, total: int) -> int:
         """S: a bucket that holds `total` committed tokens and one step's drafts behind them."""
-        total = min(total, self.base.config.max_len) + self.num_draft_tokens + 1
+        total = min(total, self.base.config.max_len) + self._num_nodes + 1
         size = 64
         while size < min(total, 512):
             size *= 2
@@ -238,10 +249,13 @@ class Decoder:
         """
         base, batch = self.base, len(request.rows)
         abstract = abstract_cache(base.config, base.layout, base.partition, batch, size, base.dtype)
+        least = self.min_draft_probability
         options = DraftOptions(
             filters=jax.tree.map(self._put, make_filters(request.sampling)),
             num_draft_tokens=self.num_draft_tokens,
+            tree_width=self.tree_width,
             vocab_size=base.config.vocab_size,
+            min_probability=None if least is None else self._put(np.float32(least)),
         )
         if kept is None:
             self._check_memory(abstract, batch, size, options)
@@ -262,7 +276,7 @@ class Decoder:
                     "limit": limit,
                     "absorbed": lengths - 1,
                     "done": lengths >= limit,
-                    "counters": Counters.zeros(batch, self.num_draft_tokens),
+                    "counters": self._no_counts(batch),
                     "logprobs": np.zeros((batch, size), np.float32) if request.logprobs else None,
                     "key": jax.random.key(request.seed),
                     "step": np.int32(0),
@@ -271,6 +285,9 @@ class Decoder:
                 },
             ),
         )
+
+    def _no_counts(self, batch: int) -> Counters:
+        return Counters.zeros(batch, self.num_draft_tokens, self.tree_width)
 
     def _draft_state(self, batch, size, options, kept) -> Any:
         if self.drafter is None:
@@ -292,7 +309,7 @@ class Decoder:
             needed["draft cache"] = device_bytes(self.drafter.abstract_state(batch, size, options))
             held["draft weights"] = device_bytes(self.drafter)
         probabilities = 1 if options.filters.greedy else 3
-        logits = 4 * batch * (self.num_draft_tokens + 1) * base.config.vocab_size * probabilities
+        logits = 4 * batch * (self._num_nodes + 1) * base.config.vocab_size * probabilities
         heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafts))
         scores = 2 * 4 * batch * min(PREFILL_CHUNKS[-1], size) * heads * size
         needed["scratch"] = max(logits, scores)
@@ -323,7 +340,7 @@ class Decoder:
             size = self._capacity(max(total, session.max_len or 0))
         else:
             size = old.tokens.shape[1]
-        room = size - self.num_draft_tokens - 1
+        room = size - self._num_nodes - 1
         if min(total, self.base.config.max_len) > room:
             raise ValueError(
                 f"the session has room for {room} tokens, but prompt and max_new_tokens make "
@@ -341,13 +358,13 @@ class Decoder:
         specs = loop.Specs.of((self.base, self.drafter, state))
         session._state = self._prefill(state, request, specs, start=known)
         session._tokens, session._absorbed = row.tolist(), row.size - 1
-        session.stats = make_stats(Counters.zeros(1, self.num_draft_tokens))
+        session.stats = make_stats(self._no_counts(1))
 
     def _drive(
         self, session: Session, turn: object, stop_strings: tuple[str, ...], tokenizer: Any
     ) -> Iterator[Piece]:
         """Step until the row is done; the session is consistent whenever this yields."""
-        counters, new, done = Counters.zeros(1, self.num_draft_tokens), [], False
+        counters, new, done = self._no_counts(1), [], False
         while not done:
             if session._turn is not turn:
                 raise RuntimeError("this stream has ended: its session serves a later request")
@@ -360,9 +377,8 @@ class Decoder:
             if stop_strings:
                 cut = find_stop(tokenizer, new, ids, stop_strings)
                 done, ids = done or cut is not None, ids[:cut]
-            counters = count(
-                counters, out.num_accepted, out.num_valid, np.array([len(ids)], np.int32)
-            )
+            emitted = np.array([len(ids)], np.int32)
+            counters = count(counters, out.num_accepted, out.tries, out.num_drafted, emitted)
             session._state = state
             session._absorbed = len(session._tokens)  # the step calibrated up to its root
             session._tokens += ids

@@ -61,7 +61,8 @@ class Emission:
     tokens: jax.Array  # i32[B, γ + 1]
     num_emitted: jax.Array  # i32[B], 0 for a finished row
     num_accepted: jax.Array  # i32[B], accepted draft tokens before any cut
-    num_valid: jax.Array  # i32[B], draft tokens there were to try
+    tries: jax.Array  # i32[B, γ], nodes tried at each depth
+    num_drafted: jax.Array  # i32[B], nodes there were to try
 
 
 def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Emission]:
@@ -82,6 +83,8 @@ def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Em
     with jax.named_scope("verify"):
         scores, cache, aux = judge(base, cache, root, proposal)
         verdict = verify(scores, proposal, state.filters, verify_key)
+        if not proposal.is_chain:
+            cache = cache.keep(state.length, verdict.path)
     if drafter is not None:
         draft = drafter.observe(draft, verdict, aux)
     with jax.named_scope("commit"):
@@ -93,7 +96,8 @@ def _commit(
 ) -> tuple[DecodeState, Emission]:
     """Append accepted tokens and the base's own, up to the first stop token or the length limit."""
     at = jnp.arange(state.num_draft_tokens + 1, dtype=jnp.int32)[None]
-    padded = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+    drafted = jnp.take_along_axis(proposal.tokens, verdict.path, axis=1)
+    padded = jnp.pad(drafted, ((0, 0), (0, 1)))
     tokens = jnp.where(at == verdict.num_accepted[:, None], verdict.next_token[:, None], padded)
     offered = at <= verdict.num_accepted[:, None]
     is_stop = (tokens[..., None] == state.eos_ids[None, None]).any(axis=-1) & offered
@@ -102,10 +106,11 @@ def _commit(
     num = jnp.where(state.done, 0, num).astype(jnp.int32)
     stopped = first_stop < num
     length = state.length + num
-    num_valid = proposal.valid.astype(jnp.int32).sum(axis=1, dtype=jnp.int32)
+    num_drafted = proposal.valid.sum(axis=1, dtype=jnp.int32)
     logprobs = state.logprobs
     if logprobs is not None:
-        scores = scores.astype(jnp.float32)
+        on_path = jnp.pad(verdict.path + 1, ((0, 0), (1, 0)))
+        scores = jnp.take_along_axis(scores, on_path[..., None], axis=1).astype(jnp.float32)
         chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
         logprobs = _put(logprobs, chosen - jax.nn.logsumexp(scores, axis=-1), state.length)
     new = state.replace(
@@ -114,12 +119,16 @@ def _commit(
         absorbed=jnp.where(state.done, state.absorbed, state.length),
         done=state.done | stopped | (length >= state.limit),
         cache=state.cache.rollback(length - 1),
-        counters=count(state.counters, verdict.num_accepted, num_valid, num),
+        counters=count(state.counters, verdict.num_accepted, verdict.tries, num_drafted, num),
         logprobs=logprobs,
         step=state.step + 1,
     )
     emission = Emission(
-        tokens=tokens, num_emitted=num, num_accepted=verdict.num_accepted, num_valid=num_valid
+        tokens=tokens,
+        num_emitted=num,
+        num_accepted=verdict.num_accepted,
+        tries=verdict.tries,
+        num_drafted=num_drafted,
     )
     return new, emission
 
@@ -127,7 +136,7 @@ def _commit(
 def no_proposal(batch: int) -> Proposal:
     """The proposal of autoregression: no nodes."""
     empty = jnp.zeros((batch, 0), jnp.int32)
-    return Proposal(tokens=empty, parents=empty, valid=jnp.zeros((batch, 0), bool))
+    return Proposal(tokens=empty, parents=empty, valid=jnp.zeros((batch, 0), bool), depth=0)
 
 
 def window(x: jax.Array, start: jax.Array, width: int) -> jax.Array:

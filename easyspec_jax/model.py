@@ -106,6 +106,27 @@ class Step:
     mask: jax.Array  # bool[B, T, S], True where token t of row b may look at cache entry s
 
 
+@struct.dataclass(kw_only=True)
+class Placement:
+    """Where T new tokens stand when they are not a chain: nodes of a tree, whose entries fill the
+    cache behind `origin` in the order they are run.
+    """
+
+    origin: jax.Array  # i32[B], everything before this entry is seen by all T tokens
+    positions: jax.Array  # i32[B, T], for the rotary embedding: depth counts, not the entry
+    ancestors: jax.Array  # bool[B, T, R], which of the entries origin[b] .. origin[b] + R - 1 too
+
+    def mask(self, max_len: int) -> jax.Array:
+        """`Step.mask` for a cache of this capacity, which must hold all R entries."""
+        before = jnp.arange(max_len, dtype=jnp.int32)[None, None] < self.origin[:, None, None]
+        before = jnp.broadcast_to(before, (*self.ancestors.shape[:2], max_len))
+
+        def put(row, new, start):
+            return lax.dynamic_update_slice(row, new, (jnp.zeros_like(start), start))
+
+        return jax.vmap(put)(before, self.ancestors, self.origin)
+
+
 RunBlock = Callable[
     [Model, Block, jax.Array, tuple[LayerKV, ...], Step], tuple[jax.Array, tuple[LayerKV, ...]]
 ]
@@ -213,6 +234,7 @@ def forward(
     cache: KVCache,
     *,
     num: jax.Array | None = None,
+    placement: Placement | None = None,
     run_block: RunBlock = run_layer,
 ) -> tuple[jax.Array, KVCache]:
     """Run T new tokens behind the cache's `length` entries; the cache then holds them too.
@@ -223,17 +245,21 @@ def forward(
         `max_len`.
       num: i32[B], how many of the T tokens count; the cache's length grows by it. The rest is
         padding. Default T.
+      placement: of nodes of a tree. Default: a chain, each token behind the one before.
       run_block: how a block runs; `layer_parallel` has the ways to run groups.
 
     Returns:
       Hidden states after the final norm, [B, T, D], the same on every device, and the cache.
     """
     c, t = model.config, tokens.shape[1]
-    positions = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+    if placement is None:
+        positions = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        seen = jnp.arange(cache.max_len, dtype=jnp.int32)[None, None] <= positions[..., None]
+    else:
+        positions, seen = placement.positions, placement.mask(cache.max_len)
     wide = wide_type(model.dtype)
     angles = positions.astype(wide)[..., None] * jnp.asarray(rope_frequencies(c), wide)[None, None]
     angles = angles[:, :, None, None, :]
-    seen = jnp.arange(cache.max_len, dtype=jnp.int32)[None, None] <= positions[..., None]
     step = Step(start=cache.length, cos=jnp.cos(angles), sin=jnp.sin(angles), mask=seen)
     x = embed(model, tokens)
     blocks = []

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from easyspec_jax import loop
-from easyspec_jax.drafters.base import DraftOptions, verify_in_one_pass
+from easyspec_jax.drafters.base import verify_in_one_pass
 from easyspec_jax.model import Model
 from easyspec_jax.sampling import verify
 from easyspec_jax.sharding import on_mesh
@@ -34,11 +34,7 @@ def _propose(base, drafter, state):
 
 def _calibrate(base, drafter, state):
     """Proposing a single token is the pass over the committed ones and nothing more."""
-    options = DraftOptions(
-        filters=state.filters,
-        num_draft_tokens=state.num_draft_tokens,
-        vocab_size=base.config.vocab_size,
-    )
+    options = state.draft.options
     one = drafter.resume(state.draft, options.replace(num_draft_tokens=1))
     proposal, draft, cache = _proposal(drafter, state, one)
     draft = drafter.resume(draft, options)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from easyspec_jax.config import ModelConfig, Sampling, is_integer
+from easyspec_jax.config import ModelConfig, Sampling, is_integer, is_number
 from easyspec_jax.model import Model
 
 EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
@@ -136,18 +136,24 @@ def check_stop_strings(stop_strings: Any, tokenizer: Any) -> tuple[str, ...]:
     return stops
 
 
-def check_pair(base: Model, drafter: Any, num_draft_tokens: int, tree_width: int) -> None:
+def check_pair(
+    base: Model,
+    drafter: Any,
+    num_draft_tokens: int,
+    tree_width: int,
+    min_draft_probability: float | None,
+) -> None:
     """Refuse a base, drafter and options that cannot work together; warn of a short draft context.
 
     Raises:
       ValueError: saying which.
     """
-    if not is_integer(num_draft_tokens) or num_draft_tokens < 1:
-        raise ValueError(
-            f"num_draft_tokens must be a whole number above 0, got {num_draft_tokens!r}"
-        )
-    if tree_width != 1:
-        raise ValueError(f"tree_width must be 1 (chain drafting), got {tree_width!r}")
+    for name, n in (("num_draft_tokens", num_draft_tokens), ("tree_width", tree_width)):
+        if not is_integer(n) or n < 1:
+            raise ValueError(f"{name} must be a whole number above 0, got {n!r}")
+    least = min_draft_probability
+    if least is not None and (not is_number(least) or not 0 <= least <= 1):
+        raise ValueError(f"min_draft_probability must be between 0 and 1, got {least!r}")
     if max(base.partition) > 1:
         raise ValueError("the base runs layer after layer: load it with group_size=1")
     if drafter is not None and not hasattr(drafter, "propose"):

@@ -51,23 +51,33 @@ def make_filters(sampling: Sampling) -> Filters:
 @struct.dataclass(kw_only=True)
 class Proposal:
     """What a drafter proposes for one step: n nodes, each hanging on the root (the current token)
-    or on an earlier node.
+    or on an earlier node. Siblings have different tokens and are tried in order.
     """
 
     tokens: jax.Array  # i32[B, n]
     parents: jax.Array  # i32[B, n], index of the parent node, -1 = root
     valid: jax.Array  # bool[B, n]; an invalid node is never accepted and never counted
-    probs: jax.Array | None = (
-        None  # f32[B, n, V], q that each token was drawn from; None: chosen, not drawn
-    )
+    # f32[B, m, V], m <= n: row i + 1 is the q that the children of node i were drawn from without
+    # replacement, row 0 that of the root's children; None: nodes were chosen, not drawn
+    probs: jax.Array | None = None
+    depth: int = struct.field(pytree_node=False)  # nodes on the longest path
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node hangs on the one before: the longest path is all of them."""
+        return self.depth == self.tokens.shape[1]
 
 
 @struct.dataclass(kw_only=True)
 class Verdict:
     """What the base model decided about one proposal."""
 
-    num_accepted: jax.Array  # i32[B], in [0, n]
-    next_token: jax.Array  # i32[B], the residual sample, or the bonus token if all n were accepted
+    num_accepted: jax.Array  # i32[B], in [0, depth]
+    path: (
+        jax.Array
+    )  # i32[B, depth], the accepted nodes; what lies beyond num_accepted means nothing
+    next_token: jax.Array  # i32[B], the residual sample, or the bonus token behind a leaf
+    tries: jax.Array  # i32[B, depth], nodes tried at each depth; the last of them was accepted
 
 
 def probabilities(logits: jax.Array, filters: Filters) -> jax.Array:
@@ -126,61 +136,138 @@ def argmax(logits: jax.Array) -> jax.Array:
 
 
 def verify(logits: jax.Array, proposal: Proposal, filters: Filters, key: jax.Array) -> Verdict:
-    """Accept the longest prefix of a chain that keeps the base model's distribution (Leviathan et
-    al. 2023, Algorithm 1).
+    """Accept a path from the root down so that the base model's distribution is kept.
 
-    A drawn token x is accepted with min(1, p(x) / q(x)), a chosen one (`proposal.probs` is None)
-    with p(x). At the first rejection the token is drawn from what p has left over q; with no draft
-    token there, from p.
+    At every node its children are tried in order; the first accepted one is the next node, and
+    where all are rejected (or there are none) the step's last token is drawn from what is left of
+    p. A chosen child x is accepted with p(x) over the mass its siblings left; a drawn one with
+    min(1, p(x) / q(x)), a rejection leaving p = norm(max(p - q, 0)) and q without x (Leviathan et
+    al. 2023, Algorithm 1, for a chain; Jeon et al. 2024, recursive rejection sampling without
+    replacement, for a tree). Greedily, a child is accepted if it is the base's argmax.
 
     Args:
-      logits: [B, n + 1, V] of the base model at the root and behind each draft token.
-      proposal: a chain: node i hangs on node i - 1.
+      logits: [B, n + 1, V] of the base model at the root and behind each node.
+      proposal: a chain or a tree.
       filters: applied to the base's logits; the draft's q had the same.
       key: consumed.
     """
     if filters.greedy:
         target = argmax(logits)
-        count = _leading(proposal.valid & (proposal.tokens == target[:, :-1]))
-        return Verdict(num_accepted=count, next_token=_at(target, count))
+        passes = proposal.tokens == jnp.take_along_axis(target, proposal.parents + 1, axis=1)
+        verdict, last = _follow(proposal, passes)
+        return verdict.replace(next_token=_at(target, last))
     p = probabilities(logits, filters)
     accept_key, sample_key = jax.random.split(key)
-    x = proposal.tokens[..., None]
-    p_x = jnp.take_along_axis(p[:, :-1], x, axis=-1)[..., 0]
-    q_x = 1.0 if proposal.probs is None else jnp.take_along_axis(proposal.probs, x, axis=-1)[..., 0]
-    # u < p / q without the division: q(x) may be tiny.
-    u = jax.random.uniform(accept_key, p_x.shape, jnp.float32)
-    count = _leading(proposal.valid & (u * q_x < p_x))
-    rest = _residual(_at(p, count), proposal, count)
-    return Verdict(num_accepted=count, next_token=sample(sample_key, rest))
-
-
-def _residual(p: jax.Array, proposal: Proposal, count: jax.Array) -> jax.Array:
-    """What is left of p (f32[B, V]) after draft token `count` was rejected; all of it where there
-    was none.
-    """
-    n = proposal.tokens.shape[1]
-    if n == 0:
-        return p
-    at = jnp.minimum(count, n - 1)
-    rejected = (count < n) & _at(proposal.valid, at)
+    u = jax.random.uniform(accept_key, proposal.tokens.shape, jnp.float32)
     if proposal.probs is None:
-        q = jax.nn.one_hot(_at(proposal.tokens, at), p.shape[-1], dtype=p.dtype)
+        passes = _pass_chosen(p, proposal, u)
+        verdict, last = _follow(proposal, passes)
+        rest = _without_children(_at(p, last), proposal, last)
     else:
-        q = _at(proposal.probs, at)
-    rest = jnp.maximum(p - jnp.where(rejected[:, None], q, 0.0), 0.0)
-    # p = q up to rounding leaves nothing: then every draw from p is right.
+        passes, rest = _try_drawn(p, proposal, u)
+        verdict, _ = _follow(proposal, passes)
+    return verdict.replace(next_token=sample(sample_key, rest))
+
+
+def ancestry(proposal: Proposal) -> jax.Array:
+    """bool[B, n, n]: entry [i, j] says whether node j is node i or one of its ancestors."""
+    batch, n = proposal.tokens.shape
+    node = jnp.arange(n, dtype=jnp.int32)
+    if proposal.is_chain:
+        return jnp.broadcast_to((node[:, None] >= node[None])[None], (batch, n, n))
+    up = (proposal.parents[..., None] == node[None, None]) | (node[:, None] == node[None])[None]
+    for _ in range((proposal.depth - 1).bit_length()):  # each product doubles the generations
+        up = jnp.matmul(up.astype(jnp.float32), up.astype(jnp.float32)) > 0
+    return up
+
+
+def _siblings_before(proposal: Proposal) -> jax.Array:
+    """bool[B, n, n]: entry [i, j] says whether j is a valid sibling tried before node i."""
+    node = jnp.arange(proposal.tokens.shape[1], dtype=jnp.int32)
+    same = proposal.parents[..., None] == proposal.parents[:, None]
+    return same & (node[:, None] > node[None])[None] & proposal.valid[:, None]
+
+
+def _follow(proposal: Proposal, passes: jax.Array) -> tuple[Verdict, jax.Array]:
+    """The verdict (without its last token) when the nodes that would be accepted, once tried, are
+    bool[B, n] `passes`; and where the path ends: 0 the root, i + 1 node i.
+    """
+    n, depth = proposal.tokens.shape[1], proposal.depth
+    count = lambda x: x.sum(axis=1, dtype=jnp.int32)  # noqa: E731
+    related, before = ancestry(proposal), _siblings_before(proposal)
+    passes = passes & proposal.valid
+    beaten = (before & passes[:, None]).any(axis=-1)
+    accepted = (~related | (passes & ~beaten)[:, None]).all(axis=-1)
+    visited = jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=True)
+    reached = jnp.take_along_axis(visited, proposal.parents + 1, axis=1)
+    tried = proposal.valid & reached & ~beaten
+    level = jnp.arange(depth, dtype=jnp.int32)[None, None]
+    depths = related.sum(axis=-1, dtype=jnp.int32)[..., None] - 1
+    index = jnp.arange(n, dtype=jnp.int32)[None, :, None]
+    path = count(jnp.where(accepted[..., None] & (depths == level), index, 0))
+    last = jnp.where(accepted, index[..., 0] + 1, 0).max(axis=1, initial=0)
+    tries = count(tried[..., None] & (depths == level))
+    num = count(accepted)
+    return Verdict(num_accepted=num, path=path, next_token=num, tries=tries), last
+
+
+def _pass_chosen(p: jax.Array, proposal: Proposal, u: jax.Array) -> jax.Array:
+    """Which chosen nodes would be accepted, bool[B, n], for uniforms f32[B, n]."""
+    p_x = _at_node(p, proposal.parents + 1, proposal.tokens)
+    removed = jnp.where(_siblings_before(proposal), p_x[:, None], 0.0).sum(axis=-1)
+    return u * jnp.maximum(1.0 - removed, 0.0) < p_x
+
+
+def _without_children(p: jax.Array, proposal: Proposal, last: jax.Array) -> jax.Array:
+    """p (f32[B, V]) at the end of a path (as `_follow` says) without the tokens rejected there."""
+    rejected = proposal.valid & (proposal.parents == last[:, None] - 1)
+    nowhere = jnp.where(rejected, proposal.tokens, p.shape[-1])
+    rest = jax.vmap(lambda row, x: row.at[x].set(0.0, mode="drop"))(p, nowhere)
+    # The children had all of p up to rounding: then every draw from p is right.
     return jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
 
 
-def _leading(accepted: jax.Array) -> jax.Array:
-    """How many entries of bool[B, n] are true before the first false one."""
-    return jnp.cumprod(accepted.astype(jnp.int32), axis=1, dtype=jnp.int32).sum(
-        axis=1, dtype=jnp.int32
-    )
+def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Try drawn nodes (p: f32[B, n + 1, V], uniforms f32[B, n]) on the way down from the root.
+
+    Returns:
+      bool[B, n], the accepted nodes, and what is left of p where the path ends, f32[B, V].
+    """
+    n, vocab = proposal.tokens.shape[1], p.shape[-1]
+    ids = jnp.arange(vocab, dtype=jnp.int32)[None]
+
+    def try_node(i, state):
+        last, rest, p_sum, q, q_sum, passes = state
+        x = proposal.tokens[:, i]
+        tried = proposal.valid[:, i] & (proposal.parents[:, i] == last - 1)
+        # u < p / q without a division: q(x) may be tiny.
+        accept = tried & (u[:, i] * _at(q, x) * p_sum < _at(rest, x) * q_sum)
+        left = jnp.maximum(rest / p_sum[:, None] - q / q_sum[:, None], 0.0)
+        # p = q up to rounding leaves nothing: then every draw from p is right.
+        left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, rest)
+        reject = (tried & ~accept)[:, None]
+        last = jnp.where(accept, i + 1, last)
+        rest = jnp.where(accept[:, None], p[:, i + 1], jnp.where(reject, left, rest))
+        below = proposal.probs[:, jnp.minimum(i + 1, proposal.probs.shape[1] - 1)]
+        without = jnp.where(ids == x[:, None], 0.0, q)
+        q = jnp.where(accept[:, None], below, jnp.where(reject, without, q))
+        p_sum = jnp.where(accept, 1.0, jnp.where(tried, rest.sum(axis=-1), p_sum))
+        q_sum = jnp.where(accept, 1.0, jnp.where(tried, q.sum(axis=-1), q_sum))
+        return last, rest, p_sum, q, q_sum, passes.at[:, i].set(accept)
+
+    one = jnp.ones_like(p[:, 0, 0])
+    root = jnp.zeros_like(proposal.tokens[:, 0])
+    state = (root, p[:, 0], one, proposal.probs[:, 0], one, jnp.zeros_like(proposal.valid))
+    _, rest, _, _, _, passes = lax.fori_loop(0, n, try_node, state)
+    return passes, rest
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[b, index[b]] for every row b."""
     index = index.reshape(index.shape + (1,) * (x.ndim - 1))
     return jnp.take_along_axis(x, index, axis=1).squeeze(1)
+
+
+def _at_node(p: jax.Array, node: jax.Array, token: jax.Array) -> jax.Array:
+    """p[b, node[b, i], token[b, i]] of f32[B, m, V], without a copy of its rows: f32[B, n]."""
+    return jax.vmap(lambda row, i, x: row[i, x])(p, node, token)

@@ -21,38 +21,60 @@ class Counters:
     steps: jax.Array  # i32[B], steps in which the row was active
     emitted: jax.Array  # i32[B], new tokens
     histogram: jax.Array  # i32[B, γ + 1], steps by number of accepted draft tokens
-    tried: jax.Array  # i32[B, γ], steps that tried the draft token at this depth
-    accepted: jax.Array  # i32[B, γ], steps that accepted it
+    tried: jax.Array  # i32[B, γ], steps that tried draft tokens at this depth
+    accepted: jax.Array  # i32[B, γ], steps that accepted one there
+    tried_by_rank: jax.Array  # i32[B, w], how often the r-th sibling of a node was tried
+    accepted_by_rank: jax.Array  # i32[B, w], how often it was accepted
+    drafted: jax.Array  # i32[B], nodes that were drafted
 
     @classmethod
-    def zeros(cls, batch: int, num_draft_tokens: int, xp=np) -> Counters:
-        """No steps yet."""
-        row, depth = xp.zeros((batch,), xp.int32), xp.zeros((batch, num_draft_tokens), xp.int32)
-        histogram = xp.zeros((batch, num_draft_tokens + 1), xp.int32)
-        return cls(steps=row, emitted=row + 0, histogram=histogram, tried=depth, accepted=depth + 0)
+    def zeros(cls, batch: int, num_draft_tokens: int, tree_width: int = 1) -> Counters:
+        """No steps yet, on the host."""
+
+        def of(*shape):
+            return np.zeros((batch, *shape), np.int32)
+
+        return cls(
+            steps=of(),
+            emitted=of(),
+            histogram=of(num_draft_tokens + 1),
+            tried=of(num_draft_tokens),
+            accepted=of(num_draft_tokens),
+            tried_by_rank=of(tree_width),
+            accepted_by_rank=of(tree_width),
+            drafted=of(),
+        )
 
 
-def count(counters: Counters, num_accepted, num_valid, num_emitted):
+def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted):
     """Counters after one more step; works on jax and on numpy arrays.
 
     Args:
-      num_accepted, num_valid: i32[B], accepted draft tokens, and draft tokens that there were to
-        try.
+      num_accepted: i32[B], accepted draft tokens.
+      tries: i32[B, γ], nodes tried at each depth, the last of which was accepted where one was.
+      num_drafted: i32[B], nodes that there were.
       num_emitted: i32[B], tokens emitted after every cut; 0 = the row was not active.
     """
     xp = jnp if isinstance(num_emitted, jax.Array) else np
     active = (num_emitted > 0).astype(xp.int32)
     accepted = xp.minimum(num_accepted, num_emitted)
-    tried = xp.minimum(xp.minimum(num_accepted + 1, num_valid), num_emitted)
     depth = xp.arange(counters.tried.shape[1], dtype=xp.int32)[None]
     bins = xp.arange(counters.histogram.shape[1], dtype=xp.int32)[None]
+    ranks = xp.arange(counters.tried_by_rank.shape[1], dtype=xp.int32)[None, None]
     hit = (bins == accepted[:, None]).astype(xp.int32) * active[:, None]
+    tries = xp.where(depth < num_emitted[:, None], tries, 0)
+    is_accepted = depth < accepted[:, None]
+    tried_rank = ranks < tries[..., None]
+    accepted_rank = (ranks == tries[..., None] - 1) & is_accepted[..., None]
     return Counters(
         steps=counters.steps + active,
         emitted=counters.emitted + num_emitted,
         histogram=counters.histogram + hit,
-        tried=counters.tried + (depth < tried[:, None]).astype(xp.int32),
-        accepted=counters.accepted + (depth < accepted[:, None]).astype(xp.int32),
+        tried=counters.tried + (tries > 0).astype(xp.int32),
+        accepted=counters.accepted + is_accepted.astype(xp.int32),
+        tried_by_rank=counters.tried_by_rank + tried_rank.sum(axis=1, dtype=xp.int32),
+        accepted_by_rank=counters.accepted_by_rank + accepted_rank.sum(axis=1, dtype=xp.int32),
+        drafted=counters.drafted + num_drafted * active,
     )
 
 
@@ -65,6 +87,9 @@ class Stats:
     accepted_histogram: tuple[int, ...]  # [γ + 1], steps by number of accepted draft tokens
     tried_per_depth: tuple[int, ...]  # [γ]
     accepted_per_depth: tuple[int, ...]  # [γ]
+    tried_per_rank: tuple[int, ...]  # [w], siblings in the order they are tried
+    accepted_per_rank: tuple[int, ...]  # [w]
+    nodes_drafted: int
     rows: tuple[Stats, ...] = ()  # the same, row by row; empty in a row's own statistics
 
     @property
@@ -73,9 +98,14 @@ class Stats:
         return self.emitted / self.steps if self.steps else 0.0
 
     @property
+    def nodes_accepted(self) -> int:
+        """Draft tokens that were emitted."""
+        return sum(self.accepted_per_depth)
+
+    @property
     def acceptance_rate(self) -> float:
         """α: accepted / tried draft tokens; tried are those up to and including the first
-        rejection.
+        rejection. In a tree a depth counts once, however many siblings were tried there.
         """
         tried = sum(self.tried_per_depth)
         return sum(self.accepted_per_depth) / tried if tried else 0.0
@@ -83,8 +113,18 @@ class Stats:
     @property
     def acceptance_per_depth(self) -> tuple[float, ...]:
         """Accepted / tried at each depth of the draft; 0.0 where nothing was tried."""
-        pairs = zip(self.accepted_per_depth, self.tried_per_depth, strict=True)
-        return tuple(a / t if t else 0.0 for a, t in pairs)
+        return _rates(self.accepted_per_depth, self.tried_per_depth)
+
+    @property
+    def acceptance_per_rank(self) -> tuple[float, ...]:
+        """Accepted / tried of the first, second, ... of siblings, each tried when those before it
+        were rejected.
+        """
+        return _rates(self.accepted_per_rank, self.tried_per_rank)
+
+
+def _rates(accepted, tried):
+    return tuple(a / t if t else 0.0 for a, t in zip(accepted, tried, strict=True))
 
 
 def make_stats(counters: Counters) -> Stats:
@@ -98,6 +138,9 @@ def make_stats(counters: Counters) -> Stats:
             accepted_histogram=tuple(int(n) for n in pick(host.histogram)),
             tried_per_depth=tuple(int(n) for n in pick(host.tried)),
             accepted_per_depth=tuple(int(n) for n in pick(host.accepted)),
+            tried_per_rank=tuple(int(n) for n in pick(host.tried_by_rank)),
+            accepted_per_rank=tuple(int(n) for n in pick(host.accepted_by_rank)),
+            nodes_drafted=int(pick(host.drafted)),
             rows=rows,
         )
 

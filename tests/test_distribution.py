@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from decoders import NEW, PROMPTS, all_logits, model, self_drafting
+from mutation import mutate
 
 import easyspec_jax as es
 
@@ -78,10 +79,9 @@ def test_sampled_sequences_follow_the_base(s):
 def test_broken_sampling_is_noticed(monkeypatch, broken):
     decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken
     if broken == "no residual":
-        monkeypatch.setattr(es.sampling, "_residual", lambda p, proposal, count: p)
+        mutate(monkeypatch, es.sampling, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
     elif broken == "q of another temperature":
-        drafter = es.drafters.layer_parallel
-        monkeypatch.setattr(drafter, "sample", lambda key, q: es.sampling.sample(key, q**3))
+        mutate(monkeypatch, es.tree, "_ranks", "log_q + jax", "3 * log_q + jax")
     else:
         monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)
     assert sequence_deviation(decoder, es.Sampling(temperature=1.0)) > 5

@@ -176,8 +176,13 @@ def test_bad_decoders_are_refused():
         es.Decoder(draft)
     with pytest.raises(ValueError, match=r"LayerParallelDrafter\(draft\) say, got Model"):
         es.Decoder(base, draft)
-    with pytest.raises(ValueError, match="tree_width must be 1"):
-        es.Decoder(base, drafter, tree_width=4)
+    with pytest.raises(ValueError, match="tree_width must be a whole number above 0, got 0"):
+        es.Decoder(base, drafter, tree_width=0)
+    for least in (-0.1, 1.5, float("nan"), "0.1"):
+        with pytest.raises(ValueError, match="min_draft_probability must be between 0 and 1, got"):
+            es.Decoder(base, drafter, min_draft_probability=least)
+    with pytest.raises(ValueError, match="candidates must be one of 'best', 'sampled' or None"):
+        es.LayerParallelDrafter(draft, candidates="likely")
     with pytest.raises(ValueError, match="parallel must be one of 'attention', 'layer', got 'mlp'"):
         es.LayerParallelDrafter(draft, parallel="mlp")
     with pytest.raises(ValueError, match="different meshes"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutation import mutate
 
 from easyspec_jax import Sampling, sampling
 from easyspec_jax.sampling import Proposal, make_filters, probabilities, sample, verify
@@ -68,9 +69,10 @@ def test_sample_never_draws_a_zero():
 
 def chain(tokens, probs=None, valid=None):
     tokens = jnp.asarray(tokens, jnp.int32)
-    parents = jnp.broadcast_to(jnp.arange(-1, tokens.shape[1] - 1), tokens.shape)
+    parents = jnp.broadcast_to(jnp.arange(-1, tokens.shape[1] - 1, dtype=jnp.int32), tokens.shape)
     valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
-    return Proposal(tokens=tokens, parents=parents, valid=valid, probs=probs)
+    depth = tokens.shape[1]
+    return Proposal(tokens=tokens, parents=parents, valid=valid, probs=probs, depth=depth)
 
 
 GREEDY = make_filters(Sampling())
@@ -159,8 +161,10 @@ def test_one_step_keeps_the_distribution(kind):
 @pytest.mark.parametrize("kind", ["drawn", "chosen"])
 @pytest.mark.parametrize("broken", ["accept all", "accept too easily", "no residual"])
 def test_broken_rules_are_noticed(monkeypatch, kind, broken):
-    if broken == "no residual":
-        monkeypatch.setattr(sampling, "_residual", lambda p, proposal, count: p)
+    if broken == "no residual" and kind == "drawn":
+        mutate(monkeypatch, sampling, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
+    elif broken == "no residual":
+        monkeypatch.setattr(sampling, "_without_children", lambda p, proposal, last: p)
     else:
         uniform = jax.random.uniform
         bound = {"accept all": 0.0, "accept too easily": 0.5}[broken]

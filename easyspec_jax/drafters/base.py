@@ -16,6 +16,7 @@ from easyspec_jax import model as models
 from easyspec_jax.cache import KVCache
 from easyspec_jax.model import Model
 from easyspec_jax.sampling import Filters, Proposal, Verdict
+from easyspec_jax.tree import verification_placement
 
 
 @struct.dataclass(kw_only=True)
@@ -24,7 +25,10 @@ class DraftOptions:
 
     filters: Filters  # q is filtered as p is
     num_draft_tokens: int = struct.field(pytree_node=False)  # γ, at most
+    tree_width: int = struct.field(pytree_node=False, default=1)  # w; 1 is a chain
     vocab_size: int = struct.field(pytree_node=False)  # V of the base: q covers exactly its ids
+    # f32[], a row whose likeliest path falls below it drafts no further; None: never
+    min_probability: jax.Array | None = None
 
 
 class Drafter(Protocol):
@@ -35,7 +39,7 @@ class Drafter(Protocol):
 
     def init(self, batch: int, max_len: int, options: DraftOptions) -> Any:
         """An empty state for `batch` rows of at most `max_len` tokens, allocated on the drafter's
-        mesh.
+        mesh; its field `options` holds the options.
         """
 
     def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> Any:
@@ -57,7 +61,7 @@ class Drafter(Protocol):
         key: jax.Array,
     ) -> tuple[Proposal, Any, KVCache]:
         """Absorb the newly committed tokens (i32[B, W], `num` of them count), then draft behind
-        them: exactly γ nodes, those that are not meant marked invalid.
+        them: exactly γ·w nodes (or a chain of γ), those that are not meant marked invalid.
         """
 
     def verify(
@@ -79,7 +83,8 @@ def verify_in_one_pass(
 ) -> tuple[jax.Array, KVCache, None]:
     """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache."""
     tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
-    hidden, base_cache = models.forward(base, tokens, base_cache)
+    placement = verification_placement(base_cache.length, proposal)
+    hidden, base_cache = models.forward(base, tokens, base_cache, placement=placement)
     return models.logits(base, hidden), base_cache, None
 
 

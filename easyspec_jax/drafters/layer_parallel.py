@@ -8,18 +8,19 @@ calibration costs no extra pass.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache, abstract_cache, zeros
 from easyspec_jax.drafters.base import DrafterBase, DraftOptions
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, logits
-from easyspec_jax.sampling import Proposal, argmax, probabilities, sample
+from easyspec_jax.sampling import Proposal
+
+CANDIDATES = ("best", "sampled")
 
 
 @struct.dataclass(kw_only=True)
@@ -34,8 +35,8 @@ class DraftState:
 
 @struct.dataclass
 class LayerParallelDrafter(DrafterBase):
-    """Drafts a chain with `draft`, whose partition says which layers run at once; all groups of one
-    layer = exact drafting.
+    """Drafts chains and trees with `draft`, whose partition says which layers run at once; all
+    groups of one layer = exact drafting.
 
     Args:
       draft: loaded with `group_size` (or a partition).
@@ -43,17 +44,23 @@ class LayerParallelDrafter(DrafterBase):
         groups too.
       parallel: "attention" (EasySpec: MLPs in order) or "layer" (whole layers at once, the paper's
         ablation).
+      candidates: at temperature > 0, "best" takes the likeliest draft tokens, "sampled" draws them
+        from q (in a tree without replacement). None: sampled in a chain, best in a tree.
 
     Raises:
-      ValueError: an unknown `parallel`.
+      ValueError: an unknown `parallel` or `candidates`.
     """
 
     draft: Model
     calibrate: bool = struct.field(pytree_node=False, default=True, kw_only=True)
     parallel: str = struct.field(pytree_node=False, default="attention", kw_only=True)
+    candidates: str | None = struct.field(pytree_node=False, default=None, kw_only=True)
 
     def __post_init__(self):
         draft_runner(self.parallel)
+        if self.candidates not in (None, *CANDIDATES):
+            names = ", ".join(map(repr, CANDIDATES))
+            raise ValueError(f"candidates must be one of {names} or None, got {self.candidates!r}")
 
     def models(self) -> tuple[Model, ...]:
         """The draft."""
@@ -92,57 +99,63 @@ class LayerParallelDrafter(DrafterBase):
         num: jax.Array,
         key: jax.Array,
     ) -> tuple[Proposal, DraftState, KVCache]:
-        """Calibrate, then draft γ tokens: the first from the calibration pass, each further one
-        from a parallel pass.
+        """Calibrate, then draft γ levels: the first from the calibration pass, each further one
+        from a parallel pass over the level before.
         """
-        options = state.options
-        fuzzy = draft_runner(self.parallel)
-        keys = jax.random.split(key, options.num_draft_tokens)
+        keys = jax.random.split(key, state.options.num_draft_tokens)
         with jax.named_scope("calibrate"):
-            window = run_exact if self.calibrate else fuzzy
+            window = run_exact if self.calibrate else draft_runner(self.parallel)
             hidden, cache = forward(
                 self.draft, tokens, state.cache.rollback(start), num=num, run_block=window
             )
             last = jnp.maximum(num - 1, 0)[:, None, None]
             hidden = jnp.take_along_axis(hidden, last, axis=1)
         absorbed = cache.length
-        first = self._choose(hidden, options, keys[0])
-
-        def level(carry, key):
-            token, cache = carry
-            hidden, cache = forward(self.draft, token[:, None], cache, run_block=fuzzy)
-            token, q = self._choose(hidden, options, key)
-            return (token, cache), (token, q)
-
         with jax.named_scope("draft"):
-            (_, cache), more = lax.scan(level, (first[0], cache), keys[1:])
-        tokens, q = jax.tree.map(
-            lambda one, rest: jnp.moveaxis(jnp.concatenate((one[None], rest)), 0, 1), first, more
-        )
-        return _chain(tokens, q), state.replace(cache=cache.rollback(absorbed)), base_cache
+            tree, cache = self._draft(hidden, cache, state.options, keys)
+        return tree.proposal(), state.replace(cache=cache.rollback(absorbed)), base_cache
 
-    def _choose(self, hidden: jax.Array, options: DraftOptions, key: jax.Array) -> Any:
-        """The next draft token i32[B] behind `hidden` ([B, 1, D]) and q, f32[B, V]; None when
-        greedy.
+    def _draft(
+        self, hidden: jax.Array, cache: KVCache, options: DraftOptions, keys: jax.Array
+    ) -> tuple[trees.Tree, KVCache]:
+        """The whole tree behind `hidden` ([B, 1, D], the root's), and the cache with its nodes as
+        scratch.
         """
-        scores = _fit_vocab(logits(self.draft, hidden)[:, 0], options.vocab_size)
-        if options.filters.greedy:
-            return argmax(scores), None
-        q = probabilities(scores, options.filters)
-        return sample(key, q), q
+        gamma, width, least = options.num_draft_tokens, options.tree_width, options.min_probability
+        origin, fuzzy = cache.length, draft_runner(self.parallel)
 
+        def grow(tree, depth, hidden):
+            scores = _fit_vocab(logits(self.draft, hidden), options.vocab_size)
+            return trees.grow(tree, depth, scores, options.filters, keys[depth], least)
 
-def _chain(tokens: jax.Array, probs: jax.Array | None) -> Proposal:
-    batch, n = tokens.shape
-    parents = jnp.broadcast_to(jnp.arange(-1, n - 1, dtype=jnp.int32)[None], (batch, n))
-    return Proposal(tokens=tokens, parents=parents, valid=jnp.ones((batch, n), bool), probs=probs)
+        def level(carry):
+            depth, tree, cache = carry
+            placement = tree.placement(origin, depth - 1)
+            hidden, cache = forward(
+                self.draft, tree.newest, cache, placement=placement, run_block=fuzzy
+            )
+            return depth + 1, grow(tree, depth, hidden), cache
+
+        drawn = self._draws(options)
+        tree = trees.plant(hidden.shape[0], gamma, width, options.vocab_size, drawn=drawn)
+        carry = (jnp.int32(1), grow(tree, 0, hidden), cache)
+        if gamma > 1 and least is None:
+            carry = lax.fori_loop(1, gamma, lambda _, carry: level(carry), carry)
+        elif gamma > 1:
+            carry = lax.while_loop(lambda c: (c[0] < gamma) & ~c[1].stopped.all(), level, carry)
+        return carry[1:]
+
+    def _draws(self, options: DraftOptions) -> bool:
+        """Whether nodes are drawn from q, which verification must then know."""
+        kind = self.candidates or ("sampled" if options.tree_width == 1 else "best")
+        return not options.filters.greedy and kind == "sampled"
 
 
 def _fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:
-    """Draft scores [B, V'] over the base's V ids: cut, or padded with -inf; ids the draft lacks are
-    never drafted.
+    """Draft scores [B, m, V'] over the base's V ids: cut, or padded with -inf; ids the draft lacks
+    are never drafted.
     """
     missing = vocab_size - scores.shape[-1]
     if missing <= 0:
-        return scores[:, :vocab_size]
-    return jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+        return scores[..., :vocab_size]
+    return jnp.pad(scores, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)

@@ -1,0 +1,214 @@
+"""Trees of draft tokens: how they grow level by level, and who is whose ancestor.
+
+Level d holds the w best children of level d - 1, so a tree of γ levels has γ·w nodes, whatever it
+looks like; node d·w + r is the r-th of its level. A chain is the tree of width 1. Nodes are either
+*chosen* (the w best by cumulative log q) or *drawn* without replacement by stochastic beam search
+(Kool et al. 2019, arXiv 1903.06059). Siblings never share a token, and drawn ones stand in the
+order they were drawn: ranking them by q afterwards would bias what verification emits.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from easyspec_jax.model import Placement
+from easyspec_jax.sampling import Filters, Proposal, ancestry, probabilities
+
+BLOCK = 128  # of the vocabulary, for the best of it
+
+
+@struct.dataclass(kw_only=True)
+class Tree:
+    """A tree that grows; the newest level is what the next one hangs on."""
+
+    tokens: jax.Array  # i32[B, γ·w]
+    parents: jax.Array  # i32[B, γ·w], -1 = root
+    valid: jax.Array  # bool[B, γ·w]
+    probs: (
+        jax.Array | None
+    )  # f32[B, 1 + (γ - 1)·w, V], q behind the root and each node; None: chosen
+    newest: jax.Array  # i32[B, w], tokens of the newest level
+    alive: jax.Array  # bool[B, w], which of them are nodes at all
+    logprob: jax.Array  # f32[B, w], log q of each one's path from the root
+    score: jax.Array  # f32[B, w], what decides who stays: logprob, perturbed where nodes are drawn
+    ancestors: jax.Array | None  # bool[B, w, γ·w], themselves included; None: a chain
+    stopped: jax.Array  # bool[B], rows that grow no more
+
+    @property
+    def width(self) -> int:
+        """w."""
+        return self.newest.shape[1]
+
+    def proposal(self) -> Proposal:
+        """What there is to verify."""
+        depth = self.tokens.shape[1] // self.width
+        return Proposal(
+            tokens=self.tokens,
+            parents=self.parents,
+            valid=self.valid,
+            probs=self.probs,
+            depth=depth,
+        )
+
+    def placement(self, origin: jax.Array, depth: jax.Array | int) -> Placement | None:
+        """Where the newest level, of this depth (0 = children of the root), stands for the model:
+        node i has cache entry origin[b] + i and position origin[b] + depth. None for a chain, which
+        needs no telling.
+        """
+        if self.ancestors is None:
+            return None
+        positions = jnp.broadcast_to((origin + depth)[:, None], self.newest.shape)
+        return Placement(origin=origin, positions=positions, ancestors=self.ancestors)
+
+
+def plant(batch: int, depth: int, width: int, vocab_size: int, *, drawn: bool) -> Tree:
+    """A tree with nothing but its root, with room for `depth` levels."""
+    n = depth * width
+    row = jnp.zeros((batch, width), jnp.float32)
+    nodes = jnp.zeros((batch, n), jnp.int32)
+    expanded = 1 + n - width
+    return Tree(
+        tokens=nodes,
+        parents=nodes - 1,
+        valid=jnp.zeros((batch, n), bool),
+        probs=jnp.zeros((batch, expanded, vocab_size), jnp.float32) if drawn else None,
+        newest=jnp.zeros((batch, width), jnp.int32),
+        alive=jnp.ones((batch, width), bool),
+        logprob=row,
+        score=row,
+        ancestors=jnp.zeros((batch, width, n), bool) if width > 1 else None,
+        stopped=jnp.zeros((batch,), bool),
+    )
+
+
+def grow(
+    tree: Tree,
+    depth: jax.Array | int,
+    scores: jax.Array,
+    filters: Filters,
+    key: jax.Array,
+    min_probability: jax.Array | None = None,
+) -> Tree:
+    """The tree with level `depth` (0 = children of the root).
+
+    Args:
+      scores: draft logits f[B, m, V] behind the newest level (m = w), or behind the root (m = 1).
+      filters: as the base's; chosen nodes are ranked after them too.
+      key: for drawn nodes.
+      min_probability: f32[]; a row whose best path falls below it keeps this level and stops.
+    """
+    w, (batch, m, _) = tree.width, scores.shape
+    order, log_q, q = _ranks(scores, filters, key, drawn=tree.probs is not None)
+    best, tokens = largest(order, min(w, scores.shape[-1]))
+    k = tokens.shape[-1]
+    logprob = tree.logprob[:, :m, None] + jnp.take_along_axis(log_q, tokens, axis=-1)
+    score = logprob
+    if q is not None:
+        perturbed = tree.logprob[:, :m, None] + best
+        score = _condition(perturbed, tree.score[:, :m, None])
+    alive = tree.alive[:, :m, None] & (best > -jnp.inf)
+    size = max(m * k, w)  # more than m * k where the vocabulary is smaller than w
+    spare = ((0, 0), (0, size - m * k))
+    tokens, alive, logprob, score = (
+        jnp.pad(x.reshape(batch, m * k), spare) for x in (tokens, alive, logprob, score)
+    )
+    parent = jnp.minimum(jnp.arange(size, dtype=jnp.int32) // k, m - 1)
+    parent = jnp.broadcast_to(parent[None], (batch, size))
+    if size > w:
+        _, kept = lax.top_k(jnp.where(alive, score, -jnp.inf), w)
+        tokens, alive, logprob, score, parent = (
+            jnp.take_along_axis(x, kept, axis=1) for x in (tokens, alive, logprob, score, parent)
+        )
+    return _append(tree, depth, tokens, alive, logprob, score, parent, q, min_probability)
+
+
+def _append(tree, depth, tokens, alive, logprob, score, parent, q, min_probability):
+    """The tree with one more level written in; `parent` is i32[B, w] within the level before."""
+    w = tree.width
+    at = jnp.asarray(depth * w, jnp.int32)
+    put = lambda x, new, i=at: lax.dynamic_update_slice_in_dim(x, new, i, axis=1)  # noqa: E731
+    ancestors, stopped = tree.ancestors, tree.stopped
+    if ancestors is not None:
+        node = at + jnp.arange(w, dtype=jnp.int32)
+        itself = node[:, None] == jnp.arange(ancestors.shape[2], dtype=jnp.int32)[None]
+        ancestors = jnp.take_along_axis(ancestors, parent[..., None], axis=1) | itself[None]
+    if min_probability is not None:
+        likeliest = jnp.where(alive, logprob, -jnp.inf).max(axis=1)
+        stopped = stopped | (jnp.exp(likeliest) < min_probability)
+    return tree.replace(
+        tokens=put(tree.tokens, tokens),
+        parents=put(tree.parents, jnp.where(at == 0, -1, at - w + parent)),
+        valid=put(tree.valid, alive & ~tree.stopped[:, None]),
+        probs=put(tree.probs, q, jnp.maximum(at - w + 1, 0)) if q is not None else None,
+        newest=tokens,
+        alive=alive,
+        logprob=logprob,
+        score=score,
+        ancestors=ancestors,
+        stopped=stopped,
+    )
+
+
+def _ranks(scores, filters, key, *, drawn):
+    """What children are ranked by, their log q, and q where it must be kept; [B, m, V] each."""
+    if filters.greedy:
+        return scores, jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1), None
+    q = probabilities(scores, filters)
+    log_q = jnp.log(q)
+    if not drawn:
+        return log_q, log_q, None
+    return log_q + jax.random.gumbel(key, q.shape, jnp.float32), log_q, q
+
+
+def _condition(perturbed: jax.Array, bound: jax.Array) -> jax.Array:
+    """Gumbel-perturbed log-probabilities of siblings (f32[..., k], falling) given that their
+    largest is their parent's, `bound` (Kool et al. 2019, section 4.1 and appendix B.3).
+    """
+    largest_one = perturbed[..., :1]
+    v = bound - perturbed + _log1mexp(perturbed - largest_one)
+    score = bound - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v)))
+    return jnp.where(jnp.isfinite(perturbed) & jnp.isfinite(bound), score, -jnp.inf)
+
+
+def _log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 - exp(x)) for x <= 0."""
+    near = x > -0.6931472
+    return jnp.where(
+        near, jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(jnp.where(near, -jnp.inf, x)))
+    )
+
+
+def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest entries of the last axis, falling, and their indices: [..., k] each.
+
+    Blocks first: the k largest lie in the k blocks with the largest maxima, so that nothing as long
+    as a vocabulary is ever sorted.
+    """
+    size = x.shape[-1]
+    if size <= 2 * BLOCK:
+        top, index = lax.top_k(x, k)
+        return top, index
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -size % BLOCK)]
+    blocks = jnp.pad(x, pad, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, BLOCK)
+    _, where = lax.top_k(blocks.max(axis=-1), min(k, blocks.shape[-2]))
+    few = jnp.take_along_axis(blocks, where[..., None], axis=-2)
+    top, at = lax.top_k(few.reshape(*x.shape[:-1], -1), k)
+    index = jnp.take_along_axis(where, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
+    return top, jnp.minimum(index, size - 1)
+
+
+def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | None:
+    """Where root and nodes stand in the base's pass: entry start[b] + i, position by depth; None
+    for a chain.
+    """
+    if proposal.is_chain:
+        return None
+    related = ancestry(proposal)
+    depths = related.sum(axis=-1, dtype=jnp.int32)
+    positions = start[:, None] + jnp.pad(depths, ((0, 0), (1, 0)))
+    ancestors = jnp.pad(related, ((0, 0), (1, 0), (0, 0)))
+    ancestors = jnp.pad(ancestors, ((0, 0), (0, 0), (1, 0)), constant_values=True)
+    return Placement(origin=start, positions=positions, ancestors=ancestors)
