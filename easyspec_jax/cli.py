@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -21,6 +20,7 @@ import jax
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.report import Clock, print_report
 from easyspec_jax.request import make_request
 from easyspec_jax.text import (
     Conversation,
@@ -31,7 +31,10 @@ from easyspec_jax.text import (
 )
 
 DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
-_DRAFT_OPTIONS = ("num_draft_tokens", "group_size", "no_calibrate", "parallel", "show_draft")
+_DRAFT_OPTIONS = (
+    "num_draft_tokens", "tree_width", "candidates", "min_draft_probability", "group_size",
+    "no_calibrate", "parallel", "show_draft",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,6 +135,11 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
     add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
     add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
+    add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
+    kinds = "at temperature > 0: the likeliest, or drawn (default: drawn, in a tree likeliest)"
+    add("--candidates", choices=("best", "sampled"), help=kinds)
+    early = "stop drafting when the likeliest draft falls below P (default: never)"
+    add("--min-draft-probability", type=float, metavar="P", help=early)
     sizes = "draft layers that run at once, or the sizes of all groups (default: as --layer)"
     add("--group-size", type=_group_size, metavar="N|N,N,..", help=sizes)
     add("--no-calibrate", action="store_true", default=None, help="leave the draft's cache fuzzy")
@@ -203,7 +211,7 @@ class _Engine:
     load_seconds: float
 
     def answer(
-        self, args: argparse.Namespace, ids: list[int], clock: _Clock, **options: Any
+        self, args: argparse.Namespace, ids: list[int], clock: Clock, **options: Any
     ) -> tuple[list[int], str]:
         """Print what follows `ids` as it comes; returns its tokens and its text."""
         setup = self.setup
@@ -248,8 +256,11 @@ def _check(args: argparse.Namespace) -> _Setup:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "num_draft_tokens", "max_len"):
+    for name in ("max_new_tokens", "num_draft_tokens", "tree_width", "max_len"):
         _check_positive(args, name)
+    least = args.min_draft_probability
+    if least is not None and not 0 <= least <= 1:
+        raise ValueError(f"--min-draft-probability must be between 0 and 1, got {least}")
     if "" in args.stop:
         raise ValueError("--stop needs a text that is not empty")
     if args.system is not None and not args.chat:
@@ -294,10 +305,18 @@ def _decoder(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> es.Decoder:
         args.draft, mesh, group_size=_draft_groups(args), dtype=args.dtype, layout="draft"
     )
     drafter = es.LayerParallelDrafter(
-        draft, calibrate=not args.no_calibrate, parallel=args.parallel or "attention"
+        draft,
+        calibrate=not args.no_calibrate,
+        parallel=args.parallel or "attention",
+        candidates=args.candidates,
     )
-    number = 5 if args.num_draft_tokens is None else args.num_draft_tokens
-    return es.Decoder(base, drafter, num_draft_tokens=number)
+    return es.Decoder(
+        base,
+        drafter,
+        num_draft_tokens=args.num_draft_tokens or 5,
+        tree_width=args.tree_width or 1,
+        min_draft_probability=args.min_draft_probability,
+    )
 
 
 def choose_sampling(args: argparse.Namespace, generation: dict[str, Any]) -> es.Sampling:
@@ -335,10 +354,10 @@ def _generate(args: argparse.Namespace) -> int:
     # The decoder's own check, but before there is one.
     make_request(setup.config, [ids], args.max_new_tokens, setup.sampling, setup.eos_ids, args.seed)
     engine = _load(args, setup)
-    session, clock = es.Session(), _Clock(engine.load_seconds)
+    session, clock = es.Session(), Clock(engine.load_seconds)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "session": session}
     engine.answer(args, ids, clock, **options)
-    _report(args, session.stats, clock)
+    print_report(args, session.stats, clock)
     return 0
 
 
@@ -349,7 +368,7 @@ def _chat(args: argparse.Namespace) -> int:
     talk.withdraw()
     engine = _load(args, setup)
     max_len = min(setup.config.context, args.max_len or DEFAULT_SESSION)
-    session, clock, seed = es.Session(max_len), _Clock(engine.load_seconds), args.seed
+    session, clock, seed = es.Session(max_len), Clock(engine.load_seconds), args.seed
     for line in _lines():
         if line == "/reset":
             talk = Conversation(setup.tokenizer, args.system)
@@ -368,8 +387,8 @@ def _chat(args: argparse.Namespace) -> int:
             talk.withdraw()
             continue
         talk.answer(new, text, eos_ids=setup.eos_ids)
-        _report(args, session.stats, clock)
-        clock, seed = _Clock(0.0), seed + 1  # else every answer would draw the same random numbers
+        print_report(args, session.stats, clock)
+        clock, seed = Clock(0.0), seed + 1  # else every answer would draw the same random numbers
     return 0
 
 
@@ -387,76 +406,6 @@ def _lines() -> Iterator[str]:
             return
         if line.strip():
             yield line.strip() if line.startswith("/") else line
-
-
-class _Clock:
-    """A context that times one answer: until its first tokens, compiling included, and in all."""
-
-    def __init__(self, load_seconds: float):
-        self.load = load_seconds
-        self.first: float | None = None  # seconds until the first tokens
-        self.compiling = 0.0
-        self.total = 0.0
-        self.later_tokens = 0  # behind the first step's
-
-    def __enter__(self) -> _Clock:
-        self._began = time.perf_counter()
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-        self.total = time.perf_counter() - self._began
-
-    def count(self, piece: Sequence[int]) -> None:
-        """One step has ended."""
-        if self.first is None:
-            self.first = time.perf_counter() - self._began
-        else:
-            self.later_tokens += len(piece)
-
-    def _listen(self, event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.compiling += seconds
-
-
-def _report(args: argparse.Namespace, stats: es.Stats, clock: _Clock) -> None:
-    """Print the statistics of one answer."""
-    speed = clock.later_tokens / (clock.total - clock.first) if clock.later_tokens else None
-    if args.stats:
-        print("\n".join(_describe(stats, clock, speed)), file=sys.stderr)
-    if args.json:
-        values = {
-            "tokens": stats.emitted,
-            "steps": stats.steps,
-            "tokens_per_step": stats.tokens_per_step,
-            "acceptance_rate": stats.acceptance_rate,
-            "accepted_histogram": stats.accepted_histogram,
-            "load_seconds": clock.load,
-            "first_token_seconds": clock.first,
-            "compile_seconds": clock.compiling,
-            "total_seconds": clock.total,
-            "tokens_per_second": speed,
-        }
-        print(json.dumps(values), flush=True)
-
-
-def _describe(stats: es.Stats, clock: _Clock, speed: float | None) -> list[str]:
-    rate = f"{stats.tokens_per_step:.2f} tokens per step"
-    lines = [f"{stats.emitted} tokens in {stats.steps} steps: {rate}"]
-    if stats.tried_per_depth:
-        lines[0] += f", acceptance rate {stats.acceptance_rate:.3f}"
-        bins = " ".join(f"{n}:{steps}" for n, steps in enumerate(stats.accepted_histogram))
-        lines.append(f"accepted draft tokens:steps  {bins}")
-    parts = [f"load {clock.load:.2f} s"] if clock.load else []
-    parts.append(
-        f"first token after {clock.first:.2f} s, of which compiling {clock.compiling:.2f} s"
-    )
-    if speed is not None:
-        parts.append(
-            f"then {speed:.1f} tok/s ({clock.later_tokens} in {clock.total - clock.first:.2f} s)"
-        )
-    return [*lines, "; ".join(parts)]
 
 
 def _info(args: argparse.Namespace) -> int:

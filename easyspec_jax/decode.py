@@ -99,7 +99,7 @@ class Decoder:
         check_pair(base, drafter, num_draft_tokens, tree_width, min_draft_probability)
         self.base, self.drafter = base, drafter
         self.num_draft_tokens = int(num_draft_tokens) if drafter is not None else 0
-        self.tree_width = int(tree_width)
+        self.tree_width = int(tree_width) if drafter is not None else 1
         self.min_draft_probability = min_draft_probability or None
 
     @property

@@ -36,19 +36,30 @@ def autoregressive(mesh_shape=(1, 1)):
 
 
 @functools.cache
-def self_drafting(mesh_shape=(1, 1), group_size=3, gamma=3, calibrate=True, parallel="attention"):
+def self_drafting(
+    mesh_shape=(1, 1),
+    group_size=3,
+    gamma=3,
+    calibrate=True,
+    parallel="attention",
+    *,
+    width=1,
+    **more,
+):
     draft = model(mesh_shape, group_size=group_size, layout="draft")
     drafter = es.LayerParallelDrafter(draft, calibrate=calibrate, parallel=parallel)
-    return es.Decoder(model(mesh_shape), drafter, num_draft_tokens=gamma)
+    base = model(mesh_shape)
+    return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width, **more)
 
 
 @functools.cache
-def stranger_drafting(mesh_shape=(1, 1)):
+def stranger_drafting(mesh_shape=(1, 1), *, gamma=2, width=1):
     """A draft of other shape and weights, with a larger vocabulary and a shorter context: it hardly
     helps.
     """
     draft = model(mesh_shape, group_size=2, seed=7, config=SMALL)
-    return es.Decoder(model(mesh_shape), es.LayerParallelDrafter(draft), num_draft_tokens=2)
+    drafter = es.LayerParallelDrafter(draft)
+    return es.Decoder(model(mesh_shape), drafter, num_draft_tokens=gamma, tree_width=width)
 
 
 def all_logits(base, tokens):

@@ -87,6 +87,20 @@ def test_a_draft_changes_the_statistics_and_not_the_text(easyspec):
         status, out, err = generate(easyspec, "--draft", "draft", *options)
         assert (status, out) == (0, expected_text() + "\n")
         assert "acceptance rate" in err and "accepted draft tokens:steps  0:" in err
+        assert "siblings" not in err
+
+
+def test_a_tree_changes_the_statistics_and_not_the_text(easyspec):
+    tree = ("--tree-width", 3, "--candidates", "sampled", "--min-draft-probability", 0.001)
+    status, out, err = generate(
+        easyspec, "--draft", "draft", "--num-draft-tokens", 2, *tree, "--json"
+    )
+    text, _, stats = out.strip().rpartition("\n")
+    assert (status, text) == (0, expected_text())
+    assert "accepted siblings, first to last  1:" in err and "drafted tokens" in err
+    stats = json.loads(stats)
+    assert stats["nodes_drafted"] >= 3 * stats["steps"]
+    assert len(stats["acceptance_per_rank"]) == 3 and len(stats["acceptance_per_depth"]) == 2
 
 
 def test_the_prompt_comes_from_stdin_too(easyspec):
@@ -239,6 +253,15 @@ def test_info_says_what_a_checkpoint_is(easyspec):
         (("generate", "--base", "bare", "hi"), "bare has no tokenizer"),
         (("generate", "--base", "base", "--show-draft", "hi"), "--show-draft needs --draft"),
         (("generate", "--base", "base", "--no-calibrate", "x"), "--no-calibrate needs --draft"),
+        (("generate", "--base", "base", "--tree-width", 2, "x"), "--tree-width needs --draft"),
+        (
+            ("chat", "--base", "base", "--draft", "base", "--tree-width", 0),
+            "--tree-width must be at least 1, got 0",
+        ),
+        (
+            ("chat", "--base", "base", "--draft", "base", "--min-draft-probability", 2),
+            "--min-draft-probability must be between 0 and 1, got 2.0",
+        ),
         (("generate", "--base", "base", "--top-p", 0.5, "hi"), "--top-p changes nothing"),
         (("generate", "--base", "base", "--temperature", -1, "hi"), "temperature must be"),
         (("generate", "--base", "base", "--stop", "", "hi"), "--stop needs a text"),

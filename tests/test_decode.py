@@ -59,6 +59,43 @@ def test_greedy_equals_autoregression_for_every_way_to_draft(
     assert decoder.generate(PROMPTS, max_new_tokens=NEW).tokens == want
 
 
+@pytest.mark.parametrize(
+    ("mesh_shape", "gamma", "width", "group_size", "calibrate"),
+    [
+        ((1, 1), 3, 2, 3, True),
+        ((1, 1), 1, 4, 1, False),
+        ((4, 2), 5, 4, 3, True),
+        ((2, 4), 3, 8, (1, 4), False),
+        ((1, 8), 5, 2, 1, True),
+    ],
+)
+def test_greedy_trees_equal_autoregression(mesh_shape, gamma, width, group_size, calibrate):
+    want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
+    decoder = self_drafting(mesh_shape, group_size, gamma, calibrate, width=width)
+    out = decoder.generate(PROMPTS, max_new_tokens=NEW)
+    assert out.tokens == want
+    stats = out.stats
+    assert sum(stats.accepted_per_rank) == stats.nodes_accepted == sum(stats.accepted_per_depth) > 0
+    assert stats.nodes_drafted == stats.steps * gamma * width
+    if mesh_shape == (1, 1):
+        stranger = stranger_drafting(gamma=gamma, width=width)
+        assert stranger.generate(PROMPTS, max_new_tokens=NEW).tokens == want
+
+
+def test_a_tree_of_a_stopping_drafter_is_lossless_and_smaller():
+    want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
+    never, early, at_once = (
+        self_drafting(gamma=4, width=2, min_draft_probability=p).generate(
+            PROMPTS, max_new_tokens=NEW
+        )
+        for p in (0.0, 0.15, 1.0)
+    )
+    assert never.tokens == early.tokens == at_once.tokens == want
+    assert never.stats.nodes_drafted == 8 * never.stats.steps
+    assert at_once.stats.nodes_drafted == 2 * at_once.stats.steps  # the level that fell below it
+    assert 2 * early.stats.steps < early.stats.nodes_drafted < 8 * early.stats.steps
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=30), min_size=3, max_size=3),
@@ -80,7 +117,7 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, stran
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     config=st.builds(
         es.ModelConfig,
@@ -92,18 +129,22 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, stran
     ),
     mesh_shape=st.sampled_from([*MESHES, (3, 2)]),
     group_size=st.integers(1, 5),
-    gamma=st.integers(1, 6),
+    gamma=st.sampled_from([1, 3, 5]),
+    width=st.sampled_from([1, 2, 4, 8]),
+    least=st.sampled_from([None, None, 0.1]),
     calibrate=st.booleans(),
     prompts=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=9), min_size=1, max_size=4),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_greedy_equals_autoregression_for_random_models(
-    config, mesh_shape, group_size, gamma, calibrate, prompts, seed
+    config, mesh_shape, group_size, gamma, width, least, calibrate, prompts, seed
 ):
     make = functools.partial(model, mesh_shape, config=config)
     draft = make(group_size=group_size, layout="draft", seed=seed)
     drafter = es.LayerParallelDrafter(draft, calibrate=calibrate)
-    decoder = es.Decoder(make(), drafter, num_draft_tokens=gamma)
+    decoder = es.Decoder(
+        make(), drafter, num_draft_tokens=gamma, tree_width=width, min_draft_probability=least
+    )
     want = es.Decoder(make()).generate(prompts, max_new_tokens=20)
     assert decoder.generate(prompts, max_new_tokens=20).tokens == want.tokens
 
@@ -178,14 +219,25 @@ def test_calibrated_cache_equals_fresh_prefill(mesh_shape):
     assert draft_cache_error(self_drafting(mesh_shape)) < 1e-9
 
 
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
+def test_calibrated_cache_of_a_tree_equals_fresh_prefill(mesh_shape):
+    assert draft_cache_error(self_drafting(mesh_shape, width=4)) < 1e-9
+
+
 def test_without_calibration_errors_stay():
     decoder = self_drafting((1, 1), 2, 5, False)
     assert draft_cache_error(decoder) > 1e-3
 
 
-def test_base_cache_equals_fresh_prefill():
-    decoder, session = stranger_drafting(), es.Session()
+@pytest.mark.parametrize(
+    "make",
+    [stranger_drafting, *(functools.partial(self_drafting, m, width=4) for m in [(1, 1), (4, 2)])],
+    ids=["chain", "tree", "tree on a mesh"],
+)
+def test_base_cache_equals_fresh_prefill(make):
+    decoder, session = make(), es.Session()
     new = joined(decoder.stream(PROMPTS[0], max_new_tokens=20, session=session))
+    assert any(session.stats.accepted_per_depth[1:]) or decoder.tree_width == 1  # entries moved
     again = es.Session()
     decoder.stream(PROMPTS[0] + new, max_new_tokens=1, session=again)
     length = int(session._state.cache.length[0])
@@ -233,9 +285,10 @@ def test_context_end_stops():
 # Streaming.
 
 
+@pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("s", [es.Sampling(), es.Sampling(temperature=0.9, top_k=30)])
-def test_stream_equals_generate(s):
-    decoder, session = self_drafting(), es.Session()
+def test_stream_equals_generate(s, width):
+    decoder, session = self_drafting(width=width), es.Session()
     want = decoder.generate([PROMPTS[0]], max_new_tokens=NEW, sampling=s, seed=3)
     pieces = list(
         decoder.stream(PROMPTS[0], max_new_tokens=NEW, sampling=s, seed=3, session=session)

@@ -49,12 +49,13 @@ def chi_square(rows, table):
 
 
 @functools.cache
-def tiny_decoder(label="llama"):
+def tiny_decoder(label="llama", *, candidates=None, gamma=2, width=1, **options):
     """`label` changes nothing but the key of jit's cache."""
     config = dataclasses.replace(TINY, family=label)
     base = model((1, 1), config=config, seed=1, dtype="float32")
     draft = model((1, 1), config=config, seed=2, group_size=2, dtype="float32")
-    return es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=2)
+    drafter = es.LayerParallelDrafter(draft, candidates=candidates)
+    return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width, **options)
 
 
 @functools.cache
@@ -73,6 +74,66 @@ def sequence_deviation(decoder, s, rows=4096):
 def test_sampled_sequences_follow_the_base(s):
     assert sequence_deviation(tiny_decoder(), s) < 5
     assert sequence_deviation(es.Decoder(tiny_decoder().base), s) < 5
+
+
+PLAIN = es.Sampling(temperature=1.0)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("candidates", "gamma", "width", "s"),
+    [
+        ("best", 2, 3, PLAIN),
+        ("sampled", 2, 3, FILTERED),
+        pytest.param("best", 2, 3, FILTERED, marks=slow),
+        pytest.param("sampled", 2, 3, PLAIN, marks=slow),
+        pytest.param("best", 1, 8, PLAIN, marks=slow),  # 8 siblings of a vocabulary of 6
+        pytest.param("sampled", 1, 8, FILTERED, marks=slow),
+    ],
+)
+def test_sampled_sequences_of_a_tree_follow_the_base(candidates, gamma, width, s):
+    decoder = tiny_decoder(candidates=candidates, gamma=gamma, width=width)
+    assert sequence_deviation(decoder, s) < 5
+
+
+@pytest.mark.parametrize("candidates", [pytest.param("best", marks=slow), "sampled"])
+def test_drafting_that_stops_early_keeps_the_distribution(candidates):
+    """Where to stop depends on what was drawn; what is accepted must not."""
+    options = {"candidates": candidates, "min_draft_probability": 0.2, "gamma": 3, "width": 2}
+    decoder, s = tiny_decoder(**options), PLAIN
+    assert sequence_deviation(decoder, s) < 5
+    stats = decoder.generate([[3, 1]] * 64, max_new_tokens=9, sampling=s).stats
+    assert 2 * stats.steps < stats.nodes_drafted < 5 * stats.steps
+
+
+BROKEN_TREES = {
+    ("best", "no renormalisation"): ("_pass_chosen", "u * jnp.maximum(1.0 - removed, 0.0)", "u"),
+    ("best", "rejected ones remain"): ("_without_children", "set(0.0, mode", "add(0.0, mode"),
+    ("sampled", "q instead of p"): ("_try_drawn", "_at(rest, x) * q_sum", "_at(q, x) * q_sum"),
+    ("sampled", "no renormalisation"): ("_try_drawn", "_at(rest, x) * q_sum", "_at(rest, x)"),
+}
+
+
+@slow
+@pytest.mark.parametrize(("candidates", "broken"), BROKEN_TREES)
+def test_broken_rules_of_trees_are_noticed(monkeypatch, candidates, broken):
+    decoder = tiny_decoder(f"{candidates} {broken}", candidates=candidates, width=3)
+    mutate(monkeypatch, es.sampling, *BROKEN_TREES[candidates, broken])
+    assert sequence_deviation(decoder, PLAIN, rows=32768) > 5
+
+
+@slow
+@pytest.mark.parametrize("candidates", ["best", "sampled"])
+def test_a_duplicate_sibling_is_noticed(monkeypatch, candidates):
+    decoder = tiny_decoder(f"{candidates} twice", candidates=candidates, width=3)
+    largest = es.tree.largest
+
+    def repeating(x, k):
+        top, index = largest(x, k)
+        return top, index.at[..., 1].set(index[..., 0])
+
+    monkeypatch.setattr(es.tree, "largest", repeating)
+    assert sequence_deviation(decoder, PLAIN, rows=32768) > 5
 
 
 @pytest.mark.parametrize("broken", ["no residual", "q of another temperature", "stale key"])

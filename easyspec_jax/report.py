@@ -1,0 +1,93 @@
+"""What a text command says about an answer: its clock and its statistics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+
+from easyspec_jax.stats import Stats
+
+
+class Clock:
+    """A context that times one answer: until its first tokens, compiling included, and in all."""
+
+    def __init__(self, load_seconds: float):
+        self.load = load_seconds
+        self.first: float | None = None  # seconds until the first tokens
+        self.compiling = 0.0
+        self.total = 0.0
+        self.later_tokens = 0  # behind the first step's
+
+    def __enter__(self) -> Clock:
+        self._began = time.perf_counter()
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        self.total = time.perf_counter() - self._began
+
+    def count(self, piece: Sequence[int]) -> None:
+        """One step has ended."""
+        if self.first is None:
+            self.first = time.perf_counter() - self._began
+        else:
+            self.later_tokens += len(piece)
+
+    def _listen(self, event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.compiling += seconds
+
+
+def print_report(args: argparse.Namespace, stats: Stats, clock: Clock) -> None:
+    """Print the statistics of one answer."""
+    speed = clock.later_tokens / (clock.total - clock.first) if clock.later_tokens else None
+    if args.stats:
+        print("\n".join(_describe(stats, clock, speed)), file=sys.stderr)
+    if args.json:
+        values = {
+            "tokens": stats.emitted,
+            "steps": stats.steps,
+            "tokens_per_step": stats.tokens_per_step,
+            "acceptance_rate": stats.acceptance_rate,
+            "accepted_histogram": stats.accepted_histogram,
+            "acceptance_per_depth": stats.acceptance_per_depth,
+            "acceptance_per_rank": stats.acceptance_per_rank,
+            "nodes_drafted": stats.nodes_drafted,
+            "nodes_accepted": stats.nodes_accepted,
+            "load_seconds": clock.load,
+            "first_token_seconds": clock.first,
+            "compile_seconds": clock.compiling,
+            "total_seconds": clock.total,
+            "tokens_per_second": speed,
+        }
+        print(json.dumps(values), flush=True)
+
+
+def _describe(stats: Stats, clock: Clock, speed: float | None) -> list[str]:
+    rate = f"{stats.tokens_per_step:.2f} tokens per step"
+    lines = [f"{stats.emitted} tokens in {stats.steps} steps: {rate}"]
+    if stats.tried_per_depth:
+        lines[0] += f", acceptance rate {stats.acceptance_rate:.3f}"
+        bins = " ".join(f"{n}:{steps}" for n, steps in enumerate(stats.accepted_histogram))
+        lines.append(f"accepted draft tokens:steps  {bins}")
+    if len(stats.tried_per_rank) > 1:
+        ranks = " ".join(f"{r}:{n}" for r, n in enumerate(stats.accepted_per_rank, 1))
+        lines.append(
+            f"accepted siblings, first to last  {ranks}; "
+            f"{stats.nodes_accepted} of {stats.nodes_drafted} drafted tokens"
+        )
+    parts = [f"load {clock.load:.2f} s"] if clock.load else []
+    parts.append(
+        f"first token after {clock.first:.2f} s, of which compiling {clock.compiling:.2f} s"
+    )
+    if speed is not None:
+        parts.append(
+            f"then {speed:.1f} tok/s ({clock.later_tokens} in {clock.total - clock.first:.2f} s)"
+        )
+    return [*lines, "; ".join(parts)]

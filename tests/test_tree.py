@@ -1,0 +1,387 @@
+"""Trees: how they grow, whom they attend to, and the rules that accept a path of them."""
+
+import collections
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import all_logits, fresh_cache, model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutation import mutate
+
+import easyspec_jax as es
+from easyspec_jax import sampling, tree
+from easyspec_jax.sampling import Proposal, ancestry, make_filters, verify
+
+GREEDY = make_filters(es.Sampling())
+SAMPLED = make_filters(es.Sampling(temperature=1.0))
+
+
+# The best of many.
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([1, 5, 127, 256, 257, 1000, 4096]),
+    k=st.integers(1, 12),
+    levels=st.sampled_from([2, 50, 10**6]),  # few levels: many ties
+)
+def test_largest_equals_sorting(seed, size, k, levels):
+    k = min(k, size)
+    x = np.random.default_rng(seed).integers(0, levels, (2, 3, size)).astype(np.float32)
+    x[0, 0] = -np.inf
+    top, index = tree.largest(jnp.asarray(x), k)
+    np.testing.assert_array_equal(top, -np.sort(-x, axis=-1)[..., :k])
+    np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(index), axis=-1), top)
+    assert all(len(set(row)) == k for row in np.asarray(index)[1].tolist())
+    assert (
+        np.asarray(index)[..., 0] == x.argmax(axis=-1)
+    ).all()  # a chain takes the first of equals
+
+
+# Growing.
+
+
+def scores_of(seed, vocab):
+    """Draft logits as a function of a path, f64[V]."""
+    return lambda path: np.random.default_rng([seed, *path]).normal(size=vocab) * 2
+
+
+def grown(scores, vocab, depth, width, filters, *, drawn=False, rows=1, seed=0, least=None):
+    """A tree over `scores`, the same in every row but for what is drawn."""
+    keys = jax.random.split(jax.random.key(seed), depth)
+    new = tree.plant(rows, depth, width, vocab, drawn=drawn)
+    grow = jax.jit(functools.partial(tree.grow))  # a trace of its own: mutations are seen
+    table = functools.cache(scores)
+    for d in range(depth):
+        paths = node_paths(new, d)
+        logits = np.stack([[table(path) for path in row] for row in paths]).astype(np.float32)
+        new = grow(new, d, jnp.asarray(logits), filters, keys[d], least)
+    return new
+
+
+def node_paths(new, depth):
+    """Tokens from the root to each node of level depth - 1, of every row; the root's at depth 0."""
+    if depth == 0:
+        return [[()]] * new.tokens.shape[0]
+    tokens, parents = np.asarray(new.tokens), np.asarray(new.parents)
+
+    def path(b, i):
+        return () if i < 0 else (*path(b, parents[b, i]), int(tokens[b, i]))
+
+    level = range((depth - 1) * new.width, depth * new.width)
+    return [[path(b, i) for i in level] for b in range(tokens.shape[0])]
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x - x.max()).sum()) - x.max()
+
+
+@pytest.mark.parametrize(("vocab", "width"), [(7, 3), (3, 5), (300, 4), (9, 1)])
+@pytest.mark.parametrize("filters", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_every_level_keeps_the_best_children(vocab, width, filters):
+    scores, depth = scores_of(3, vocab), 4
+    new = grown(scores, vocab, depth, width, filters)
+    level = {(): 0.0}
+    valid = np.asarray(new.valid).reshape(depth, width)
+    for d in range(depth):
+        children = {
+            (*path, x): total + log_q
+            for path, total in level.items()
+            for x, log_q in enumerate(log_softmax(scores(path)))
+        }
+        best = sorted(children, key=children.get, reverse=True)[:width]
+        level = {path: children[path] for path in best}
+        got = [path for path, ok in zip(node_paths(new, d + 1)[0], valid[d], strict=True) if ok]
+        assert got == best
+    np.testing.assert_allclose(
+        np.asarray(new.logprob)[0, valid[-1]], list(level.values()), atol=1e-5
+    )
+
+
+def test_impossible_tokens_are_never_nodes():
+    """Ids the draft lacks, or that a filter removes, are at most invalid nodes."""
+
+    def scores(path):
+        return np.array([0.0, -np.inf, 1.0, -np.inf, 0.5])
+
+    filters = make_filters(es.Sampling(temperature=1.0, top_k=2))
+    for drawn, f, allowed in [(False, GREEDY, {0, 2, 4}), (True, filters, {2, 4})]:
+        new = grown(scores, 5, 3, 4, f, drawn=drawn, rows=64)
+        assert set(np.asarray(new.tokens)[np.asarray(new.valid)].tolist()) == allowed
+        first = np.asarray(new.valid)[:, :4].sum(axis=1)
+        assert (first == len(allowed)).all()
+
+
+def test_a_row_stops_below_the_least_probability():
+    """The level that falls below it is kept; what follows is invalid, in this row alone."""
+    sure, unsure = np.array([8.0, 0, 0, 0]), np.zeros(4)
+    rows = np.stack([[sure] * 2, [unsure] * 2]).astype(np.float32)
+    new = tree.plant(2, 3, 2, 4, drawn=False)
+    for d in range(3):
+        scores = jnp.asarray(rows[:, : 1 + (d > 0)])
+        new = tree.grow(new, d, scores, GREEDY, jax.random.key(0), jnp.float32(0.3))
+    assert np.asarray(new.valid).tolist() == [[True] * 6, [True] * 2 + [False] * 4]
+    assert np.asarray(new.stopped).tolist() == [False, True]
+
+
+# Drawing without replacement: sequences come out as if drawn one by one from q (Kool et al. 2019).
+
+
+def without_replacement(q, k):
+    """Probability of every ordered draw of k different keys of the dictionary q, {tuple: p}."""
+    table = {}
+    for draw in itertools.permutations(q, k):
+        left, p = 1.0, 1.0
+        for key in draw:
+            p, left = p * q[key] / left, left - q[key]
+        table[draw] = p
+    return table
+
+
+def deviation(draws, table):
+    """Pearson's statistic in standard deviations above its mean; cells below 5 are merged."""
+    counts = collections.Counter(draws)
+    assert set(counts) <= set(table)
+    expected = np.array([table[key] for key in table]) * len(draws)
+    counts = np.array([counts[key] for key in table])
+    small = expected < 5
+    expected = np.append(expected[~small], max(expected[small].sum(), 1e-9))
+    counts = np.append(counts[~small], counts[small].sum())
+    x, dof = ((counts - expected) ** 2 / expected).sum(), len(counts) - 1
+    return (x - dof) / np.sqrt(2 * dof)
+
+
+def test_drawn_paths_are_a_sample_without_replacement():
+    """Both levels of a tree of width 2; false alarm at 5: under 1e-5 each."""
+    scores = scores_of(5, 3)
+    new = grown(scores, 3, 2, 2, SAMPLED, drawn=True, rows=6000)
+    q = {(): 1.0}
+    for d in range(2):
+        q = {
+            (*path, x): p * np.exp(log_q)
+            for path, p in q.items()
+            for x, log_q in enumerate(log_softmax(scores(path)))
+        }
+        draws = [tuple(row) for row in node_paths(new, d + 1)]
+        assert deviation(draws, without_replacement(q, 2)) < 5
+        by_rank = [draw[::-1] for draw in draws]  # the test can fail
+        assert deviation(by_rank, without_replacement(q, 2)) > 5
+
+
+def test_drawn_siblings_stand_in_drawing_order():
+    new = grown(scores_of(1, 6), 6, 3, 5, SAMPLED, drawn=True, rows=32)
+    score = np.asarray(new.score)
+    assert (np.diff(score, axis=1) <= 0).all() and np.isfinite(score).all()
+
+
+# Who is whose ancestor.
+
+#        root          entries behind the root, and what each may see:
+#       /    \
+#      0      1         0: 0     1: 1
+#     / \      \
+#    2   3      4       2: 0 2   3: 0 3   4: 1 4
+#        |      |
+#        5      6       5: 0 3 5          6: 1 4 6
+PARENTS = [-1, -1, 0, 0, 1, 3, 4]
+SEEN = [{0}, {1}, {0, 2}, {0, 3}, {1, 4}, {0, 3, 5}, {1, 4, 6}]
+
+
+def proposal_of(parents, tokens, *, depth, probs=None, valid=None):
+    parents, tokens = (jnp.atleast_2d(jnp.asarray(x, jnp.int32)) for x in (parents, tokens))
+    parents = jnp.broadcast_to(parents, tokens.shape)
+    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
+    return Proposal(tokens=tokens, parents=parents, valid=valid, probs=probs, depth=depth)
+
+
+def test_ancestry_by_hand():
+    got = np.asarray(ancestry(proposal_of(PARENTS, range(7), depth=3)))[0]
+    assert [set(np.flatnonzero(row).tolist()) for row in got] == SEEN
+
+
+def test_placement_by_hand():
+    """Root and nodes at entries 4 to 11: all see what is before, the root, and their ancestors."""
+    proposal = proposal_of(PARENTS, range(7), depth=3)
+    placed = tree.verification_placement(jnp.asarray([4], jnp.int32), proposal)
+    assert np.asarray(placed.positions).tolist() == [[4, 5, 5, 6, 6, 6, 7, 7]]
+    mask = np.asarray(placed.mask(14))[0]
+    want = [{0, 1, 2, 3, 4}] + [{0, 1, 2, 3, 4} | {5 + i for i in seen} for seen in SEEN]
+    assert [set(np.flatnonzero(row).tolist()) for row in mask] == want
+    chain = proposal_of([-1, 0, 1], range(3), depth=3)
+    assert tree.verification_placement(jnp.asarray([4], jnp.int32), chain) is None
+
+
+@functools.partial(jax.jit, static_argnames="num")
+def absorbed(base, text, num):
+    """The cache behind `num` tokens of every row."""
+    num = jnp.asarray(num, jnp.int32)
+    return es.model.forward(base, text, fresh_cache(base, text.shape[0], 16), num=num)[1]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_pass_over_a_tree_equals_passes_over_its_paths(batch):
+    """Logits behind every node, and the cache once a path was kept."""
+    base, rng = model((1, 1)), np.random.default_rng(0)
+    prompt, nodes = rng.integers(0, 61, (batch, 4)), rng.integers(0, 61, (batch, 7))
+    num = (4, 3)[:batch]  # committed tokens, the root last
+    proposal = proposal_of(PARENTS, nodes, depth=3)
+    root = jnp.asarray([prompt[b, n - 1] for b, n in enumerate(num)], jnp.int32)
+    cache = absorbed(base, jnp.asarray(prompt, jnp.int32), tuple(n - 1 for n in num))
+    scores, cache, _ = jax.jit(es.drafters.base.verify_in_one_pass)(base, cache, root, proposal)
+    path = jnp.asarray([[0, 3, 5]] * batch, jnp.int32)
+    kept = cache.keep(jnp.asarray(num, jnp.int32), path)
+    for b, i in itertools.product(range(batch), range(7)):
+        text = [[*prompt[b, : num[b]], *(nodes[b, j] for j in sorted(SEEN[i]))]]
+        np.testing.assert_allclose(scores[b, i + 1], all_logits(base, text)[0, -1], atol=1e-9)
+        if i == 5:  # the path that was kept
+            fresh = absorbed(base, jnp.asarray(text, jnp.int32), (len(text[0]),))
+            for got, want in zip(*map(jax.tree.leaves, (kept, fresh)), strict=True):
+                if got.ndim == 3:
+                    got = np.asarray(got).reshape(-1, batch, *got.shape[1:])[:, b]
+                    end = len(text[0])
+                    np.testing.assert_allclose(got[:, :end], want[:, :end], atol=1e-9)
+
+
+# Acceptance by hand.
+
+
+def scores_for(table, vocab, nodes):
+    """Base logits that make `table[node]` (-1: root) the argmax there."""
+    targets = [table.get(i, 0) for i in range(-1, nodes)]
+    return 5 * jax.nn.one_hot(jnp.asarray([targets]), vocab, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "next_token", "tries"),
+    [
+        ({-1: 2, 1: 5, 4: 7, 6: 3}, [1, 4, 6], 3, [2, 1, 1]),  # the longest path: a bonus token
+        ({-1: 1, 0: 4, 3: 0}, [0, 3], 0, [1, 2, 1]),
+        ({-1: 1, 0: 4, 3: 6, 5: 8}, [0, 3, 5], 8, [1, 2, 1]),
+        ({-1: 6}, [], 6, [2, 0, 0]),
+        ({-1: 1, 0: 3, 2: 8}, [0, 2], 8, [1, 1, 0]),  # a leaf before the last depth
+    ],
+)
+def test_greedy_path_by_hand(table, path, next_token, tries):
+    proposal = proposal_of(PARENTS, [1, 2, 3, 4, 5, 6, 7], depth=3)
+    verdict = verify(scores_for(table, 9, 7), proposal, GREEDY, jax.random.key(0))
+    assert int(verdict.num_accepted[0]) == len(path)
+    assert np.asarray(verdict.path)[0, : len(path)].tolist() == path
+    assert int(verdict.next_token[0]) == next_token
+    assert np.asarray(verdict.tries)[0].tolist() == tries
+
+
+def test_an_invalid_node_hides_its_children():
+    proposal = proposal_of(PARENTS, range(1, 8), depth=3, valid=[[True, False] + [True] * 5])
+    verdict = verify(scores_for({-1: 2, 1: 5}, 9, 7), proposal, GREEDY, jax.random.key(0))
+    assert int(verdict.num_accepted[0]) == 0 and int(verdict.next_token[0]) == 2
+    assert np.asarray(verdict.tries)[0].tolist() == [1, 0, 0]
+
+
+# Acceptance keeps the distribution: one step over a tree, against enumerated probabilities.
+
+ROWS, V, WIDTH, DEPTH = 30_000, 5, 3, 2
+
+
+@functools.cache
+def step_tree(drawn):
+    """A tree for every row (drawn) or one for all (chosen), and base logits behind each node."""
+    rows = ROWS if drawn else 1
+    new = grown(scores_of(11, V), V, DEPTH, WIDTH, SAMPLED, drawn=drawn, rows=rows)
+    base = functools.cache(scores_of(12, V))
+    paths = [node_paths(new, d) for d in range(DEPTH + 1)]
+    rows = [[base(path) for d in range(DEPTH + 1) for path in paths[d][b]] for b in range(rows)]
+    logits = np.asarray(rows, np.float32)
+    spread = lambda x: jnp.broadcast_to(x, (ROWS, *x.shape[1:]))  # noqa: E731
+    return jax.tree.map(spread, new.proposal()), spread(jnp.asarray(logits)), base
+
+
+def step_deviation(drawn):
+    """First two tokens that a step emits, against p; a third for what came after two."""
+    proposal, logits, base = step_tree(drawn)
+    verdict = jax.jit(functools.partial(sampling.verify))(
+        logits, proposal, SAMPLED, jax.random.key(7)
+    )
+    m, last = np.asarray(verdict.num_accepted), np.asarray(verdict.next_token)
+    path = np.take_along_axis(np.asarray(proposal.tokens), np.asarray(verdict.path), axis=1)
+    texts = [(*path[b, : m[b]].tolist(), int(last[b])) for b in range(ROWS)]
+    worst = 0.0
+    for length in range(DEPTH + 1):
+        # Whether a token comes depends on those before it alone: p holds among those that came.
+        groups = collections.defaultdict(list)
+        for text in texts:
+            if len(text) > length:
+                groups[text[:length]].append(text[length])
+        for prefix, tokens in groups.items():
+            if len(tokens) >= 200:
+                p = np.exp(log_softmax(base(prefix)))
+                worst = max(worst, deviation(tokens, dict(enumerate(p))))
+    return worst
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["chosen", "drawn"])
+def test_a_step_over_a_tree_keeps_the_distribution(drawn):
+    """About 30 groups are looked at; false alarm of any deviation above 6: under 1e-4."""
+    assert step_deviation(drawn) < 6
+
+
+MUTATIONS = {
+    ("chosen", "no renormalisation"): ("_pass_chosen", "u * jnp.maximum(1.0 - removed, 0.0)", "u"),
+    ("chosen", "too easily"): ("_pass_chosen", "< p_x", "< 1.3 * p_x"),
+    ("chosen", "nothing removed"): ("_without_children", "set(0.0, mode", "add(0.0, mode"),
+    ("drawn", "q instead of p"): ("_try_drawn", "_at(rest, x) * q_sum", "_at(q, x) * q_sum"),
+    ("drawn", "no renormalisation"): ("_try_drawn", "_at(rest, x) * q_sum", "_at(rest, x)"),
+    ("drawn", "q keeps its token"): ("_try_drawn", "jnp.where(ids == x[:, None], 0.0, q)", "q"),
+    ("drawn", "no residual"): ("_try_drawn", "jnp.where(reject, left, rest)", "rest"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "broken"), MUTATIONS)
+def test_broken_rules_are_noticed(monkeypatch, kind, broken):
+    mutate(monkeypatch, sampling, *MUTATIONS[kind, broken])
+    assert step_deviation(kind == "drawn") > 6
+
+
+def test_siblings_by_likelihood_would_be_noticed():
+    """Drawn siblings tried by q instead of in drawing order bias the outcome."""
+    proposal, logits, _ = step_tree(True)
+    q = np.take_along_axis(
+        np.asarray(proposal.probs),
+        (np.asarray(proposal.parents) + 1)[..., None],
+        axis=1,
+    )
+    own = np.take_along_axis(q, np.asarray(proposal.tokens)[..., None], axis=-1)[..., 0]
+    order = np.argsort(-own[:, :WIDTH], axis=1, kind="stable")
+    first = np.take_along_axis(np.asarray(proposal.tokens)[:, :WIDTH], order, axis=1)
+    only = proposal_of([-1] * WIDTH, first, depth=1, probs=proposal.probs[:, :1])
+    fair = only.replace(tokens=proposal.tokens[:, :WIDTH])
+    p = dict(enumerate(np.asarray(jax.nn.softmax(logits[0, 0]), np.float64)))
+
+    def first_tokens(proposal):
+        verdict = verify(logits[:, : WIDTH + 1], proposal, SAMPLED, jax.random.key(3))
+        index = np.asarray(verdict.path)[:, 0]
+        taken = np.take_along_axis(np.asarray(proposal.tokens), index[:, None], axis=1)[:, 0]
+        return np.where(verdict.num_accepted > 0, taken, verdict.next_token).tolist()
+
+    assert deviation(first_tokens(fair), p) < 5 < deviation(first_tokens(only), p)
+
+
+def test_a_duplicate_sibling_is_noticed(monkeypatch):
+    """Should growing ever repeat a token among siblings, both rules would emit another text."""
+    largest = tree.largest
+
+    def repeating(x, k):
+        top, index = largest(x, k)
+        return top, index.at[..., 1].set(index[..., 0])
+
+    monkeypatch.setattr(tree, "largest", repeating)
+    step_tree.cache_clear()
+    try:
+        assert min(step_deviation(drawn) for drawn in (False, True)) > 6
+    finally:
+        step_tree.cache_clear()
