@@ -48,6 +48,8 @@ def _verify(base, drafter, state):
     else:
         shapes = jax.eval_shape(lambda: _proposal(drafter, state, state.draft)[0])
         proposal = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        if proposal.levels is not None:  # the largest of its sizes
+            proposal = proposal.replace(levels=jnp.int32(proposal.depth))
         judge = drafter.verify
     scores, cache, _ = judge(base, cache, state.tokens[:, 0], proposal)
     verdict = verify(scores, proposal, state.filters, state.key)

@@ -60,12 +60,21 @@ class Proposal:
     # f32[B, m, V], m <= n: row i + 1 is the q that the children of node i were drawn from without
     # replacement, row 0 that of the root's children; None: nodes were chosen, not drawn
     probs: jax.Array | None = None
+    # i32[], of a draft that may stop early, its nodes in level order: only the first `levels` of
+    # `depth` equal parts hold valid nodes; None: all may
+    levels: jax.Array | None = None
     depth: int = struct.field(pytree_node=False)  # nodes on the longest path
 
     @property
     def is_chain(self) -> bool:
         """Whether every node hangs on the one before: the longest path is all of them."""
         return self.depth == self.tokens.shape[1]
+
+    def first(self, levels: int) -> Proposal:
+        """The same without what lies behind this many levels."""
+        n = self.tokens.shape[1] // self.depth * levels
+        nodes = {name: getattr(self, name)[:, :n] for name in ("tokens", "parents", "valid")}
+        return self.replace(**nodes, depth=levels, levels=None)
 
 
 @struct.dataclass(kw_only=True)

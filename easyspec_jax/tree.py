@@ -42,8 +42,8 @@ class Tree:
         """w."""
         return self.newest.shape[1]
 
-    def proposal(self) -> Proposal:
-        """What there is to verify."""
+    def proposal(self, levels: jax.Array | None = None) -> Proposal:
+        """What there is to verify; `levels` (i32[]) of it, where growing may have stopped early."""
         depth = self.tokens.shape[1] // self.width
         return Proposal(
             tokens=self.tokens,
@@ -51,6 +51,7 @@ class Tree:
             valid=self.valid,
             probs=self.probs,
             depth=depth,
+            levels=levels,
         )
 
     def placement(self, origin: jax.Array, depth: jax.Array | int) -> Placement | None:

@@ -12,6 +12,7 @@ transformers arms are left out. The last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import platform
@@ -29,16 +30,20 @@ Arm = Callable[[list[int]], tuple[list[int], es.Stats | None]]
 
 
 def own_arms(args: argparse.Namespace) -> dict[str, Arm]:
-    """Autoregression, and one speculative arm per group size and calibration."""
+    """Autoregression, and one speculative arm per group size, calibration and tree width."""
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
     decoders = {"autoregression": es.Decoder(base)}
     for size in args.group_sizes:
         draft = es.load_model(args.draft, mesh, group_size=size, layout="draft")
-        for calibrate in (True, False) if args.uncalibrated else (True,):
+        ways = itertools.product((True, False) if args.uncalibrated else (True,), args.tree_widths)
+        for calibrate, width in ways:
             name = f"group_size {size}" + ("" if calibrate else ", not calibrated")
+            name += f", tree_width {width}" if width > 1 else ""
             drafter = es.LayerParallelDrafter(draft, calibrate=calibrate)
-            decoders[name] = es.Decoder(base, drafter, num_draft_tokens=args.num_draft_tokens)
+            decoders[name] = es.Decoder(
+                base, drafter, num_draft_tokens=args.num_draft_tokens, tree_width=width
+            )
 
     def arm(decoder):
         def run(ids):
@@ -184,6 +189,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--group-sizes", type=lambda s: [int(n) for n in s.split(",")], default=[1, 2, 4]
     )
+    p.add_argument("--tree-widths", type=lambda s: [int(n) for n in s.split(",")], default=[1])
     p.add_argument(
         "--uncalibrated", action="store_true", help="run each group size without calibration too"
     )

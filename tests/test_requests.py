@@ -101,13 +101,13 @@ def test_warmup_compiles_the_stream():
     assert (loop.run_step._cache_size(), loop.prefill_chunk._cache_size()) == before
 
 
-@pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_compiled_loop_copies_no_cache(batch, width):
+@pytest.mark.parametrize(("width", "least"), [(1, None), (3, None), (3, 0.2)])
+def test_the_compiled_loop_copies_no_cache(batch, width, least):
     """In optimised HLO: writes in place, and neither copies nor transposes as large as an entry;
     nor does the path of a tree, gathered in the base's entries, cost one.
     """
-    decoder = self_drafting(width=width)
+    decoder = self_drafting(width=width, min_draft_probability=least)
     request = make_request(CONFIG, [[1, 2, 3]] * batch, 40)
     state = decoder._begin(request, size=4096)  # nothing but a cache entry has this shape
     specs = loop.Specs.of((decoder.base, decoder.drafter, state))

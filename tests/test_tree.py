@@ -248,6 +248,23 @@ def test_a_pass_over_a_tree_equals_passes_over_its_paths(batch):
                     np.testing.assert_allclose(got[:, :end], want[:, :end], atol=1e-9)
 
 
+def test_a_draft_that_stopped_early_is_verified_in_a_smaller_pass():
+    """Logits behind the nodes of its levels are those of the whole pass; the others' are zero."""
+    base, rng = model((1, 1)), np.random.default_rng(1)
+    parents, n = [-1, -1, 0, 1, 2, 2, 4, 5, 7, 7], 10  # five levels of two
+    proposal = proposal_of(parents, rng.integers(0, 61, n), depth=5)
+    cache, root = absorbed(base, jnp.asarray([[3, 4, 5, 6]], jnp.int32), (3,)), jnp.int32([6])
+    run = jax.jit(es.drafters.base.verify_in_one_pass)
+    whole, _, _ = run(base, cache, root, proposal)
+    sizes = es.drafters.base.verification_sizes(5)
+    assert sizes == (1, 2, 3, 5)
+    for levels in range(6):
+        scores, _, _ = run(base, cache, root, proposal.replace(levels=jnp.int32(levels)))
+        verified = 1 + 2 * next(size for size in sizes if size >= levels)
+        np.testing.assert_allclose(scores[:, :verified], whole[:, :verified], atol=1e-9)
+        assert not np.asarray(scores[:, verified:]).any()
+
+
 # Acceptance by hand.
 
 

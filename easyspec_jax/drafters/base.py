@@ -6,11 +6,13 @@ rolling back a rejected draft needs no method of its own.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from easyspec_jax import model as models
 from easyspec_jax.cache import KVCache
@@ -81,11 +83,44 @@ class Drafter(Protocol):
 def verify_in_one_pass(
     base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
 ) -> tuple[jax.Array, KVCache, None]:
-    """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache."""
-    tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
-    placement = verification_placement(base_cache.length, proposal)
-    hidden, base_cache = models.forward(base, tokens, base_cache, placement=placement)
-    return models.logits(base, hidden), base_cache, None
+    """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache.
+
+    Of a draft that may stop early, the smallest of a few compiled sizes that holds its levels is
+    run; logits behind nodes that were left out are zero.
+    """
+
+    def run(proposal, cache):
+        tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
+        placement = verification_placement(cache.length, proposal)
+        hidden, cache = models.forward(base, tokens, cache, placement=placement)
+        return models.logits(base, hidden), cache
+
+    def run_first(levels, state):
+        _, scores, cache = state
+        some, cache = run(proposal.first(levels), cache)
+        return jnp.bool_(False), lax.dynamic_update_slice(scores, some, (0, 0, 0)), cache
+
+    if proposal.levels is None:
+        return *run(proposal, base_cache), None
+    batch, n = proposal.tokens.shape
+    scores = jnp.zeros((batch, n + 1, base.config.vocab_size), models.wide_type(base.dtype))
+    smaller = -1
+    for levels in verification_sizes(proposal.depth):
+        # A loop of at most one turn writes the cache in place; a `cond` or `switch` copies it.
+        fits = (proposal.levels <= levels) & (proposal.levels > smaller)
+        body = functools.partial(run_first, levels)
+        _, scores, base_cache = lax.while_loop(lambda s: s[0], body, (fits, scores, base_cache))
+        smaller = levels
+    return scores, base_cache, None
+
+
+def verification_sizes(depth: int) -> tuple[int, ...]:
+    """Numbers of levels that verification is compiled for: `depth`, halved down to 1; rising."""
+    sizes = {depth}
+    while depth > 1:
+        depth = -(-depth // 2)
+        sizes.add(depth)
+    return tuple(sorted(sizes))
 
 
 class DrafterBase:

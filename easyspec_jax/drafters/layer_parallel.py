@@ -112,13 +112,13 @@ class LayerParallelDrafter(DrafterBase):
             hidden = jnp.take_along_axis(hidden, last, axis=1)
         absorbed = cache.length
         with jax.named_scope("draft"):
-            tree, cache = self._draft(hidden, cache, state.options, keys)
-        return tree.proposal(), state.replace(cache=cache.rollback(absorbed)), base_cache
+            proposal, cache = self._draft(hidden, cache, state.options, keys)
+        return proposal, state.replace(cache=cache.rollback(absorbed)), base_cache
 
     def _draft(
         self, hidden: jax.Array, cache: KVCache, options: DraftOptions, keys: jax.Array
-    ) -> tuple[trees.Tree, KVCache]:
-        """The whole tree behind `hidden` ([B, 1, D], the root's), and the cache with its nodes as
+    ) -> tuple[Proposal, KVCache]:
+        """The whole draft behind `hidden` ([B, 1, D], the root's), and the cache with its nodes as
         scratch.
         """
         gamma, width, least = options.num_draft_tokens, options.tree_width, options.min_probability
@@ -143,7 +143,8 @@ class LayerParallelDrafter(DrafterBase):
             carry = lax.fori_loop(1, gamma, lambda _, carry: level(carry), carry)
         elif gamma > 1:
             carry = lax.while_loop(lambda c: (c[0] < gamma) & ~c[1].stopped.all(), level, carry)
-        return carry[1:]
+        levels, tree, cache = carry
+        return tree.proposal(None if least is None else levels), cache
 
     def _draws(self, options: DraftOptions) -> bool:
         """Whether nodes are drawn from q, which verification must then know."""
