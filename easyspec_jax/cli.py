@@ -136,8 +136,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
     add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
     add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
-    kinds = "at temperature > 0: the likeliest, or drawn (default: drawn, in a tree likeliest)"
-    add("--candidates", choices=("best", "sampled"), help=kinds)
+    kinds = "draft tokens at temperature > 0: drawn (default), or the likeliest"
+    add("--candidates", choices=("sampled", "best"), help=kinds)
     early = "stop drafting when the likeliest draft falls below P (default: never)"
     add("--min-draft-probability", type=float, metavar="P", help=early)
     sizes = "draft layers that run at once, or the sizes of all groups (default: as --layer)"
@@ -308,7 +308,7 @@ def _decoder(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> es.Decoder:
         draft,
         calibrate=not args.no_calibrate,
         parallel=args.parallel or "attention",
-        candidates=args.candidates,
+        candidates=args.candidates or "sampled",
     )
     return es.Decoder(
         base,

@@ -7,7 +7,7 @@
 Every arm of the grid answers the same prompts, one at a time, to the last token asked for. FILE
 gets a header, then a line as soon as an arm is done: started again with the same options, the
 script keeps the arms that are there and measures the others. The last line of stdout is one JSON
-document. Nothing here is a timing: the seconds of an arm hold its compilations.
+document. Nothing here is a timing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
-from compare import machine
 from prompt_sets import FILES, read_set
+from records import append, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
@@ -143,10 +142,9 @@ def measure(args: argparse.Namespace, prompts: list[list[int]], arms: list[Arm])
     with tqdm(total=len(prompts) * (len(arms) + greedy), unit="prompt") as progress:
         expected = answer(es.Decoder(base), 0.0, prompts, args, progress)[0] if greedy else None
         for arm in arms:
-            start = time.perf_counter()
             calibrate = arm.calibrate is not False
             drafter = es.LayerParallelDrafter(
-                drafts[arm.group_size], calibrate=calibrate, candidates=arm.candidates
+                drafts[arm.group_size], calibrate=calibrate, candidates=arm.candidates or "sampled"
             )
             decoder = es.Decoder(
                 base, drafter, num_draft_tokens=args.num_draft_tokens, tree_width=arm.tree_width
@@ -160,16 +158,13 @@ def measure(args: argparse.Namespace, prompts: list[list[int]], arms: list[Arm])
                 **summarise(stats),
                 "identical": identical,
                 "prompts": len(prompts),
-                "seconds": round(time.perf_counter() - start, 1),
             }
             jax.clear_caches()  # no other arm runs its programs, which are 100 MB and more
 
 
 def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -> Record:
     """What is measured on what: names of checkpoints and files, not places on one machine."""
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "table")}
-    for key in ("base", "draft"):
-        options[key] = pathlib.Path(options[key]).name
+    options = without_places({k: v for k, v in vars(args).items() if k != "table"})
     pairs = [option.partition("=") for option in args.set]
     options["set"] = [f"{name}={pathlib.Path(path).name}" for name, _, path in pairs]
     lengths = {name: [len(ids) for ids in found] for name, found in prompts.items()}
@@ -178,12 +173,6 @@ def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -
         shell=True, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True,
     ).stdout.strip() or None  # fmt: skip
     return {"machine": machine(), "commit": commit, "options": options, "prompt_tokens": lengths}
-
-
-def append(path: pathlib.Path, record: Record) -> None:
-    """The record is the file's last line."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def read_results(path: pathlib.Path) -> tuple[Record, list[Record]]:

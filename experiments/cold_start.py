@@ -10,7 +10,6 @@ peak is RssAnon of /proc, sampled every 2 ms (Linux only). The last line of stdo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import re
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from compare import machine
+from records import append, machine, without_places
 
 
 def first_byte(base: str, cache: str) -> float:
@@ -69,16 +68,11 @@ def main() -> None:
         converted = conversion(args.convert, temp)
     record = {
         "machine": machine(),
-        "base": pathlib.Path(args.base).name,
-        "converted": pathlib.Path(args.convert).name,
+        **without_places({"base": args.base, "converted": args.convert}),
         "first_text_seconds": {"empty cache": seconds[0], "filled cache": seconds[1:]},
         "conversion": converted,
     }
-    document = json.dumps(record)
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(document + "\n")
-    print(document)
+    print(append(args.out, record))
 
 
 if __name__ == "__main__":

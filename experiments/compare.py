@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 
-import jax
+from records import append, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
@@ -30,19 +27,29 @@ Arm = Callable[[list[int]], tuple[list[int], es.Stats | None]]
 
 
 def own_arms(args: argparse.Namespace) -> dict[str, Arm]:
-    """Autoregression, and one speculative arm per group size, calibration and tree width."""
+    """Autoregression, and one speculative arm per group size, calibration, tree width and rule of
+    stopping early.
+    """
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
     decoders = {"autoregression": es.Decoder(base)}
     for size in args.group_sizes:
         draft = es.load_model(args.draft, mesh, group_size=size, layout="draft")
-        ways = itertools.product((True, False) if args.uncalibrated else (True,), args.tree_widths)
-        for calibrate, width in ways:
+        ways = itertools.product(
+            (True, False) if args.uncalibrated else (True,),
+            args.tree_widths,
+            [None] if args.min_draft_probability is None else [None, args.min_draft_probability],
+        )
+        for calibrate, width, least in ways:
             name = f"group_size {size}" + ("" if calibrate else ", not calibrated")
             name += f", tree_width {width}" if width > 1 else ""
-            drafter = es.LayerParallelDrafter(draft, calibrate=calibrate)
+            name += f", stops below {least}" if least is not None else ""
             decoders[name] = es.Decoder(
-                base, drafter, num_draft_tokens=args.num_draft_tokens, tree_width=width
+                base,
+                es.LayerParallelDrafter(draft, calibrate=calibrate),
+                num_draft_tokens=args.num_draft_tokens,
+                tree_width=width,
+                min_draft_probability=least,
             )
 
     def arm(decoder):
@@ -153,23 +160,6 @@ def summarise(runs: dict[str, list]) -> dict[str, dict]:
     return records
 
 
-def machine() -> dict[str, str]:
-    """What the figures were measured on."""
-    cpu = pathlib.Path("/proc/cpuinfo")
-    names = (
-        [s for s in cpu.read_text().splitlines() if s.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
-    versions = {name: metadata.version(name) for name in ("jax", "transformers")}
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cpu": f"{len(names)} x {names[0].partition(': ')[2]}" if names else platform.processor(),
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -191,6 +181,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--tree-widths", type=lambda s: [int(n) for n in s.split(",")], default=[1])
     p.add_argument(
+        "--min-draft-probability", type=float, help="run each arm with this early stop too"
+    )
+    p.add_argument(
         "--uncalibrated", action="store_true", help="run each group size without calibration too"
     )
     p.add_argument("--max-new-tokens", type=int, default=64)
@@ -205,23 +198,16 @@ def main(argv: list[str] | None = None) -> None:
     arms = own_arms(args) | (transformers_arms(args) if args.base_hf else {})
     prompts = read_prompts(args)
     records = summarise(measure(arms, prompts, args.repeats))
-    print(f"{'arm':36} {'ms/token':>9} {'speed-up':>9} {'quartiles':>22} {'tok/step':>9} identical")
+    print(f"{'arm':48} {'ms/token':>9} {'speed-up':>9} {'quartiles':>22} {'tok/step':>9} identical")
     for name, r in records.items():
         quartiles = " ".join(f"{q:.2f}" for q in r["speedup_quartiles"])
         per_step = f"{r['tokens_per_step']:.2f}" if r["tokens_per_step"] else "-"
         print(
-            f"{name:36} {r['ms_per_token']:9.2f} {r['speedup']:8.2f}x {quartiles:>22} "
+            f"{name:48} {r['ms_per_token']:9.2f} {r['speedup']:8.2f}x {quartiles:>22} "
             f"{per_step:>9} {r['identical']}/{r['prompts']}"
         )
-    options = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()}
-    for key in ("base", "draft", "base_hf", "draft_hf"):  # names, not places on one machine
-        options[key] = pathlib.Path(options[key]).name if options[key] else None
-    options["out"] = None
-    document = json.dumps({"machine": machine(), "options": options, "arms": records})
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(document + "\n")
-    print(document)
+    options = without_places(vars(args))
+    print(append(args.out, {"machine": machine(), "options": options, "arms": records}))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ compare with `acceptance.py`. The last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import statistics
 
-from compare import machine
+from records import append, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
@@ -59,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--tree-widths", type=lambda s: [int(n) for n in s.split(",")], default=[1, 2, 4, 8]
     )
     p.add_argument("--temperature", type=float, default=0.0)
-    p.add_argument("--candidates", choices=("best", "sampled"))
+    p.add_argument("--candidates", choices=("sampled", "best"), default="sampled")
     p.add_argument("--repeats", type=int, default=10, help="steps in one compiled loop")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=pathlib.Path, help="JSONL file to append the document to")
@@ -75,14 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, times in arms.items():
         cells = [f"{1e3 * times[phase]:.1f}" for phase in PHASES]
         print("".join(f"{cell:>16}" for cell in (name, *cells, f"{times['step'] / first:.2f}")))
-    options = {k: v for k, v in vars(args).items() if k != "out"}
-    for key in ("base", "draft"):  # names, not places on one machine
-        options[key] = pathlib.Path(options[key]).name
-    document = json.dumps({"machine": machine(), "options": options, "seconds": arms})
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(document + "\n")
-    print(document)
+    options = without_places(vars(args))
+    print(append(args.out, {"machine": machine(), "options": options, "seconds": arms}))
 
 
 if __name__ == "__main__":

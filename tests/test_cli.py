@@ -91,7 +91,7 @@ def test_a_draft_changes_the_statistics_and_not_the_text(easyspec):
 
 
 def test_a_tree_changes_the_statistics_and_not_the_text(easyspec):
-    tree = ("--tree-width", 3, "--candidates", "sampled", "--min-draft-probability", 0.001)
+    tree = ("--tree-width", 3, "--candidates", "best", "--min-draft-probability", 0.001)
     status, out, err = generate(
         easyspec, "--draft", "draft", "--num-draft-tokens", 2, *tree, "--json"
     )

@@ -186,7 +186,7 @@ def test_bad_decoders_are_refused():
     for least in (-0.1, 1.5, float("nan"), "0.1"):
         with pytest.raises(ValueError, match="min_draft_probability must be between 0 and 1, got"):
             es.Decoder(base, drafter, min_draft_probability=least)
-    with pytest.raises(ValueError, match="candidates must be one of 'best', 'sampled' or None"):
+    with pytest.raises(ValueError, match="candidates must be one of 'sampled', 'best', got 'lik"):
         es.LayerParallelDrafter(draft, candidates="likely")
     with pytest.raises(ValueError, match="parallel must be one of 'attention', 'layer', got 'mlp'"):
         es.LayerParallelDrafter(draft, parallel="mlp")

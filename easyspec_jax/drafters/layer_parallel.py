@@ -20,7 +20,7 @@ from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.sampling import Proposal
 
-CANDIDATES = ("best", "sampled")
+CANDIDATES = ("sampled", "best")
 
 
 @struct.dataclass(kw_only=True)
@@ -44,8 +44,9 @@ class LayerParallelDrafter(DrafterBase):
         groups too.
       parallel: "attention" (EasySpec: MLPs in order) or "layer" (whole layers at once, the paper's
         ablation).
-      candidates: at temperature > 0, "best" takes the likeliest draft tokens, "sampled" draws them
-        from q (in a tree without replacement). None: sampled in a chain, best in a tree.
+      candidates: at temperature > 0, "sampled" draws draft tokens from q (in a tree without
+        replacement), "best" takes the likeliest; both are lossless, and sampled ones were accepted
+        more often wherever the draft is good.
 
     Raises:
       ValueError: an unknown `parallel` or `candidates`.
@@ -54,13 +55,13 @@ class LayerParallelDrafter(DrafterBase):
     draft: Model
     calibrate: bool = struct.field(pytree_node=False, default=True, kw_only=True)
     parallel: str = struct.field(pytree_node=False, default="attention", kw_only=True)
-    candidates: str | None = struct.field(pytree_node=False, default=None, kw_only=True)
+    candidates: str = struct.field(pytree_node=False, default="sampled", kw_only=True)
 
     def __post_init__(self):
         draft_runner(self.parallel)
-        if self.candidates not in (None, *CANDIDATES):
+        if self.candidates not in CANDIDATES:
             names = ", ".join(map(repr, CANDIDATES))
-            raise ValueError(f"candidates must be one of {names} or None, got {self.candidates!r}")
+            raise ValueError(f"candidates must be one of {names}, got {self.candidates!r}")
 
     def models(self) -> tuple[Model, ...]:
         """The draft."""
@@ -136,7 +137,7 @@ class LayerParallelDrafter(DrafterBase):
             )
             return depth + 1, grow(tree, depth, hidden), cache
 
-        drawn = self._draws(options)
+        drawn = self.candidates == "sampled" and not options.filters.greedy
         tree = trees.plant(hidden.shape[0], gamma, width, options.vocab_size, drawn=drawn)
         carry = (jnp.int32(1), grow(tree, 0, hidden), cache)
         if gamma > 1 and least is None:
@@ -145,11 +146,6 @@ class LayerParallelDrafter(DrafterBase):
             carry = lax.while_loop(lambda c: (c[0] < gamma) & ~c[1].stopped.all(), level, carry)
         levels, tree, cache = carry
         return tree.proposal(None if least is None else levels), cache
-
-    def _draws(self, options: DraftOptions) -> bool:
-        """Whether nodes are drawn from q, which verification must then know."""
-        kind = self.candidates or ("sampled" if options.tree_width == 1 else "best")
-        return not options.filters.greedy and kind == "sampled"
 
 
 def _fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:

@@ -1,0 +1,47 @@
+"""What every result holds: the machine it was measured on, and names instead of places."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import platform
+from importlib import metadata
+from typing import Any
+
+import jax
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    cpu = pathlib.Path("/proc/cpuinfo")
+    names = (
+        [s for s in cpu.read_text().splitlines() if s.startswith("model name")]
+        if cpu.exists()
+        else []
+    )
+    versions = {name: metadata.version(name) for name in ("jax", "transformers")}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": f"{len(names)} x {names[0].partition(': ')[2]}" if names else platform.processor(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def without_places(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a command line fit to be published: of a path only its last part."""
+    places = {"base", "draft", "base_hf", "draft_hf", "converted", "prompts"}
+    return {
+        name: pathlib.Path(value).name if name in places and value is not None else value
+        for name, value in options.items()
+        if name != "out"
+    }
+
+
+def append(path: pathlib.Path | None, record: dict[str, Any]) -> str:
+    """The record as one line of JSON, which is now the last of the file, if there is one."""
+    line = json.dumps(record)
+    if path is not None:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    return line
