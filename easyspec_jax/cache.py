@@ -35,8 +35,8 @@ class LayerKV:
         return LayerKV(k=_write(self.k, k, start), v=_write(self.v, v, start))
 
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
-        """Entries start[b] + index[b, j] of row b move to start[b] + j (index: i32[B, J], rising
-        along j); not for a stacked slot.
+        """Entries start[b] + index[b, j] of row b are copied to start[b] + j (index: i32[B, J]);
+        not for a stacked slot.
         """
         return LayerKV(k=_keep(self.k, start, index), v=_keep(self.v, start, index))
 
@@ -80,8 +80,8 @@ class KVCache:
         return self.replace(length=length)
 
     def keep(self, start: jax.Array, index: jax.Array) -> KVCache:
-        """Entries start[b] + index[b, j] become start[b] + j in every layer: the accepted path of a
-        tree (i32[B, J], rising along j). `length` stays. Not for models in groups.
+        """Entries start[b] + index[b, j] are copied to start[b] + j in every layer: the accepted
+        path of a tree (index: i32[B, J]). `length` stays. Not for models in groups.
         """
         blocks = tuple(tuple(kv.keep(start, index) for kv in block) for block in self.blocks)
         return self.replace(blocks=blocks)

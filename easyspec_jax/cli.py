@@ -138,7 +138,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
     kinds = "draft tokens at temperature > 0: drawn (default), or the likeliest"
     add("--candidates", choices=("sampled", "best"), help=kinds)
-    early = "stop drafting when the likeliest draft falls below P (default: never)"
+    early = "stop drafting once even its likeliest path is less probable (default: never)"
     add("--min-draft-probability", type=float, metavar="P", help=early)
     sizes = "draft layers that run at once, or the sizes of all groups (default: as --layer)"
     add("--group-size", type=_group_size, metavar="N|N,N,..", help=sizes)

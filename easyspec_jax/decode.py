@@ -89,8 +89,10 @@ class Decoder:
           num_draft_tokens: γ, depth of the draft: tokens a step may accept (at most, for drafters
             that choose).
           tree_width: w, draft tokens at each depth; 1 is a chain.
-          min_draft_probability: drafting stops early once the likeliest draft is less probable than
-            this to the draft model; None never stops.
+          min_draft_probability: drafting stops early once even the likeliest path has a smaller
+            probability under the draft model (the product along it, after temperature and filters
+            when sampling). The base is then compiled for a few depths, and on a GPU each of them
+            costs a host synchronisation a step. None never stops.
 
         Raises:
           ValueError: a bad γ, w or probability, a base in groups, models on different meshes, or
@@ -213,7 +215,8 @@ class Decoder:
         """Seconds of a prefill of prompt_len - 1 tokens and, per step, of each phase and the whole.
 
         Keys: prefill, step, calibrate, draft, verify, commit. Phases are timed by themselves, on
-        tokens of no meaning; their times depend on shapes alone.
+        tokens of no meaning; their times depend on shapes alone, except that drafts may stop early
+        with `min_draft_probability`: then verification is timed at full depth.
         """
         prompts = np.zeros((batch, prompt_len), np.int32)
         request = make_request(self.base.config, prompts, max_new_tokens, sampling)
@@ -308,10 +311,11 @@ class Decoder:
         if self.drafter is not None:
             needed["draft cache"] = device_bytes(self.drafter.abstract_state(batch, size, options))
             held["draft weights"] = device_bytes(self.drafter)
-        probabilities = 1 if options.filters.greedy else 3
-        logits = 4 * batch * (self._num_nodes + 1) * base.config.vocab_size * probabilities
+        nodes = self._num_nodes + 1
+        copies = 2 if options.filters.greedy else 5  # logits, p, q and what is left of them
+        logits = 4 * batch * nodes * base.config.vocab_size * copies
         heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafts))
-        scores = 2 * 4 * batch * min(PREFILL_CHUNKS[-1], size) * heads * size
+        scores = 2 * 4 * batch * max(min(PREFILL_CHUNKS[-1], size), nodes) * heads * size
         needed["scratch"] = max(logits, scores)
         check_memory(base.layout.mesh, needed, held)
 

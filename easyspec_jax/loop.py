@@ -76,7 +76,7 @@ def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Em
         judge = drafter.verify
         width = state.num_draft_tokens + 1
         recent = window(state.tokens, state.absorbed, width)
-        new = state.length - state.absorbed
+        new = jnp.where(state.done, 0, state.length - state.absorbed)
         proposal, draft, cache = drafter.propose(
             state.draft, cache, recent, state.absorbed, new, draft_key
         )

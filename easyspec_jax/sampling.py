@@ -82,9 +82,8 @@ class Verdict:
     """What the base model decided about one proposal."""
 
     num_accepted: jax.Array  # i32[B], in [0, depth]
-    path: (
-        jax.Array
-    )  # i32[B, depth], the accepted nodes; what lies beyond num_accepted means nothing
+    # i32[B, depth], the accepted nodes; what lies beyond num_accepted means nothing
+    path: jax.Array
     next_token: jax.Array  # i32[B], the residual sample, or the bonus token behind a leaf
     tries: jax.Array  # i32[B, depth], nodes tried at each depth; the last of them was accepted
 
@@ -249,8 +248,8 @@ def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Arra
         last, rest, p_sum, q, q_sum, passes = state
         x = proposal.tokens[:, i]
         tried = proposal.valid[:, i] & (proposal.parents[:, i] == last - 1)
-        # u < p / q without a division: q(x) may be tiny.
-        accept = tried & (u[:, i] * _at(q, x) * p_sum < _at(rest, x) * q_sum)
+        # u < p / q, each normalised, and neither product so small that it vanishes.
+        accept = tried & (u[:, i] * (_at(q, x) / q_sum) < _at(rest, x) / p_sum)
         left = jnp.maximum(rest / p_sum[:, None] - q / q_sum[:, None], 0.0)
         # p = q up to rounding leaves nothing: then every draw from p is right.
         left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, rest)

@@ -27,9 +27,8 @@ class Tree:
     tokens: jax.Array  # i32[B, γ·w]
     parents: jax.Array  # i32[B, γ·w], -1 = root
     valid: jax.Array  # bool[B, γ·w]
-    probs: (
-        jax.Array | None
-    )  # f32[B, 1 + (γ - 1)·w, V], q behind the root and each node; None: chosen
+    # f32[B, 1 + (γ - 1)·w, V], q behind the root and each node but the last level's; None: chosen
+    probs: jax.Array | None
     newest: jax.Array  # i32[B, w], tokens of the newest level
     alive: jax.Array  # bool[B, w], which of them are nodes at all
     logprob: jax.Array  # f32[B, w], log q of each one's path from the root
@@ -65,9 +64,11 @@ class Tree:
         return Placement(origin=origin, positions=positions, ancestors=self.ancestors)
 
 
-def plant(batch: int, depth: int, width: int, vocab_size: int, *, drawn: bool) -> Tree:
-    """A tree with nothing but its root, with room for `depth` levels."""
-    n = depth * width
+def plant(active: jax.Array, depth: int, width: int, vocab_size: int, *, drawn: bool) -> Tree:
+    """A tree with nothing but its root, with room for `depth` levels; it grows in rows that are
+    active (bool[B]).
+    """
+    batch, n = active.shape[0], depth * width
     row = jnp.zeros((batch, width), jnp.float32)
     nodes = jnp.zeros((batch, n), jnp.int32)
     expanded = 1 + n - width
@@ -81,7 +82,7 @@ def plant(batch: int, depth: int, width: int, vocab_size: int, *, drawn: bool) -
         logprob=row,
         score=row,
         ancestors=jnp.zeros((batch, width, n), bool) if width > 1 else None,
-        stopped=jnp.zeros((batch,), bool),
+        stopped=~active,
     )
 
 
@@ -123,12 +124,15 @@ def grow(
         tokens, alive, logprob, score, parent = (
             jnp.take_along_axis(x, kept, axis=1) for x in (tokens, alive, logprob, score, parent)
         )
-    return _append(tree, depth, tokens, alive, logprob, score, parent, q, min_probability)
+    level = {"newest": tokens, "alive": alive, "logprob": logprob, "score": score}
+    return _append(tree, depth, level, parent, q, min_probability)
 
 
-def _append(tree, depth, tokens, alive, logprob, score, parent, q, min_probability):
-    """The tree with one more level written in; `parent` is i32[B, w] within the level before."""
-    w = tree.width
+def _append(tree, depth, level, parent, q, min_probability):
+    """The tree with one more level (fields of `Tree`) written in; `parent` is i32[B, w] within the
+    level before.
+    """
+    w, alive = tree.width, level["alive"]
     at = jnp.asarray(depth * w, jnp.int32)
     put = lambda x, new, i=at: lax.dynamic_update_slice_in_dim(x, new, i, axis=1)  # noqa: E731
     ancestors, stopped = tree.ancestors, tree.stopped
@@ -137,17 +141,14 @@ def _append(tree, depth, tokens, alive, logprob, score, parent, q, min_probabili
         itself = node[:, None] == jnp.arange(ancestors.shape[2], dtype=jnp.int32)[None]
         ancestors = jnp.take_along_axis(ancestors, parent[..., None], axis=1) | itself[None]
     if min_probability is not None:
-        likeliest = jnp.where(alive, logprob, -jnp.inf).max(axis=1)
+        likeliest = jnp.where(alive, level["logprob"], -jnp.inf).max(axis=1)
         stopped = stopped | (jnp.exp(likeliest) < min_probability)
     return tree.replace(
-        tokens=put(tree.tokens, tokens),
+        **level,
+        tokens=put(tree.tokens, level["newest"]),
         parents=put(tree.parents, jnp.where(at == 0, -1, at - w + parent)),
         valid=put(tree.valid, alive & ~tree.stopped[:, None]),
         probs=put(tree.probs, q, jnp.maximum(at - w + 1, 0)) if q is not None else None,
-        newest=tokens,
-        alive=alive,
-        logprob=logprob,
-        score=score,
         ancestors=ancestors,
         stopped=stopped,
     )

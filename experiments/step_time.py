@@ -4,9 +4,9 @@
         --tree-widths 1,2,4,8 --out FILE
 
 Phases are timed by `Decoder.profile`, each in a compiled loop of its own; rounds of all widths
-alternate, so that all meet the same machine, and the median over rounds counts. The time a step may
-take so that its tokens cost no more than the first width's is `tokens per step` times as long:
-compare with `acceptance.py`. The last line of stdout is one JSON document.
+alternate, so that all meet the same machine, and the median over rounds counts. A wider tree pays
+where its tokens per step (`acceptance.py`) grow by more than its step time. The last line of stdout
+is one JSON document.
 """
 
 from __future__ import annotations

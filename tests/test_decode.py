@@ -78,7 +78,8 @@ def test_greedy_trees_equal_autoregression(mesh_shape, gamma, width, group_size,
     assert out.tokens == want
     stats = out.stats
     assert sum(stats.accepted_per_rank) == stats.nodes_accepted == sum(stats.accepted_per_depth) > 0
-    assert stats.nodes_drafted == stats.steps * gamma * width or least
+    whole = stats.steps * gamma * width
+    assert stats.nodes_drafted == whole if least is None else stats.nodes_drafted < whole
     if mesh_shape == (1, 1):
         stranger = stranger_drafting(gamma=gamma, width=width)
         assert stranger.generate(PROMPTS, max_new_tokens=NEW).tokens == want
@@ -253,11 +254,12 @@ def test_base_cache_equals_fresh_prefill(make):
 # Stopping.
 
 
-def test_stop_inside_an_accepted_block():
+@pytest.mark.parametrize("width", [1, 3])
+def test_stop_inside_an_accepted_block(width):
     """Every place to stop, for a draft that is always right: nothing behind it is emitted or
     counted.
     """
-    decoder = self_drafting((1, 1), 1, 4)
+    decoder = self_drafting((1, 1), 1, 4, width=width)
     whole = autoregressive().generate([PROMPTS[0]], max_new_tokens=NEW).tokens[0]
     for token in dict.fromkeys(whole):
         out = decoder.generate([PROMPTS[0]], max_new_tokens=NEW, eos_ids=[token])
@@ -265,7 +267,7 @@ def test_stop_inside_an_accepted_block():
         assert out.tokens[0] == cut
         assert out.stats.emitted == len(cut)
         assert sum(out.stats.accepted_per_depth) <= len(cut)
-        assert out.stats.acceptance_rate == 1.0
+        assert out.stats.acceptance_rate == 1.0 or width > 1
 
 
 def test_finished_rows_never_change():
@@ -277,9 +279,10 @@ def test_finished_rows_never_change():
         assert row == (whole[: whole.index(eos) + 1] if eos in whole else whole)
 
 
-def test_context_end_stops():
+@pytest.mark.parametrize("width", [1, 4])
+def test_context_end_stops(width):
     prompt = [1] * 90
-    out = self_drafting().generate([prompt], max_new_tokens=50)
+    out = self_drafting(width=width).generate([prompt], max_new_tokens=50)
     assert len(out.tokens[0]) == CONFIG.max_len - 90
     assert out.tokens == autoregressive().generate([prompt], max_new_tokens=50).tokens
 
@@ -320,9 +323,10 @@ def test_stop_string_ends_with_the_token_that_completes_it():
     assert session.stats.emitted == len(text)
 
 
-def test_session_continues_a_conversation():
+@pytest.mark.parametrize("width", [1, 4])
+def test_session_continues_a_conversation(width):
     """A second turn gives what a fresh start gives, and absorbs only what is new."""
-    decoder, session = self_drafting(), es.Session(max_len=80)
+    decoder, session = self_drafting(width=width), es.Session(max_len=80)
     first = joined(decoder.stream(PROMPTS[0], max_new_tokens=12, session=session))
     turn = [*PROMPTS[0], *first, 5, 6, 7]
     absorbed = []

@@ -21,6 +21,7 @@ from decoders import (
 import easyspec_jax as es
 from easyspec_jax import loop, sharding
 from easyspec_jax.request import make_request
+from easyspec_jax.stats import Counters, count
 
 # Statistics.
 
@@ -44,13 +45,30 @@ def test_statistics_of_a_cut_step():
     assert stats.tokens_per_step == 3.0
 
 
-def test_statistics_agree_with_themselves():
-    out = self_drafting().generate(PROMPTS, max_new_tokens=NEW)
+def test_counts_of_a_tree_by_hand():
+    """Three depths, siblings tried: the second, the first, three in vain; then a cut after one."""
+    none = Counters.zeros(2, 3, 4)
+    tries = np.array([[2, 1, 3], [3, 2, 0]], np.int32)
+    accepted, drafted = np.array([2, 2], np.int32), np.array([12, 9], np.int32)
+    once = count(none, accepted, tries, drafted, np.array([3, 1], np.int32))
+    assert once.tried.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert once.accepted.tolist() == [[1, 1, 0], [1, 0, 0]]
+    assert once.tried_by_rank.tolist() == [[3, 2, 1, 0], [1, 1, 1, 0]]
+    assert once.accepted_by_rank.tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
+    assert once.histogram.tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
+    assert once.drafted.tolist() == [12, 9]
+    same = count(once, accepted, tries, drafted, np.array([0, 0], np.int32))  # finished rows
+    assert jax.tree.map(np.ndarray.tolist, same) == jax.tree.map(np.ndarray.tolist, once)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_statistics_agree_with_themselves(width):
+    out = self_drafting(width=width).generate(PROMPTS, max_new_tokens=NEW)
     stats = out.stats
     assert stats.emitted == NEW * 3 and sum(stats.accepted_histogram) == stats.steps
     assert stats.steps == sum(row.steps for row in stats.rows)
     accepted = sum(i * n for i, n in enumerate(stats.accepted_histogram))
-    assert accepted == sum(stats.accepted_per_depth)
+    assert accepted == sum(stats.accepted_per_depth) == sum(stats.accepted_per_rank)
     assert all(a <= t for a, t in zip(stats.accepted_per_depth, stats.tried_per_depth, strict=True))
     deeper = zip(stats.accepted_per_depth, stats.tried_per_depth[1:], strict=False)
     assert all(tried <= accepted for accepted, tried in deeper)
@@ -65,8 +83,9 @@ def test_a_drafter_reports_its_own_counters(monkeypatch):
     assert autoregressive().generate([PROMPTS[0]], max_new_tokens=2).drafter_report == {}
 
 
-def test_logprobs_are_the_bases():
-    out = self_drafting().generate(PROMPTS[:2], max_new_tokens=8, logprobs=True)
+@pytest.mark.parametrize("width", [1, 4])
+def test_logprobs_are_the_bases(width):
+    out = self_drafting(width=width).generate(PROMPTS[:2], max_new_tokens=8, logprobs=True)
     for prompt, new, got in zip(PROMPTS, out.tokens, out.logprobs, strict=False):
         scores = jax.nn.log_softmax(all_logits(model((1, 1)), [prompt + new[:-1]])[0])
         want = np.asarray(scores)[np.arange(8) + len(prompt) - 1, new]
@@ -76,8 +95,9 @@ def test_logprobs_are_the_bases():
 # I6: compilation and donation.
 
 
-def test_one_compilation_per_bucket():
-    decoder = self_drafting()
+@pytest.mark.parametrize("width", [1, 4])
+def test_one_compilation_per_bucket(width):
+    decoder = self_drafting(width=width)
     decoder.warmup(2, 10, 20)
     before = loop.run_loop._cache_size(), loop.prefill_chunk._cache_size()
     for seed, (length, new) in enumerate([(3, 9), (16, 20), (10, 30)]):
@@ -138,6 +158,16 @@ def test_caches_are_donated(mesh_shape, monkeypatch):
     self_drafting(mesh_shape, width=width).generate(PROMPTS, max_new_tokens=NEW)
     caches = jax.tree.leaves((seen[0].cache.blocks, seen[0].draft.cache.blocks))
     assert len(caches) >= 14 and all(leaf.is_deleted() for leaf in caches)
+
+
+def test_a_finished_row_drafts_nothing():
+    """So it never keeps the others from stopping early."""
+    decoder = self_drafting(gamma=4, width=2, min_draft_probability=0.15)
+    state, specs = decoder._prefilled(make_request(CONFIG, PROMPTS[:2], 9))
+    state = state.replace(done=decoder._put(np.array([True, False])))
+    _, out = loop.run_step(decoder.base, decoder.drafter, state, specs=specs)
+    assert int(out.num_drafted[0]) == 0 < int(out.num_drafted[1])
+    assert np.asarray(out.num_emitted).tolist()[0] == 0
 
 
 # Refusals: one sentence, before anything is allocated.

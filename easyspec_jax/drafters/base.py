@@ -63,7 +63,10 @@ class Drafter(Protocol):
         key: jax.Array,
     ) -> tuple[Proposal, Any, KVCache]:
         """Absorb the newly committed tokens (i32[B, W], `num` of them count), then draft behind
-        them: exactly γ·w nodes (or a chain of γ), those that are not meant marked invalid.
+        them.
+
+        A proposal has depth γ and γ·w nodes (or γ, from a drafter of chains), those that are not
+        meant marked invalid. A row with num = 0 is finished: nobody reads what it drafts.
         """
 
     def verify(
@@ -71,6 +74,9 @@ class Drafter(Protocol):
     ) -> tuple[jax.Array, KVCache, Any]:
         """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node, the written cache,
         and anything for `observe`.
+
+        The root's entry is that at base_cache.length and node i's the one i + 1 behind it: there
+        the loop looks for the accepted path.
         """
 
     def observe(self, state: Any, verdict: Verdict, aux: Any) -> Any:

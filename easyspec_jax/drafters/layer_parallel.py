@@ -1,9 +1,8 @@
 """EasySpec's drafter: a small model whose layers run in parallel groups, calibrated once per step.
 
 Each step begins with one exact pass over the tokens just committed. It replaces the approximate
-cache entries that drafting
-left, so errors never pile up, and its last logits are already the first draft distribution:
-calibration costs no extra pass.
+cache entries that drafting left, so errors never pile up, and its last logits are already the first
+draft distribution: calibration costs no extra pass.
 """
 
 from __future__ import annotations
@@ -113,14 +112,19 @@ class LayerParallelDrafter(DrafterBase):
             hidden = jnp.take_along_axis(hidden, last, axis=1)
         absorbed = cache.length
         with jax.named_scope("draft"):
-            proposal, cache = self._draft(hidden, cache, state.options, keys)
+            proposal, cache = self._draft(hidden, cache, num > 0, state.options, keys)
         return proposal, state.replace(cache=cache.rollback(absorbed)), base_cache
 
     def _draft(
-        self, hidden: jax.Array, cache: KVCache, options: DraftOptions, keys: jax.Array
+        self,
+        hidden: jax.Array,
+        cache: KVCache,
+        active: jax.Array,
+        options: DraftOptions,
+        keys: jax.Array,
     ) -> tuple[Proposal, KVCache]:
-        """The whole draft behind `hidden` ([B, 1, D], the root's), and the cache with its nodes as
-        scratch.
+        """The whole draft behind `hidden` ([B, 1, D], the root's) of the rows that are active, and
+        the cache with its nodes as scratch.
         """
         gamma, width, least = options.num_draft_tokens, options.tree_width, options.min_probability
         origin, fuzzy = cache.length, draft_runner(self.parallel)
@@ -138,7 +142,7 @@ class LayerParallelDrafter(DrafterBase):
             return depth + 1, grow(tree, depth, hidden), cache
 
         drawn = self.candidates == "sampled" and not options.filters.greedy
-        tree = trees.plant(hidden.shape[0], gamma, width, options.vocab_size, drawn=drawn)
+        tree = trees.plant(active, gamma, width, options.vocab_size, drawn=drawn)
         carry = (jnp.int32(1), grow(tree, 0, hidden), cache)
         if gamma > 1 and least is None:
             carry = lax.fori_loop(1, gamma, lambda _, carry: level(carry), carry)
