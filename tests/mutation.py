@@ -3,6 +3,8 @@
 import inspect
 import textwrap
 
+from easyspec_jax import tree
+
 
 def mutate(monkeypatch, module, name, old, new):
     """Replace `module.name` by itself with `old` in its source as `new`; `old` must be there."""
@@ -11,3 +13,26 @@ def mutate(monkeypatch, module, name, old, new):
     scope = dict(vars(module))
     exec("from __future__ import annotations\n" + source.replace(old, new), scope)
     monkeypatch.setattr(module, name, scope[name])
+
+
+# Wrong ways to accept nodes of a tree: {(kind of nodes, what is wrong): (function, old, new)}.
+BROKEN_RULES = {
+    ("chosen", "no renormalisation"): ("_pass_chosen", "u * jnp.maximum(1.0 - removed, 0.0)", "u"),
+    ("chosen", "too easily"): ("_pass_chosen", "< p_x", "< 1.3 * p_x"),
+    ("chosen", "nothing removed"): ("_without_children", "set(0.0, mode", "add(0.0, mode"),
+    ("drawn", "q instead of p"): ("_try_drawn", "_at(rest, x) / p_sum", "_at(q, x) / q_sum"),
+    ("drawn", "no renormalisation"): ("_try_drawn", "_at(q, x) / q_sum", "_at(q, x)"),
+    ("drawn", "q keeps its token"): ("_try_drawn", "jnp.where(ids == x[:, None], 0.0, q)", "q"),
+    ("drawn", "no residual"): ("_try_drawn", "jnp.where(reject, left, rest)", "rest"),
+}  # fmt: skip
+
+
+def repeat_siblings(monkeypatch):
+    """The second child of every node has the token of the first."""
+    largest = tree.largest
+
+    def repeating(x, k):
+        top, index = largest(x, k)
+        return top, index.at[..., 1].set(index[..., 0])
+
+    monkeypatch.setattr(tree, "largest", repeating)

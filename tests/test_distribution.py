@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from chi_square import surprise
 from decoders import NEW, PROMPTS, all_logits, model, self_drafting
-from mutation import mutate
+from mutation import BROKEN_RULES, mutate, repeat_siblings
 
 import easyspec_jax as es
 
@@ -90,19 +90,14 @@ def test_drafting_that_stops_early_keeps_the_distribution(candidates):
     assert 2 * stats.steps < stats.nodes_drafted < 5 * stats.steps
 
 
-BROKEN_TREES = {
-    ("best", "no renormalisation"): ("_pass_chosen", "u * jnp.maximum(1.0 - removed, 0.0)", "u"),
-    ("best", "rejected ones remain"): ("_without_children", "set(0.0, mode", "add(0.0, mode"),
-    ("sampled", "q instead of p"): ("_try_drawn", "_at(rest, x) / p_sum", "_at(q, x) / q_sum"),
-    ("sampled", "no renormalisation"): ("_try_drawn", "_at(q, x) / q_sum", "_at(q, x)"),
-}
+CANDIDATES = {"chosen": "best", "drawn": "sampled"}
 
 
 @slow
-@pytest.mark.parametrize(("candidates", "broken"), BROKEN_TREES)
-def test_broken_rules_of_trees_are_noticed(monkeypatch, candidates, broken):
-    decoder = tiny_decoder(f"{candidates} {broken}", candidates=candidates, width=3)
-    mutate(monkeypatch, es.sampling, *BROKEN_TREES[candidates, broken])
+@pytest.mark.parametrize(("kind", "broken"), BROKEN_RULES)
+def test_broken_rules_of_trees_are_noticed(monkeypatch, kind, broken):
+    decoder = tiny_decoder(f"{kind} {broken}", candidates=CANDIDATES[kind], width=3)
+    mutate(monkeypatch, es.sampling, *BROKEN_RULES[kind, broken])
     assert sequence_surprise(decoder, PLAIN, rows=32768) > 5
 
 
@@ -110,13 +105,7 @@ def test_broken_rules_of_trees_are_noticed(monkeypatch, candidates, broken):
 @pytest.mark.parametrize("candidates", ["best", "sampled"])
 def test_a_duplicate_sibling_is_noticed(monkeypatch, candidates):
     decoder = tiny_decoder(f"{candidates} twice", candidates=candidates, width=3)
-    largest = es.tree.largest
-
-    def repeating(x, k):
-        top, index = largest(x, k)
-        return top, index.at[..., 1].set(index[..., 0])
-
-    monkeypatch.setattr(es.tree, "largest", repeating)
+    repeat_siblings(monkeypatch)
     assert sequence_surprise(decoder, PLAIN, rows=32768) > 5
 
 

@@ -12,7 +12,7 @@ from chi_square import surprise
 from decoders import all_logits, fresh_cache, model, self_drafting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutation import mutate
+from mutation import BROKEN_RULES, mutate, repeat_siblings
 
 import easyspec_jax as es
 from easyspec_jax import loop, sampling, tree
@@ -381,20 +381,9 @@ def test_a_step_over_a_tree_keeps_the_distribution(drawn):
     assert step_surprise(drawn) < 5
 
 
-MUTATIONS = {
-    ("chosen", "no renormalisation"): ("_pass_chosen", "u * jnp.maximum(1.0 - removed, 0.0)", "u"),
-    ("chosen", "too easily"): ("_pass_chosen", "< p_x", "< 1.3 * p_x"),
-    ("chosen", "nothing removed"): ("_without_children", "set(0.0, mode", "add(0.0, mode"),
-    ("drawn", "q instead of p"): ("_try_drawn", "_at(rest, x) / p_sum", "_at(q, x) / q_sum"),
-    ("drawn", "no renormalisation"): ("_try_drawn", "_at(q, x) / q_sum", "_at(q, x)"),
-    ("drawn", "q keeps its token"): ("_try_drawn", "jnp.where(ids == x[:, None], 0.0, q)", "q"),
-    ("drawn", "no residual"): ("_try_drawn", "jnp.where(reject, left, rest)", "rest"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "broken"), MUTATIONS)
+@pytest.mark.parametrize(("kind", "broken"), BROKEN_RULES)
 def test_broken_rules_are_noticed(monkeypatch, kind, broken):
-    mutate(monkeypatch, sampling, *MUTATIONS[kind, broken])
+    mutate(monkeypatch, sampling, *BROKEN_RULES[kind, broken])
     assert step_surprise(kind == "drawn") > 5
 
 
@@ -422,13 +411,7 @@ def test_siblings_by_likelihood_would_be_noticed():
 
 def test_a_duplicate_sibling_is_noticed(monkeypatch):
     """Should growing ever repeat a token among siblings, both rules would emit another text."""
-    largest = tree.largest
-
-    def repeating(x, k):
-        top, index = largest(x, k)
-        return top, index.at[..., 1].set(index[..., 0])
-
-    monkeypatch.setattr(tree, "largest", repeating)
+    repeat_siblings(monkeypatch)
     step_tree.cache_clear()
     try:
         assert min(step_surprise(drawn) for drawn in (False, True)) > 5
