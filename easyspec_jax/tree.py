@@ -172,7 +172,8 @@ def _condition(perturbed: jax.Array, bound: jax.Array) -> jax.Array:
     largest_one = perturbed[..., :1]
     v = bound - perturbed + _log1mexp(perturbed - largest_one)
     score = bound - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v)))
-    return jnp.where(jnp.isfinite(perturbed) & jnp.isfinite(bound), score, -jnp.inf)
+    score = jnp.where(jnp.isfinite(perturbed) & jnp.isfinite(bound), score, -jnp.inf)
+    return lax.cummin(score, axis=score.ndim - 1)  # rounding never swaps siblings
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
