@@ -66,7 +66,7 @@ def test_greedy_equals_autoregression_for_every_way_to_draft(
         ((1, 1), 1, 4, 1, False, None),
         ((4, 2), 5, 4, 3, True, 0.001),
         ((2, 4), 3, 8, (1, 4), False, None),
-        ((1, 8), 5, 2, 1, True, None),
+        pytest.param((1, 8), 5, 2, 1, True, None, marks=pytest.mark.slow),
     ],
 )
 def test_greedy_trees_equal_autoregression(mesh_shape, gamma, width, group_size, calibrate, least):

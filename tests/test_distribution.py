@@ -121,7 +121,7 @@ def test_broken_sampling_is_noticed(monkeypatch, broken):
     assert sequence_surprise(decoder, es.Sampling(temperature=1.0)) > 5
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
 def test_sampling_is_the_same_on_a_mesh(width):
     """float64 logits agree to rounding, so one seed draws the same tokens on eight devices."""
     s = es.Sampling(temperature=0.9, top_k=40, top_p=0.95)
