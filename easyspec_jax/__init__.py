@@ -11,20 +11,21 @@ out = decoder.generate([[1, 15043]], max_new_tokens=128, eos_ids=(2,))
 print(out.tokens, out.stats.tokens_per_step)
 """
 
-from easyspec_jax.checkpoint import load_model, random_model
+from easyspec_jax.checkpoint import abstract_model, load_model, random_model
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation, Piece, Session
+from easyspec_jax.distributed import initialize_distributed
 from easyspec_jax.drafters import LayerParallelDrafter
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.model import Model
-from easyspec_jax.sharding import Layout, make_mesh
+from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats
 
 __all__ = [
     "Decoder",
     "Generation",
     "LayerParallelDrafter",
-    "Layout",
+    "LayoutRules",
     "Model",
     "ModelConfig",
     "Piece",
@@ -32,6 +33,8 @@ __all__ = [
     "Sampling",
     "Session",
     "Stats",
+    "abstract_model",
+    "initialize_distributed",
     "load_model",
     "make_mesh",
     "make_partition",

@@ -34,6 +34,10 @@ class LayerKV:
         """
         return LayerKV(k=_write(self.k, k, start), v=_write(self.v, v, start))
 
+    def read(self, start: jax.Array, num: int) -> LayerKV:
+        """Entries start[b] .. start[b] + num - 1 of row b ([K * B, num, H])."""
+        return LayerKV(k=_read(self.k, start, num), v=_read(self.v, start, num))
+
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
         """Entries start[b] + index[b, j] of row b are copied to start[b] + j (index: i32[B, J]);
         not for a stacked slot.
@@ -49,6 +53,11 @@ def _write(cache, new, start):
     return jax.vmap(lambda c, n, s: lax.dynamic_update_slice(c, n, (s, jnp.zeros_like(s))))(
         cache, new, starts
     )
+
+
+def _read(cache, start, num):
+    starts = jnp.tile(start, cache.shape[0] // start.shape[0])
+    return jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, num))(cache, starts)
 
 
 def _keep(cache, start, index):
@@ -67,7 +76,8 @@ class KVCache:
     tokens.
     """
 
-    blocks: tuple[tuple[LayerKV, ...], ...]  # as Params.blocks: one LayerKV per slot of each block
+    # As Params.blocks: one LayerKV per slot of each block, then one per layer that has a copy.
+    blocks: tuple[tuple[LayerKV, ...], ...]
     length: jax.Array  # i32[B]
 
     @property
@@ -99,11 +109,15 @@ def abstract_cache(
     shape = (config.num_kv_heads * batch, max_len, config.head_dim)
     n = layout.group_devices
 
+    def entry(layout, shape, letters):
+        one = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.named(letters))
+        return LayerKV(k=one, v=one)
+
     def slots(size):
-        stacked = size > 1 and n > 1
-        full, letters = ((n, *shape), "LKSH") if stacked else (shape, "KSH")
-        entry = jax.ShapeDtypeStruct(full, dtype, sharding=layout.named(letters))
-        return (LayerKV(k=entry, v=entry),) * (-(-size // n) if stacked else size)
+        if not layout.stacks(size):
+            return (entry(layout, shape, "KSH"),) * size
+        copies = (entry(layout.copy, shape, "KSH"),) * size if layout.copy else ()
+        return (entry(layout, (n, *shape), "LKSH"),) * -(-size // n) + copies
 
     length = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=layout.named("B"))
     return KVCache(blocks=tuple(slots(size) for size in partition), length=length)

@@ -22,13 +22,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.layer_parallel import make_partition
-from easyspec_jax.model import Model, Params, arrange_block, block_specs, layer_letters, top_letters
-from easyspec_jax.sharding import Layout, check_memory, device_bytes, make_layout, make_mesh
+from easyspec_jax.memory import check_memory, device_bytes
+from easyspec_jax.model import LETTERS, Model, Params, arrange_block, block_specs
+from easyspec_jax.sharding import Layout, LayoutRules, layout_rules, make_layout, make_mesh
 
 FORMAT = 1
 # {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null}
 METADATA_FILE = "easyspec.json"
 TOP = "top"  # embed, final_norm and, when untied, lm_head
+# Arrays are stored in pieces of at most this many bytes, and no piece holds two kv heads, so that a
+# process reads little more than its own share.
+PIECE = 4 * 2**20
 
 
 def layer_name(index: int) -> str:
@@ -40,9 +44,20 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, np.ndarray]) ->
     """Write one part (`TOP` or a `layer_name`) of a checkpoint, shapes as in `ModelConfig`."""
     from orbax.checkpoint import v1 as ocp
 
+    def pieces(keypath, value):
+        del value
+        letters = LETTERS[keypath[-1].key]
+        heads = (letters.index("K"),) if "K" in letters else None
+        return ocp.options.ArrayOptions.Saving.StorageOptions(
+            chunk_byte_size=PIECE, shard_axes=heads
+        )
+
     path = (folder / name).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    ocp.save(path, arrays)
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = pieces
+    with context:
+        ocp.save(path, arrays)
 
 
 def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
@@ -72,9 +87,10 @@ def load_model(
     *,
     group_size: int | Sequence[int] = 1,
     dtype: Any = None,
-    layout: str | None = None,
+    layout: str | LayoutRules | None = None,
 ) -> Model:
-    """A checkpoint's model on `mesh`, each array restored straight onto its devices.
+    """A checkpoint's model on `mesh`, restored straight onto its devices: no two of them, nor of
+    the processes they belong to, read the same part of a weight that the mesh divides.
 
     Args:
       path: a folder written by `convert`.
@@ -82,8 +98,9 @@ def load_model(
       group_size: layers per group for layer-parallel drafting, or an explicit partition (layers per
         block, in order).
       dtype: of weights and cache; default float32 on CPU, bfloat16 elsewhere.
-      layout: "base" splits the heads over all devices, "draft" over the axis "tensor" only, with
-        groups over "layer". Default: "base" for group_size 1, else "draft".
+      layout: "tensor" splits everything over all devices; "layer" puts the layers of a group side
+        by side on the axis "layer" and splits heads over "tensor"; "replicated" splits nothing; or
+        `LayoutRules`. Default: "tensor" for group_size 1, else "layer".
 
     Raises:
       ValueError: no checkpoint there, a bad partition or layout, or more than the devices hold;
@@ -114,13 +131,34 @@ def load_model(
     return _build(config, mesh, group_size, dtype, layout, part, metadata.get("tokenizer"))
 
 
+def abstract_model(
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    group_size: int | Sequence[int] = 1,
+    dtype: Any = None,
+    layout: str | LayoutRules | None = None,
+) -> Model:
+    """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
+    `traffic.collectives`; arguments as in `load_model`.
+    """
+    mesh = mesh if mesh is not None else make_mesh()
+    partition = make_partition(config.num_layers, group_size)
+    rules = layout_rules(layout, partition)
+    if dtype is None:
+        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+    placed = make_layout(config, mesh, rules)
+    params = abstract_params(config, placed, partition, _float_type(dtype))
+    return Model(params=params, config=config, layout=placed, partition=partition)
+
+
 def random_model(
     config: ModelConfig,
     mesh: Mesh | None = None,
     *,
     group_size: int | Sequence[int] = 1,
     dtype: Any = None,
-    layout: str | None = None,
+    layout: str | LayoutRules | None = None,
     seed: int = 0,
 ) -> Model:
     """A model with random weights, the same for one seed on every mesh; other arguments as in
@@ -140,34 +178,22 @@ def _build(config, mesh, group_size, dtype, layout, part: Callable, tokenizer) -
     """A model from `part(name, abstract arrays)`, which brings one part of a checkpoint; block by
     block.
     """
-    mesh = mesh if mesh is not None else make_mesh()
-    partition = make_partition(config.num_layers, group_size)
-    if layout not in (None, "base", "draft"):
-        raise ValueError(f'layout must be "base" or "draft", got {layout!r}')
-    layer_parallel = layout == "draft" or (layout is None and max(partition) > 1)
-    if max(partition) > 1 and not layer_parallel:
-        raise ValueError('layout "base" runs layer after layer: groups need layout="draft"')
-    placed = make_layout(config, mesh, layer_parallel=layer_parallel)
-    if dtype is None:
-        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
-    dtype = _float_type(dtype)
-    check_memory(mesh, {"weights": device_bytes(abstract_params(config, placed, partition, dtype))})
-    # Each array comes with the split it keeps, so that fusing and stacking stay on the device.
-    layer = _abstract(config.layer_shapes(), dtype, placed, layer_letters(config))
+    model = abstract_model(config, mesh, group_size=group_size, dtype=dtype, layout=layout)
+    placed, dtype = model.layout, model.dtype
+    largest = max(device_bytes(block) for block in model.params.blocks)
+    check_memory(placed.mesh, {"weights": device_bytes(model.params), "reading": largest})
+    layer = _abstract(config.layer_shapes(), dtype, placed)
     blocks, first = [], 0
-    for size in partition:
+    for size in model.partition:
         layers = [part(layer_name(i), layer) for i in range(first, first + size)]
         blocks.append(_jit_arrange(size, config, placed)(layers))
         first += size
     top = _place_top(
-        part(TOP, _abstract(config.top_shapes(), dtype, placed, top_letters(config))),
+        part(TOP, _abstract(config.top_shapes(), dtype, placed)),
         config,
         placed,
     )
-    params = Params(blocks=tuple(blocks), **top)
-    return Model(
-        params=params, config=config, layout=placed, partition=partition, tokenizer=tokenizer
-    )
+    return model.replace(params=Params(blocks=tuple(blocks), **top), tokenizer=tokenizer)
 
 
 def _float_type(dtype: Any) -> jnp.dtype:
@@ -182,10 +208,10 @@ def _float_type(dtype: Any) -> jnp.dtype:
     return found
 
 
-def _abstract(shapes, dtype, layout: Layout, letters):
-    """ShapeDtypeStructs by name, with the shardings that `letters` mean in `layout`."""
+def _abstract(shapes, dtype, layout: Layout):
+    """ShapeDtypeStructs by name, split as finely as `layout` and its mesh allow."""
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.named(letters[name]))
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.finest(LETTERS[name], shape))
         for name, shape in shapes.items()
     }
 
@@ -208,14 +234,14 @@ def abstract_params(
     one = {
         size: placed(
             functools.partial(arrange_block, layout=layout),
-            [_abstract(config.layer_shapes(), dtype, layout, layer_letters(config))] * size,
+            [_abstract(config.layer_shapes(), dtype, layout)] * size,
             block_specs(config, layout, size),
         )
         for size in set(partition)
     }
     top = placed(
         functools.partial(_arrange_top, tied=config.tie_embeddings),
-        _abstract(config.top_shapes(), dtype, layout, top_letters(config)),
+        _abstract(config.top_shapes(), dtype, layout),
         _top_specs(config, layout),
     )
     return Params(blocks=tuple(one[size] for size in partition), **top)

@@ -8,18 +8,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 import easyspec_jax as es
+from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout, make_parser
 from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.distributed import check_agreement
+from easyspec_jax.memory import check_memory
 from easyspec_jax.report import Clock, print_report
 from easyspec_jax.request import make_request
 from easyspec_jax.text import (
@@ -30,38 +34,57 @@ from easyspec_jax.text import (
     stop_ids,
 )
 
-DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
 _DRAFT_OPTIONS = (
     "num_draft_tokens", "tree_width", "candidates", "min_draft_probability", "group_size",
-    "no_calibrate", "parallel", "show_draft",
+    "draft_layout", "draft_mlp", "exact_pass", "no_calibrate", "parallel", "show_draft",
 )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its status: 1 after an error of one sentence, 130 interrupted."""
     args = make_parser().parse_args(argv)
+    commands = {"generate": _generate, "chat": _chat, "info": _info, "demo": _demo}
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             configure(args)
-            status = args.run(args)
+            status = commands[args.command](args)
             sys.stdout.flush()
             return status
         except KeyboardInterrupt:
             print(file=sys.stderr)
-            return 130
+            return _leave(args, 130)
         except BrokenPipeError:  # the reader has gone, and so must the interpreter's last flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except (ValueError, OSError) as error:
+            return _leave(args, 1)
+        except (ValueError, OSError, RuntimeError) as error:
             sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except RuntimeError as error:  # of the devices: jax appends pages of details
-            sys.stdout.flush()
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"error: {reason}", file=sys.stderr)
-            return 1
+            print(f"error: {_sentence(args, error)}", file=sys.stderr)
+            return _leave(args, 1)
+
+
+def _sentence(args: argparse.Namespace, error: Exception) -> str:
+    """What to say of an error: of one from the devices the first line, as jax appends pages."""
+    if not isinstance(error, RuntimeError):
+        return str(error)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    words = ("gloo", "nccl", "peer", "connect", "unavailable", "deadline", "barrier", "heartbeat")
+    if _is_distributed(args) and any(word in reason.lower() for word in words):
+        return f"another process has ended or cannot be reached ({reason})"
+    return reason
+
+
+def _is_distributed(args: argparse.Namespace) -> bool:
+    return getattr(args, "coordinator", None) is not None
+
+
+def _leave(args: argparse.Namespace, status: int) -> int:
+    """The status; one of several processes ends here, lest it wait for others that wait for it."""
+    if _is_distributed(args):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def configure(args: argparse.Namespace) -> None:
@@ -69,7 +92,7 @@ def configure(args: argparse.Namespace) -> None:
     # Only its templates are used: that it finds no PyTorch is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     devices = getattr(args, "cpu_devices", None)
-    if args.run is _info:  # shapes only: as many devices as the mesh wants, none of them real
+    if args.command == "info":  # shapes only: as many devices as the mesh wants, none of them real
         devices = max(args.layer, 1) * max(args.tensor or 1, 1)
     if devices is not None:
         if devices < 1:
@@ -82,113 +105,32 @@ def configure(args: argparse.Namespace) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compile"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _join_processes(args)
+
+
+def _join_processes(args: argparse.Namespace) -> None:
+    """Become one of several processes where the arguments say so; only process 0 prints."""
+    given = [
+        n for n in ("num_processes", "process_id", "timeout") if getattr(args, n, None) is not None
+    ]
+    if not _is_distributed(args):
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} needs --coordinator")
+        return
+    # Libraries write to the first file descriptor: what they say goes where errors go.
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    where = None if args.coordinator == "auto" else args.coordinator
+    wait = {} if args.timeout is None else {"timeout": args.timeout}
+    es.initialize_distributed(where, args.num_processes, args.process_id, **wait)
+    if jax.process_index() > 0:
+        sys.stdout, args.stats = open(os.devnull, "w"), False
 
 
 def cache_root() -> pathlib.Path:
     """Where downloads and compiled programs are kept between runs."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(root).expanduser() / "easyspec_jax"
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The arguments of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="easyspec", description="Lossless speculative decoding with a layer-parallel draft."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    generate = commands.add_parser("generate", help="continue a prompt")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("prompt", help='text to continue; "-" reads standard input')
-    how = generate.add_mutually_exclusive_group()
-    how.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
-    how.add_argument("--raw", dest="chat", action="store_false", help="take it as it is (default)")
-
-    chat = commands.add_parser("chat", help="talk, line by line; /reset clears, /exit ends")
-    chat.set_defaults(run=_chat, chat=True)
-    room = f"tokens there is room for (default: the context, at most {DEFAULT_SESSION})"
-    chat.add_argument("--max-len", type=int, metavar="N", help=room)
-    for command in (generate, chat):
-        _add_models(command)
-        _add_text(command)
-
-    info = commands.add_parser("info", help="what a checkpoint is, and how it is split")
-    info.set_defaults(run=_info)
-    info.add_argument("checkpoint", help="converted checkpoint")
-    info.add_argument(
-        "--group-size", type=_group_size, default=4, help="as for a draft (default 4)"
-    )
-    _add_mesh(info, tensor="1")
-
-    demo = commands.add_parser("demo", help="fetch a small model and watch it draft for itself")
-    demo.set_defaults(run=_demo)
-    demo.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
-    demo.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    demo.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="for the converted model")
-    demo.add_argument("--base", metavar="CKPT", help="use this checkpoint instead of the download")
-    _add_machine(demo)
-    return parser
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("models").add_argument
-    add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
-    add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
-    add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
-    add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
-    kinds = "draft tokens at temperature > 0: drawn (default), or the likeliest"
-    add("--candidates", choices=("sampled", "best"), help=kinds)
-    early = "stop drafting once even its likeliest path is less probable (default: never)"
-    add("--min-draft-probability", type=float, metavar="P", help=early)
-    sizes = "draft layers that run at once, or the sizes of all groups (default: as --layer)"
-    add("--group-size", type=_group_size, metavar="N|N,N,..", help=sizes)
-    add("--no-calibrate", action="store_true", default=None, help="leave the draft's cache fuzzy")
-    what = "what runs at once (default attention)"
-    add("--parallel", choices=("attention", "layer"), help=what)
-    dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, help="default: float32 on CPU, else bfloat16")
-    _add_mesh(parser)
-    _add_machine(parser)
-
-
-def _add_mesh(parser: argparse.ArgumentParser, tensor: str = "all others") -> None:
-    add = parser.add_argument
-    add("--layer", type=int, default=1, metavar="N", help="devices for the layers of a group")
-    add("--tensor", type=int, metavar="N", help=f"devices for heads (default: {tensor})")
-
-
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--cpu-devices", type=int, metavar="N", help="run on the CPU as N devices, to try meshes")
-    keep = "keep no compiled programs on disk (as JAX_ENABLE_COMPILATION_CACHE=0)"
-    add("--no-compile-cache", dest="compile_cache", action="store_false", help=keep)
-
-
-def _add_text(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("text").add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N")
-    greedy = "0 is greedy (default: generation_config.json's sampling, else 0)"
-    add("--temperature", type=float, metavar="T", help=greedy)
-    add("--top-k", type=int, metavar="K")
-    add("--top-p", type=float, metavar="P")
-    add("--min-p", type=float, metavar="P")
-    add("--seed", type=int, default=0)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
-    add("--system", metavar="TEXT", help="system message of a chat")
-    mark = "mark the text that the draft proposed"
-    add("--show-draft", action="store_true", default=None, help=mark)
-    add("--no-stats", dest="stats", action="store_false", help="print no statistics")
-    add("--json", action="store_true", help="statistics as JSON on standard output's last line")
-
-
-def _group_size(text: str) -> int | tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number nor sizes like 1,2,3,1"
-        ) from None
-    return sizes if len(sizes) > 1 else sizes[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,19 +233,30 @@ def _draft_groups(args: argparse.Namespace) -> int | tuple[int, ...]:
     return args.layer if args.group_size is None else args.group_size
 
 
+def _plan(args: argparse.Namespace, setup: _Setup, tokens: int) -> None:
+    """Refuse what can be refused of the pair, a lack of memory for `tokens` included."""
+
+    def plan(path, **options):
+        return es.abstract_model(read_metadata(path)[0], setup.mesh, **options)
+
+    decoder = _decoder(args, plan)
+    budget = decoder.memory(max_new_tokens=tokens - 1, prompt_len=1, sampling=setup.sampling)
+    check_memory(setup.mesh, budget)
+
+
 def _load(args: argparse.Namespace, setup: _Setup) -> _Engine:
     began = time.perf_counter()
-    decoder = _decoder(args, setup.mesh)
+    decoder = _decoder(args, functools.partial(es.load_model, mesh=setup.mesh))
     return _Engine(decoder=decoder, setup=setup, load_seconds=time.perf_counter() - began)
 
 
-def _decoder(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> es.Decoder:
-    base = es.load_model(args.base, mesh, dtype=args.dtype)
+def _decoder(args: argparse.Namespace, load: Callable[..., es.Model]) -> es.Decoder:
+    """The pair, of models that `load(path, **options)` brings."""
+    base = load(args.base, dtype=args.dtype)
     if args.draft is None:
         return es.Decoder(base)
-    draft = es.load_model(
-        args.draft, mesh, group_size=_draft_groups(args), dtype=args.dtype, layout="draft"
-    )
+    layout = draft_layout(args)
+    draft = load(args.draft, group_size=_draft_groups(args), dtype=args.dtype, layout=layout)
     drafter = es.LayerParallelDrafter(
         draft,
         calibrate=not args.no_calibrate,
@@ -353,6 +306,10 @@ def _generate(args: argparse.Namespace) -> int:
         ids = setup.tokenizer.encode(prompt)
     # The decoder's own check, but before there is one.
     make_request(setup.config, [ids], args.max_new_tokens, setup.sampling, setup.eos_ids, args.seed)
+    unlike = {"process_id", "base", "draft", "stats"}
+    options = {name: value for name, value in vars(args).items() if name not in unlike}
+    check_agreement(ids, options, setup.config, setup.sampling)
+    _plan(args, setup, len(ids) + args.max_new_tokens)
     engine = _load(args, setup)
     session, clock = es.Session(), Clock(engine.load_seconds)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "session": session}
@@ -366,8 +323,9 @@ def _chat(args: argparse.Namespace) -> int:
     talk = Conversation(setup.tokenizer, args.system)
     talk.ask("?")  # a template that is missing or refuses the system message should show now
     talk.withdraw()
-    engine = _load(args, setup)
     max_len = min(setup.config.context, args.max_len or DEFAULT_SESSION)
+    _plan(args, setup, max_len)
+    engine = _load(args, setup)
     session, clock, seed = es.Session(max_len), Clock(engine.load_seconds), args.seed
     for line in _lines():
         if line == "/reset":

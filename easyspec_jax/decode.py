@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec
 
 from easyspec_jax import loop
-from easyspec_jax.cache import abstract_cache, zeros
+from easyspec_jax.cache import KVCache, abstract_cache, zeros
 from easyspec_jax.config import Sampling, is_integer
 from easyspec_jax.drafters.base import Drafter, DraftOptions
+from easyspec_jax.memory import check_memory, decode_budget
 from easyspec_jax.model import Model
 from easyspec_jax.profile import phase_seconds
 from easyspec_jax.request import Request, check_pair, check_stop_strings, make_request
 from easyspec_jax.sampling import make_filters
-from easyspec_jax.sharding import check_memory, device_bytes
+from easyspec_jax.sharding import replicate
 from easyspec_jax.stats import Counters, Stats, count, make_stats
 from easyspec_jax.text import find_stop
 
@@ -230,6 +230,21 @@ class Decoder:
         times = {"prefill": time.perf_counter() - start}
         return times | phase_seconds(self.base, self.drafter, state, repeats=repeats)
 
+    def memory(
+        self,
+        batch: int = 1,
+        prompt_len: int = 64,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = Sampling(),  # noqa: B008
+    ) -> dict[str, int]:
+        """Bytes that a request of this size takes on each device: weights, caches and scratch, by
+        name. Nothing is allocated, and `abstract_model`s serve as well as loaded ones.
+        """
+        prompts = np.zeros((batch, prompt_len), np.int32)
+        request = make_request(self.base.config, prompts, max_new_tokens, sampling)
+        return self._budget(self.planned(request))
+
     def _capacity(self, total: int) -> int:
         """S: a bucket that holds `total` committed tokens and one step's drafts behind them."""
         total = min(total, self.base.config.max_len) + self._num_nodes + 1
@@ -250,44 +265,70 @@ class Decoder:
         """A state with nothing absorbed yet, or with the caches of `kept`, an earlier state of the
         same size; after the memory it needs was checked.
         """
-        base, batch = self.base, len(request.rows)
-        abstract = abstract_cache(base.config, base.layout, base.partition, batch, size, base.dtype)
+        if kept is None:
+            budget = self._budget(self.planned(request, size))
+            held = {name: budget.pop(name) for name in tuple(budget) if name.endswith("weights")}
+            check_memory(self.base.layout.mesh, budget, held)
+        values = jax.tree.map(self._put, self._host_values(request, size))
+        options = self._options(request.sampling, self._put)
+        return loop.DecodeState(
+            cache=kept.cache if kept is not None else zeros(self._abstract_cache(request, size)),
+            draft=self._draft_state(len(request.rows), size, options, kept),
+            **values,
+        )
+
+    def planned(self, request: Request, size: int | None = None) -> loop.DecodeState:
+        """The state of a checked request as shapes and shardings, with room for `size` tokens
+        (None: as `generate` would choose).
+        """
+        size = self._capacity(request.total) if size is None else size
+        everywhere = NamedSharding(self.base.layout.mesh, PartitionSpec())
+
+        def shape(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+        draft = None
+        if self.drafter is not None:
+            options = self._options(request.sampling, shape)
+            draft = self.drafter.abstract_state(len(request.rows), size, options)
+        values = jax.tree.map(shape, self._host_values(request, size))
+        return loop.DecodeState(cache=self._abstract_cache(request, size), draft=draft, **values)
+
+    def _abstract_cache(self, request: Request, size: int) -> KVCache:
+        m = self.base
+        return abstract_cache(m.config, m.layout, m.partition, len(request.rows), size, m.dtype)
+
+    def _options(self, sampling: Sampling, put: Callable) -> DraftOptions:
         least = self.min_draft_probability
-        options = DraftOptions(
-            filters=jax.tree.map(self._put, make_filters(request.sampling)),
+        return DraftOptions(
+            filters=jax.tree.map(put, make_filters(sampling)),
             num_draft_tokens=self.num_draft_tokens,
             tree_width=self.tree_width,
-            vocab_size=base.config.vocab_size,
-            min_probability=None if least is None else self._put(np.float32(least)),
+            vocab_size=self.base.config.vocab_size,
+            min_probability=None if least is None else put(np.float32(least)),
         )
-        if kept is None:
-            self._check_memory(abstract, batch, size, options)
+
+    def _host_values(self, request: Request, size: int) -> dict[str, Any]:
+        """Fields of a fresh `DecodeState` beside cache and drafter."""
+        batch, max_len = len(request.rows), self.base.config.max_len
         lengths = np.array([row.size for row in request.rows], np.int32)
         tokens = np.zeros((batch, size), np.int32)
         for b, row in enumerate(request.rows):
             tokens[b, : row.size] = row
-        ends = [row.size + request.max_new_tokens for row in request.rows]
-        limit = np.array([min(end, base.config.max_len) for end in ends], np.int32)
-        return loop.DecodeState(
-            cache=kept.cache if kept is not None else zeros(abstract),
-            draft=self._draft_state(batch, size, options, kept),
-            **jax.tree.map(
-                self._put,
-                {
-                    "tokens": tokens,
-                    "length": lengths,
-                    "limit": limit,
-                    "absorbed": lengths - 1,
-                    "done": lengths >= limit,
-                    "counters": self._no_counts(batch),
-                    "logprobs": np.zeros((batch, size), np.float32) if request.logprobs else None,
-                    "key": jax.random.key(request.seed),
-                    "step": np.int32(0),
-                    "eos_ids": request.eos_ids,
-                    "filters": make_filters(request.sampling),
-                },
-            ),
-        )
+        limit = np.minimum(lengths + request.max_new_tokens, max_len).astype(np.int32)
+        return {
+            "tokens": tokens,
+            "length": lengths,
+            "limit": limit,
+            "absorbed": lengths - 1,
+            "done": lengths >= limit,
+            "counters": self._no_counts(batch),
+            "logprobs": np.zeros((batch, size), np.float32) if request.logprobs else None,
+            "key": jax.random.key(request.seed),
+            "step": np.int32(0),
+            "eos_ids": request.eos_ids,
+            "filters": make_filters(request.sampling),
+        }
 
     def _no_counts(self, batch: int) -> Counters:
         return Counters.zeros(batch, self.num_draft_tokens, self.tree_width)
@@ -301,23 +342,14 @@ class Decoder:
 
     def _put(self, x):
         """x on every device of the mesh."""
-        return jax.device_put(x, NamedSharding(self.base.layout.mesh, P()))
+        return replicate(x, self.base.layout.mesh)
 
-    def _check_memory(self, cache, batch: int, size: int, options: DraftOptions) -> None:
-        base = self.base
-        drafts = self.drafter.models() if self.drafter is not None else ()
-        needed = {"base cache": device_bytes(cache)}
-        held = {"base weights": device_bytes(base.params)}
-        if self.drafter is not None:
-            needed["draft cache"] = device_bytes(self.drafter.abstract_state(batch, size, options))
-            held["draft weights"] = device_bytes(self.drafter)
-        nodes = self._num_nodes + 1
-        copies = 2 if options.filters.greedy else 5  # logits, p, q and what is left of them
-        logits = 4 * batch * nodes * base.config.vocab_size * copies
-        heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafts))
-        scores = 2 * 4 * batch * max(min(PREFILL_CHUNKS[-1], size), nodes) * heads * size
-        needed["scratch"] = max(logits, scores)
-        check_memory(base.layout.mesh, needed, held)
+    def _budget(self, planned: loop.DecodeState) -> dict[str, int]:
+        """Bytes on each device, by name."""
+        chunk = min(PREFILL_CHUNKS[-1], planned.tokens.shape[1])
+        return decode_budget(
+            self.base, self.drafter, planned, num_nodes=self._num_nodes, chunk=chunk
+        )
 
     def _prefill(
         self, state: loop.DecodeState, request: Request, specs: loop.Specs, start: int = 0

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, cache: pathlib.Path) -> int:
     tokenizer = Tokenizer(folder)
     ids = Conversation(tokenizer).ask(args.prompt)
     base = es.load_model(folder, mesh)
-    draft = es.load_model(folder, mesh, group_size=GROUP_SIZE, layout="draft")
+    draft = es.load_model(folder, mesh, group_size=GROUP_SIZE, layout="layer")
     eos_ids = stop_ids(read_generation_config(folder), base.config)
     options = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids}
     runs = {}

@@ -64,6 +64,7 @@ class Block:
 
     attention: tuple[Attention, ...]  # one per slot
     mlp: tuple[Mlp, ...]  # one per layer
+    copy: tuple[Attention, ...] = ()  # one per layer, split over all devices: for exact passes
 
 
 @struct.dataclass(kw_only=True)
@@ -284,7 +285,8 @@ def embed(model: Model, tokens: jax.Array) -> jax.Array:
     safe = jnp.clip(local, 0, rows - 1)
     found = table[safe] if table is not None else jnp.moveaxis(model.params.lm_head[:, safe], 0, -1)
     mine = (local >= 0) & (local < rows)
-    return psum(jnp.where(mine[..., None], found, jnp.zeros((), found.dtype)), layout.vocab)
+    with jax.named_scope("embed"):
+        return psum(jnp.where(mine[..., None], found, jnp.zeros((), found.dtype)), layout.vocab)
 
 
 def logits(model: Model, hidden: jax.Array) -> jax.Array:
@@ -292,31 +294,18 @@ def logits(model: Model, hidden: jax.Array) -> jax.Array:
     wide = wide_type(hidden.dtype)
     out = jnp.einsum("btd,dv->btv", hidden, model.params.lm_head, preferred_element_type=wide)
     if model.layout.vocab:
-        out = lax.all_gather(out, model.layout.vocab, axis=2, tiled=True, to="invarying")
+        with jax.named_scope("logits"):
+            return lax.all_gather(out, model.layout.vocab, axis=2, tiled=True, to="invarying")
     return out
 
 
-def layer_letters(config: ModelConfig) -> dict[str, str]:
-    """Dimension letters of the arrays of one layer in a checkpoint, for `Layout.spec`."""
-    norm = {"attn_norm": "D", "mlp_norm": "D", "q_norm": "H", "k_norm": "H"}
-    bias = {"bq": "KJH", "bk": "KH", "bv": "KH"}
-    weight = {
-        "wq": "DKJH",
-        "wk": "DKH",
-        "wv": "DKH",
-        "wo": "KJHD",
-        "w_gate": "DF",
-        "w_up": "DF",
-        "w_down": "FD",
-    }
-    letters = norm | bias | weight
-    return {name: letters[name] for name in config.layer_shapes()}
-
-
-def top_letters(config: ModelConfig) -> dict[str, str]:
-    """Dimension letters of the arrays outside the layers in a checkpoint."""
-    letters = {"embed": "VD", "final_norm": "D", "lm_head": "DV"}
-    return {name: letters[name] for name in config.top_shapes()}
+# Dimension letters of every array of a checkpoint, for `Layout.spec`.
+LETTERS = {
+    **{"attn_norm": "D", "mlp_norm": "D", "q_norm": "H", "k_norm": "H"},
+    **{"wq": "DKJH", "wk": "DKH", "wv": "DKH", "bq": "KJH", "bk": "KH", "bv": "KH", "wo": "KJHD"},
+    **{"w_gate": "DF", "w_up": "DF", "w_down": "FD"},
+    **{"embed": "VD", "final_norm": "D", "lm_head": "DV"},
+}
 
 
 def arrange_attention(layer: dict[str, Any], *, split_query: bool) -> Attention:
@@ -357,8 +346,11 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
     "layer", stacked by slot.
     """
     attentions = [arrange_attention(layer, split_query=bool(layout.query)) for layer in layers]
-    n = layout.group_devices
-    if n > 1 and len(layers) > 1:
+    n, copies = layout.group_devices, []
+    if layout.stacks(len(layers)):
+        if layout.copy:
+            apart = bool(layout.copy.query)
+            copies = [arrange_attention(layer, split_query=apart) for layer in layers]
         nothing = jax.tree.map(jnp.zeros_like, attentions[0])
         attentions += [nothing] * (-len(layers) % n)
         attentions = [
@@ -373,25 +365,30 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
         )
         for layer in layers
     ]
-    return Block(attention=tuple(attentions), mlp=tuple(mlps))
+    return Block(attention=tuple(attentions), mlp=tuple(mlps), copy=tuple(copies))
 
 
 def block_specs(config: ModelConfig, layout: Layout, size: int) -> Block:
     """The PartitionSpecs of `arrange_block` for a block of `size` layers."""
-    n = layout.group_devices
-    stacked = n > 1 and size > 1
-    lead = "L" if stacked else ""
-    apart = bool(layout.query)
-    one = Attention(
-        norm=layout.spec(lead + "D"),
-        wqkv=layout.spec(lead + "DKJH"),
-        wo=layout.spec(lead + "KJHD"),
-        wkv=layout.spec(lead + "DKEH") if apart else None,
-        bqkv=layout.spec(lead + "KJH") if config.qkv_bias else None,
-        bkv=layout.spec(lead + "KEH") if apart and config.qkv_bias else None,
-        q_norm=layout.spec(lead + "H") if config.qk_norm else None,
-        k_norm=layout.spec(lead + "H") if config.qk_norm else None,
-    )
-    slots = -(-size // n) if stacked else size
+
+    def attention(layout, lead):
+        apart = bool(layout.query)
+        return Attention(
+            norm=layout.spec(lead + "D"),
+            wqkv=layout.spec(lead + "DKJH"),
+            wo=layout.spec(lead + "KJHD"),
+            wkv=layout.spec(lead + "DKEH") if apart else None,
+            bqkv=layout.spec(lead + "KJH") if config.qkv_bias else None,
+            bkv=layout.spec(lead + "KEH") if apart and config.qkv_bias else None,
+            q_norm=layout.spec(lead + "H") if config.qk_norm else None,
+            k_norm=layout.spec(lead + "H") if config.qk_norm else None,
+        )
+
     mlps = Mlp(norm=layout.spec("D"), w_gate_up=layout.spec("DEF"), w_down=layout.spec("FD"))
-    return Block(attention=(one,) * slots, mlp=(mlps,) * size)
+    if not layout.stacks(size):
+        return Block(attention=(attention(layout, ""),) * size, mlp=(mlps,) * size)
+    return Block(
+        attention=(attention(layout, "L"),) * -(-size // layout.group_devices),
+        mlp=(mlps,) * size,
+        copy=(attention(layout.copy, ""),) * size if layout.copy else (),
+    )

@@ -1,6 +1,7 @@
 """Where every array lives: the mesh, and which mesh axes split which dimension of a model.
 
-A `Layout` is a frozen value. Model code runs on local shards inside one `shard_map` and asks the
+`LayoutRules` say what a user wants of any model, a `Layout` what that comes to for one model on one
+mesh; both are frozen values. Model code runs on local shards inside one `shard_map` and asks the
 layout only for the axes to sum over, so one device (no axes at all) and any mesh share every line.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -49,9 +51,74 @@ def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
     return Mesh(grid, (LAYER, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutRules:
+    """Logical dimensions -> mesh axes, whatever the model and the mesh; `make_layout` applies them.
+
+    The default is tensor parallelism over all devices. Axes that a mesh has only one device of, or
+    that do not divide a dimension, are left out when the rules are applied.
+
+    Raises:
+      ValueError: an unknown axis, one named twice in a dimension, heads over the axis that carries
+        the layers of a group, or a copy for layers that are not spread.
+    """
+
+    heads: tuple[str, ...] = (LAYER, TENSOR)  # of every attention, and with them its KV cache
+    mlp: tuple[str, ...] = (LAYER, TENSOR)  # columns of every MLP
+    vocab: tuple[str, ...] = (LAYER, TENSOR)  # embedding and head
+    group: str | None = None  # the layers of a group stand side by side on this axis
+    exact: str = "turns"  # a group in the exact pass: devices take "turns", or a second "copy"
+
+    def __post_init__(self):
+        for name in ("heads", "mlp", "vocab"):
+            axes = getattr(self, name)
+            known = isinstance(axes, tuple) and all(axis in (LAYER, TENSOR) for axis in axes)
+            if not known or len(set(axes)) < len(axes):
+                raise ValueError(
+                    f'{name} must be a tuple of the mesh axes "layer" and "tensor", none twice, '
+                    f"got {axes!r}"
+                )
+        if self.group not in (None, LAYER, TENSOR):
+            raise ValueError(f'group must be "layer", "tensor" or None, got {self.group!r}')
+        if self.group in self.heads:
+            raise ValueError(
+                f'the axis "{self.group}" carries the layers of a group: it cannot split their '
+                "heads too"
+            )
+        if self.exact not in ("turns", "copy"):
+            raise ValueError(f'exact must be "turns" or "copy", got {self.exact!r}')
+        if self.exact == "copy" and self.group is None:
+            raise ValueError("a copy for exact passes needs layers of a group over a mesh axis")
+
+
+LAYOUTS = {
+    "tensor": LayoutRules(),  # all devices share every layer: any base, and a draft's baseline
+    "layer": LayoutRules(heads=(TENSOR,), group=LAYER),  # EasySpec's draft
+    "replicated": LayoutRules(
+        heads=(), mlp=(), vocab=()
+    ),  # all devices do the same: a draft on one
+}
+
+
+def layout_rules(layout: str | LayoutRules | None, partition: tuple[int, ...]) -> LayoutRules:
+    """The rules that a `layout` argument means; None: "layer" for a model in groups, else "tensor".
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if layout is None:
+        layout = "layer" if max(partition) > 1 else "tensor"
+    if isinstance(layout, LayoutRules):
+        return layout
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        names = ", ".join(f'"{name}"' for name in LAYOUTS)
+        raise ValueError(f"layout must be one of {names}, or LayoutRules, got {layout!r}")
+    return LAYOUTS[layout]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Logical dimensions -> mesh axes for one model. An axis of size 1 is never named, so it costs
+    """What rules come to for one model on one mesh. An axis of size 1 is never named, so it costs
     no collective.
     """
 
@@ -60,9 +127,8 @@ class Layout:
     query: tuple[str, ...] = ()  # splits the query heads of each kv head
     mlp: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
-    group: str | None = (
-        None  # carries the layers of a group; None: the layers of a group share the devices
-    )
+    group: str | None = None  # carries the layers of a group; None: they share the devices
+    copy: Layout | None = None  # of a second copy of the attention of groups, for exact passes
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -79,6 +145,10 @@ class Layout:
         """Devices that the layers of one group are spread over."""
         return self.mesh.shape[self.group] if self.group else 1
 
+    def stacks(self, size: int) -> bool:
+        """Whether a block of this many layers is stacked over the axis `group`."""
+        return size > 1 and self.group_devices > 1
+
     def spec(self, letters: str) -> P:
         """PartitionSpec for an array with these dimension letters: L stacked layers, K, J split
         query heads, F, V.
@@ -93,20 +163,40 @@ class Layout:
         """`spec` on this layout's mesh."""
         return NamedSharding(self.mesh, self.spec(letters))
 
+    def finest(self, letters: str, shape: tuple[int, ...]) -> NamedSharding:
+        """`named`, with every axis that it leaves out put on a dimension that it divides, one that
+        is split already if possible: how an array is read, so that no two devices read the same.
+        """
+        named = [*self.spec(letters), *[None] * len(shape)][: len(shape)]
+        axes = [(name,) if isinstance(name, str) else (name or ()) for name in named]
+        for axis, n in self.mesh.shape.items():
+            if n == 1 or any(axis in split for split in axes):
+                continue
+            parts = [n * math.prod(self.mesh.shape[a] for a in split) for split in axes]
+            fits = [i for i, size in enumerate(shape) if size % parts[i] == 0]
+            if fits:
+                i = max(fits, key=lambda i: len(axes[i]))
+                axes[i] = (*axes[i], axis)
+        return NamedSharding(self.mesh, P(*(split or None for split in axes)))
 
-def make_layout(config: ModelConfig, mesh: Mesh, *, layer_parallel: bool) -> Layout:
-    """The layout of a base model (heads over all devices), or of a layer-parallel draft (heads over
-    "tensor" only).
 
-    MLPs and vocabulary go over all devices in both. What does not divide is replicated on that
-    axis, and one log line says so.
+def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
+    """What `rules` come to for a model of this configuration on `mesh`.
+
+    What an axis does not divide is replicated on it, and one log line says so.
     """
-    real = tuple(a for a in (LAYER, TENSOR) if mesh.shape[a] > 1)
-    head_axes = tuple(a for a in real if a == TENSOR or not layer_parallel)
-    kv, query, whole = _split_heads(config, mesh, head_axes)
-    mlp = _dividing(config.mlp_dim, mesh, real)
-    vocab = _dividing(config.vocab_size, mesh, real)
-    replicated = {"heads": whole, "mlp_dim": _minus(real, mlp), "vocab_size": _minus(real, vocab)}
+
+    def real(axes):
+        return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+    kv, query, whole = _split_heads(config, mesh, real(rules.heads))
+    mlp = _dividing(config.mlp_dim, mesh, real(rules.mlp))
+    vocab = _dividing(config.vocab_size, mesh, real(rules.vocab))
+    replicated = {
+        "heads": whole,
+        "mlp_dim": _minus(real(rules.mlp), mlp),
+        "vocab_size": _minus(real(rules.vocab), vocab),
+    }
     notes = [f"{name} over {'/'.join(axes)}" for name, axes in replicated.items() if axes]
     if notes:
         logger.info(
@@ -114,8 +204,27 @@ def make_layout(config: ModelConfig, mesh: Mesh, *, layer_parallel: bool) -> Lay
             dict(mesh.shape),
             ", ".join(notes),
         )
-    group = LAYER if layer_parallel and LAYER in real else None
-    return Layout(mesh, kv, query, mlp, vocab, group)
+    group = next(iter(real((rules.group,) if rules.group else ())), None)
+    layout = Layout(mesh, kv, query, mlp, vocab, group)
+    if group is None or rules.exact == "turns":
+        return layout
+    return dataclasses.replace(layout, copy=_over_group(config, layout))
+
+
+def _over_group(config: ModelConfig, layout: Layout) -> Layout:
+    """The layout of a copy whose heads are split over the axis of the group too: over it last, so
+    that the heads of one device of `layout` lie side by side.
+    """
+    mesh, group = layout.mesh, layout.group
+
+    def left(heads, axes):
+        return heads // math.prod(mesh.shape[a] for a in axes)
+
+    if left(config.num_kv_heads, layout.kv) % mesh.shape[group] == 0:
+        return Layout(mesh, (*layout.kv, group), layout.query)
+    if left(config.num_groups, layout.query) % mesh.shape[group] == 0:
+        return Layout(mesh, layout.kv, (*layout.query, group))
+    return Layout(mesh, layout.kv, layout.query)
 
 
 def _split_heads(config: ModelConfig, mesh: Mesh, axes: tuple[str, ...]):
@@ -126,7 +235,7 @@ def _split_heads(config: ModelConfig, mesh: Mesh, axes: tuple[str, ...]):
         return axes, (), ()
     kv, query, whole = (), (), ()
     kv_left, query_left = config.num_kv_heads, config.num_groups
-    for axis in reversed(axes):  # "tensor" first
+    for axis in sorted(axes, reverse=True):  # "tensor" first
         n = mesh.shape[axis]
         if kv_left % n == 0:
             kv, kv_left = (axis, *kv), kv_left // n
@@ -139,7 +248,7 @@ def _split_heads(config: ModelConfig, mesh: Mesh, axes: tuple[str, ...]):
 
 def _dividing(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     """The most of `axes` that divide `size`: all, else "tensor", else "layer", else none."""
-    for tried in (axes, *((a,) for a in reversed(axes))):
+    for tried in (axes, *((a,) for a in sorted(axes, reverse=True))):
         if size % math.prod(mesh.shape[a] for a in tried) == 0:
             return tried
     return ()
@@ -164,54 +273,19 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(spec, tree)
 
 
+def replicate(x: Any, mesh: Mesh) -> jax.Array:
+    """A host value, the same in every process, as an array on every device of the mesh."""
+    sharding = NamedSharding(mesh, P())
+    if not mesh.is_multi_process:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(replicate(np.asarray(jax.random.key_data(x)), mesh))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def on_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`fn` over local shards on every device of `mesh`; `fn` itself on one device."""
     if mesh.size == 1:
         return fn
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a pytree of sharded arrays (or ShapeDtypeStructs with
-    shardings).
-    """
-
-    def local(x):
-        shape = (
-            x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
-        )
-        return math.prod(shape) * x.dtype.itemsize
-
-    return sum(local(x) for x in jax.tree.leaves(tree))
-
-
-def device_memory(mesh: Mesh) -> int | None:
-    """Bytes still free on one device of the mesh, or None where the platform does not say (CPU)."""
-    stats = mesh.devices.flat[0].memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return None
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-
-
-def check_memory(mesh: Mesh, needed: dict[str, int], held: dict[str, int] | None = None) -> None:
-    """Refuse what the devices of the mesh cannot hold any more.
-
-    Args:
-      needed: bytes per device about to be allocated, by name.
-      held: bytes per device that are there already, by name; only for the message.
-
-    Raises:
-      ValueError: with every entry of the budget.
-    """
-
-    def listed(budget):
-        return ", ".join(f"{name} {n / 2**30:.2f}" for name, n in budget.items())
-
-    free, total = device_memory(mesh), sum(needed.values())
-    if free is not None and total > free:
-        beside = f" beside {listed(held)}" if held else ""
-        raise ValueError(
-            f"needs {total / 2**30:.2f} GiB on each device ({listed(needed)}){beside}, "
-            f"but a device has {free / 2**30:.2f} GiB free: "
-            "use more devices, a smaller batch or fewer tokens"
-        )

@@ -34,7 +34,7 @@ def own_arms(args: argparse.Namespace) -> dict[str, Arm]:
     base = es.load_model(args.base, mesh)
     decoders = {"autoregression": es.Decoder(base)}
     for size in args.group_sizes:
-        draft = es.load_model(args.draft, mesh, group_size=size, layout="draft")
+        draft = es.load_model(args.draft, mesh, group_size=size, layout="layer")
         ways = itertools.product(
             (True, False) if args.uncalibrated else (True,),
             args.tree_widths,

@@ -27,7 +27,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Median seconds of every phase: {"autoregression": .., "width 1": .., ...}."""
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
-    draft = es.load_model(args.draft, mesh, group_size=args.group_size, layout="draft")
+    draft = es.load_model(args.draft, mesh, group_size=args.group_size, layout="layer")
     drafter = es.LayerParallelDrafter(draft, candidates=args.candidates)
     decoders = {"autoregression": es.Decoder(base)}
     for width in args.tree_widths:

@@ -46,7 +46,7 @@ def self_drafting(
     width=1,
     **more,
 ):
-    draft = model(mesh_shape, group_size=group_size, layout="draft")
+    draft = model(mesh_shape, group_size=group_size, layout="layer")
     drafter = es.LayerParallelDrafter(draft, calibrate=calibrate, parallel=parallel)
     base = model(mesh_shape)
     return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width, **more)

@@ -119,6 +119,58 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, stran
     assert got.stats.emitted == sum(map(len, got.tokens))
 
 
+COPY = es.LayoutRules(heads=("tensor",), group="layer", exact="copy")
+OTHER_LAYOUTS = [
+    COPY,
+    "tensor",
+    "replicated",
+    es.LayoutRules(heads=("tensor",), mlp=("tensor",), vocab=(), group="layer"),
+    es.LayoutRules(heads=(), mlp=("layer",), group="layer"),
+]
+
+
+@pytest.mark.parametrize(
+    "layout", [COPY, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_LAYOUTS[1:])], ids=str
+)
+def test_a_draft_may_be_laid_out_in_any_way(layout):
+    """In one program with a base over all devices; also from a session that goes on."""
+    want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
+    draft = model((4, 2), group_size=3, layout=layout)
+    decoder = es.Decoder(model((4, 2)), es.LayerParallelDrafter(draft), num_draft_tokens=3)
+    assert decoder.generate(PROMPTS, max_new_tokens=NEW).tokens == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["layer", COPY], ids=["turns", "copy"])
+@pytest.mark.parametrize(
+    ("mesh_shape", "heads", "sizes"),
+    [
+        ((1, 1), (28, 4), (2, 4)),
+        ((1, 8), (9, 3), (1, 3)),
+        ((8, 1), (14, 2), (2, 3)),
+        ((4, 2), (9, 3), (3, 4)),
+        ((2, 4), (28, 4), (3, 4)),
+        ((4, 2), (14, 2), (1, 2)),
+    ],
+    ids=str,
+)
+def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, sizes, layout):
+    """Tails, groups larger and smaller than the axis; mlp and vocabulary divide nothing either."""
+    if layout is COPY and mesh_shape[0] == 1:
+        pytest.skip("nothing to copy: the layers of a group share their devices")
+    config = es.ModelConfig(
+        vocab_size=61, embed_dim=12, mlp_dim=18, num_layers=8, num_heads=heads[0],
+        num_kv_heads=heads[1], head_dim=4, max_len=96,
+    )  # fmt: skip
+    alone = es.Decoder(model((1, 1), config=config))
+    want = alone.generate(PROMPTS, max_new_tokens=NEW).tokens
+    for size in sizes:
+        draft = model(mesh_shape, group_size=size, layout=layout, config=config)
+        base = model(mesh_shape, config=config)
+        decoder = es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=3)
+        assert decoder.generate(PROMPTS, max_new_tokens=NEW).tokens == want
+
+
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
@@ -130,6 +182,7 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, stran
         tie_embeddings=st.booleans(), qkv_bias=st.booleans(), qk_norm=st.booleans(),
         max_len=st.just(96),
     ),
+    layout=st.sampled_from(["layer", "layer", *OTHER_LAYOUTS]),
     mesh_shape=st.sampled_from([*MESHES, (3, 2)]),
     group_size=st.integers(1, 5),
     gamma=st.sampled_from([1, 3, 5]),
@@ -140,10 +193,11 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, stran
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_greedy_equals_autoregression_for_random_models(
-    config, mesh_shape, group_size, gamma, width, least, calibrate, prompts, seed
+    config, layout, mesh_shape, group_size, gamma, width, least, calibrate, prompts, seed
 ):
     make = functools.partial(model, mesh_shape, config=config)
-    draft = make(group_size=group_size, layout="draft", seed=seed)
+    draft = make(group_size=group_size, layout=layout, seed=seed)
+    calibrate |= draft.layout.copy is not None
     drafter = es.LayerParallelDrafter(draft, calibrate=calibrate)
     decoder = es.Decoder(
         make(), drafter, num_draft_tokens=gamma, tree_width=width, min_draft_probability=least

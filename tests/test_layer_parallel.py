@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from hf_models import random_tensors, tiny_config, write_hf_folder
 import convert
 import easyspec_jax as es
 from easyspec_jax.layer_parallel import draft_runner, run_exact, run_fuzzy, run_whole_layers
+from easyspec_jax.traffic import Collective, read_collectives
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
 TOKENS = np.random.default_rng(3).integers(0, 61, (2, 7))
@@ -33,7 +33,10 @@ MODELS = {
         tie_word_embeddings=True,
     ),
     "qwen3": tiny_config("qwen3", num_hidden_layers=6),
+    # as many kv heads as devices: a copy splits them over both axes
+    "mha": tiny_config("llama", num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4),
 }
+COPY = es.LayoutRules(heads=("tensor",), group="layer", exact="copy")
 GROUPS = (
     1,
     4,
@@ -47,12 +50,19 @@ CASES = [
     ("qwen2", (2, 4), (5, 1)),  # three slots, no exact layer first
     ("qwen3", (4, 2), 4),  # as published: 1, 4, 1
     ("qwen3", (2, 2), (6,)),
+    # exact passes from a second copy: kv heads over both axes, over "layer", queries over "layer"
+    ("mha", (2, 2), (1, 3, 2), COPY),
+    ("llama", (2, 1), GROUPS, COPY),
+    ("qwen2", (2, 4), (5, 1), COPY),
+    # layers of a group on the same devices, and every device alike
+    ("qwen3", (4, 2), 4, "tensor"),
+    ("qwen3", (4, 2), 4, es.LayoutRules(heads=("layer",), mlp=(), vocab=(), group="tensor")),
 ]
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """name, mesh shape, group_size -> float64 model with the draft's layout."""
+    """name, mesh shape, group_size[, layout] -> float64 model, by default in a draft's layout."""
     root = tmp_path_factory.mktemp("models")
 
     @functools.cache
@@ -61,13 +71,13 @@ def load(tmp_path_factory):
         return convert.convert(source, root / name / "ckpt", progress=False)
 
     @functools.cache
-    def get(name, shape, group_size):
+    def get(name, shape, group_size, layout="layer"):
         return es.load_model(
             checkpoint(name),
             es.make_mesh(*shape),
             group_size=group_size,
             dtype=jnp.float64,
-            layout="draft",
+            layout=layout,
         )
 
     return get
@@ -212,13 +222,16 @@ def test_groups_of_one_layer_are_the_ordinary_model(runner, load):
     check_cache(model, cache, want)
 
 
-def test_an_exact_pass_repairs_what_a_parallel_one_left(load):
+@pytest.mark.parametrize(
+    "case", [("llama", (4, 2), GROUPS), ("mha", (2, 2), (1, 3, 2), COPY)], ids=str
+)
+def test_an_exact_pass_repairs_what_a_parallel_one_left(case, load):
     # calibration: the same positions again, exactly
-    model, _, cache = prefilled(load, ("llama", (4, 2), GROUPS))
+    model, _, cache = prefilled(load, case)
     _, cache = reference.run_library(model, REST, cache, run_block=run_fuzzy)
     cache = cache.rollback(jnp.asarray([4, 4], jnp.int32))
     got, cache = reference.run_library(model, REST, cache, run_block=run_exact)
-    want = plain("llama")[1]
+    want = plain(case[0])[1]
     np.testing.assert_allclose(got, want.logits, atol=1e-9)
     check_cache(model, cache, want)
 
@@ -267,25 +280,14 @@ def test_each_device_holds_its_own_layers_of_a_group(shape, load):
 # --- what travels ---
 
 
-def collectives(model, tokens, runner) -> list[tuple[str, int]]:
-    """Every collective of a compiled pass and how many elements it carries."""
+def collectives(model, tokens, runner) -> list[Collective]:
+    """Every collective of a compiled pass."""
     cache = reference.empty_cache(model, tokens.shape[0], 12)
-    text = reference.compiled_text(model, tokens, cache, run_block=runner)
-    found = []
-    for line in text.splitlines():
-        match = re.search(
-            r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(-start)?\(",
-            line,
-        )
-        if match:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in shapes]
-            found.append((match[2], sum(sizes)))
-    return found
+    return read_collectives(reference.compiled_text(model, tokens, cache, run_block=runner))
 
 
 def smallest_weight(model) -> int:
-    """Elements of the smallest matrix that a device holds of one layer."""
+    """Bytes of the smallest matrix that a device holds of one layer."""
 
     def held(x, stacked):
         return math.prod(x.sharding.shard_shape(x.shape)[stacked:])
@@ -295,14 +297,14 @@ def smallest_weight(model) -> int:
         stacked = int(size > 1 and model.layout.group_devices > 1)
         sizes += [held(x, stacked) for slot in block.attention for x in (slot.wqkv, slot.wo)]
         sizes += [held(x, 0) for mlp in block.mlp for x in (mlp.w_gate_up, mlp.w_down)]
-    return min(sizes)
+    return 8 * min(sizes)
 
 
 @pytest.mark.parametrize("runner", [run_exact, run_fuzzy, run_whole_layers])
 def test_only_activations_travel(runner, load):
     model = load("llama", (2, 4), GROUPS)  # two layers of a group on each device
     found = collectives(model, TOKENS[:1, :1], runner)
-    kinds = [kind for kind, _ in found]
+    kinds = [one.kind for one in found]
     assert set(kinds) == {"all-reduce", "all-gather"}
     assert kinds.count("all-gather") == 1  # of the logits
     per_group = {
@@ -312,13 +314,13 @@ def test_only_activations_travel(runner, load):
     }[runner]
     embedding = 1
     assert kinds.count("all-reduce") == embedding + sum(map(per_group, GROUPS))
-    assert max(size for _, size in found) < smallest_weight(model)
+    assert max(one.bytes for one in found) < smallest_weight(model)
 
 
 def test_a_layer_alone_sums_attention_over_tensor_only(load):
     # whole heads on every device leave nothing to sum: group_size 1 pays for its MLPs only
     model = load("qwen3", (8, 1), 1)
-    kinds = [kind for kind, _ in collectives(model, TOKENS[:1, :1], run_fuzzy)]
+    kinds = [one.kind for one in collectives(model, TOKENS[:1, :1], run_fuzzy)]
     mlps, logits_and_embedding = 6, 0  # 61 tokens do not divide: every device has them all
     assert kinds == ["all-reduce"] * (mlps + logits_and_embedding)
 

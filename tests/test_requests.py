@@ -19,7 +19,8 @@ from decoders import (
 )
 
 import easyspec_jax as es
-from easyspec_jax import loop, sharding
+from easyspec_jax import loop, memory
+from easyspec_jax.distributed import check_agreement
 from easyspec_jax.request import make_request
 from easyspec_jax.stats import Counters, count
 
@@ -242,7 +243,7 @@ def test_sliding_window_is_kept_or_refused():
 
 
 def test_too_little_memory_is_refused_with_the_budget(monkeypatch):
-    monkeypatch.setattr(sharding, "device_memory", lambda mesh: 100_000)
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: 100_000)
     monkeypatch.setattr(es.decode, "zeros", lambda abstract: pytest.fail("allocated"))
     with pytest.raises(
         ValueError,
@@ -267,3 +268,29 @@ def test_profile_names_every_phase():
     assert all(times[name] > 0 for name in ("prefill", "step", "calibrate", "verify"))
     alone = autoregressive().profile(batch=1, prompt_len=5, max_new_tokens=8, repeats=2)
     assert alone["calibrate"] == alone["draft"] == 0 < alone["step"]
+
+
+# Several processes, as far as one can tell alone.
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("host:1", 2, None), "coordinator, num_processes and process_id go together"),
+        ((None, None, 0), "coordinator, num_processes and process_id go together"),
+        (("host", 2, 0), "the coordinator must be \"host:port\" of process 0, got 'host'"),
+        (("host:port", 2, 0), "the coordinator must be"),
+        (("host:1", 0, 0), "num_processes must be a whole number above 0, got 0"),
+        (("host:1", 2, 2), r"process_id must be in 0 .. 1, got 2"),
+        (("host:1", 2, -1), r"process_id must be in 0 .. 1, got -1"),
+    ],
+)
+def test_impossible_processes_are_refused(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        es.initialize_distributed(*given)
+    with pytest.raises(ValueError, match="timeout must be a whole number of seconds above 0"):
+        es.initialize_distributed("host:1", 2, 0, timeout=0)
+
+
+def test_a_process_alone_agrees_with_itself():
+    assert check_agreement([1], "a") is None

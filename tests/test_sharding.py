@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 import convert
 import easyspec_jax as es
-from easyspec_jax import sharding
+from easyspec_jax import memory
 from easyspec_jax.cache import abstract_cache
 from easyspec_jax.checkpoint import abstract_params
 from easyspec_jax.layer_parallel import run_fuzzy
-from easyspec_jax.sharding import make_layout
+from easyspec_jax.sharding import LAYOUTS, LayoutRules, make_layout
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
 BOTH = ("layer", "tensor")
@@ -109,7 +109,7 @@ def test_impossible_meshes_are_refused(layer, tensor, sentence):
 
 # --- layouts ---
 
-LAYOUTS = [
+SPLITS = [
     # N, K, mesh, layer_parallel -> axes of the kv heads, of the query heads
     (9, 3, (4, 2), False, (), ()),
     (9, 3, (1, 3), False, ("tensor",), ()),
@@ -138,10 +138,10 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("num_heads, num_kv, shape, layer_parallel, kv, query", LAYOUTS, ids=str)
+@pytest.mark.parametrize("num_heads, num_kv, shape, layer_parallel, kv, query", SPLITS, ids=str)
 def test_heads_are_split_where_they_divide(num_heads, num_kv, shape, layer_parallel, kv, query):
     config, mesh = config_of(num_heads, num_kv), es.make_mesh(*shape)
-    layout = make_layout(config, mesh, layer_parallel=layer_parallel)
+    layout = make_layout(config, mesh, LAYOUTS["layer" if layer_parallel else "tensor"])
     assert (layout.kv, layout.query) == (kv, query)
     assert layout.heads == kv + query
     assert layout.group == ("layer" if layer_parallel and shape[0] > 1 else None)
@@ -162,10 +162,10 @@ def test_heads_are_split_where_they_divide(num_heads, num_kv, shape, layer_paral
     ],
     ids=str,
 )
-@pytest.mark.parametrize("layer_parallel", [False, True])
-def test_mlp_and_vocabulary_go_over_all_devices_that_divide_them(size, shape, axes, layer_parallel):
+@pytest.mark.parametrize("name", ["tensor", "layer"])
+def test_mlp_and_vocabulary_go_over_all_devices_that_divide_them(size, shape, axes, name):
     config = config_of(8, 8, intermediate_size=size, vocab_size=size)
-    layout = make_layout(config, es.make_mesh(*shape), layer_parallel=layer_parallel)
+    layout = make_layout(config, es.make_mesh(*shape), LAYOUTS[name])
     assert layout.mlp == axes and layout.vocab == axes
 
 
@@ -173,25 +173,69 @@ def test_specs_name_the_axes_of_each_letter():
     layout = make_layout(
         config_of(16, 4, intermediate_size=64, vocab_size=61),
         es.make_mesh(4, 2),
-        layer_parallel=False,
+        LayoutRules(),
     )
     assert layout.spec("DKJH") == P(None, "tensor", "layer")
     assert layout.spec("FD") == P(BOTH)
     assert layout.spec("VD") == P()
-    draft = make_layout(config_of(16, 4), es.make_mesh(4, 2), layer_parallel=True)
+    draft = make_layout(config_of(16, 4), es.make_mesh(4, 2), LAYOUTS["layer"])
     assert draft.spec("LKSH") == P("layer", "tensor")
+
+
+@pytest.mark.parametrize(
+    "heads, shape, kv, query",
+    [
+        ((8, 8), (4, 2), ("tensor", "layer"), ()),  # the owner's heads lie side by side
+        ((16, 4), (4, 2), ("tensor",), ("layer",)),
+        ((8, 1), (4, 2), (), ("tensor", "layer")),
+        ((14, 2), (2, 4), ("layer",), ()),
+        ((9, 3), (4, 2), (), ()),  # nothing divides: as many copies as devices
+    ],
+    ids=str,
+)
+def test_a_second_copy_splits_its_heads_over_the_groups_axis_too(heads, shape, kv, query):
+    rules = LayoutRules(heads=("tensor",), group="layer", exact="copy")
+    layout = make_layout(config_of(*heads), es.make_mesh(*shape), rules)
+    assert (layout.copy.kv, layout.copy.query) == (kv, query)
+    assert make_layout(config_of(*heads), es.make_mesh(1, 8), rules).copy is None
+
+
+@pytest.mark.parametrize(
+    "rules, sentence",
+    [
+        ({"heads": ("rows",)}, "heads must be a tuple of the mesh axes .* got .'rows',"),
+        ({"mlp": "tensor"}, "mlp must be a tuple of the mesh axes .* got 'tensor'"),
+        ({"vocab": ("layer", "layer")}, "vocab must be a tuple of the mesh axes .* none twice"),
+        ({"group": "rows"}, 'group must be "layer", "tensor" or None, got \'rows\''),
+        ({"group": "layer"}, 'the axis "layer" carries the layers of a group: it cannot split'),
+        ({"exact": "twice"}, 'exact must be "turns" or "copy", got \'twice\''),
+        ({"exact": "copy"}, "a copy for exact passes needs layers of a group over a mesh axis"),
+    ],
+    ids=str,
+)
+def test_impossible_rules_are_refused(rules, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LayoutRules(**rules)
+
+
+def test_arrays_are_read_in_as_many_parts_as_there_are_devices():
+    layout = make_layout(config_of(8, 8), es.make_mesh(4, 2), LAYOUTS["layer"])
+    assert layout.finest("DKJH", (24, 8, 1, 4)).spec == P(None, ("tensor", "layer"), None, None)
+    assert layout.finest("DKJH", (24, 2, 1, 4)).spec == P("layer", ("tensor",), None, None)
+    assert layout.finest("D", (24,)).spec == P(BOTH)
+    assert layout.finest("D", (9,)).spec == P(None)
+    assert layout.finest("DF", (24, 64)).spec == P(None, BOTH)
 
 
 def test_one_log_line_says_what_is_replicated(caplog):
     mesh = es.make_mesh(4, 2)
     with caplog.at_level(logging.INFO, logger="easyspec_jax"):
-        make_layout(
-            config_of(8, 8, intermediate_size=64, vocab_size=64), mesh, layer_parallel=False
-        )
+        config = config_of(8, 8, intermediate_size=64, vocab_size=64)
+        make_layout(config, mesh, LayoutRules())
         assert not caplog.records
-        make_layout(
-            config_of(9, 3, intermediate_size=50, vocab_size=61), mesh, layer_parallel=False
-        )
+        config = config_of(9, 3, intermediate_size=50, vocab_size=61)
+        make_layout(config, mesh, LayoutRules())
+        make_layout(config, mesh, LAYOUTS["replicated"])  # as asked: nothing to say
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith(
@@ -268,22 +312,22 @@ def test_budgeted_bytes_are_the_bytes_of_the_arrays(name, shape, partition, load
         for device in mesh.devices.flat:
             shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
             held = sum(s.data.nbytes for s in shards if s.device == device)
-            assert sharding.device_bytes(plan) == sharding.device_bytes(tree) == held
+            assert memory.device_bytes(plan) == memory.device_bytes(tree) == held
 
 
 def test_a_budget_that_does_not_fit_is_refused_with_every_entry(monkeypatch):
     mesh = es.make_mesh(1, 1)
     budget = {"weights": 3 * 2**30, "base cache": 2**29}
-    monkeypatch.setattr(sharding, "device_memory", lambda mesh: 3 * 2**30)
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: 3 * 2**30)
     with pytest.raises(
         ValueError,
         match=r"needs 3\.50 GiB on each device \(weights 3\.00, base cache 0\.50\), "
         r"but a device has 3\.00 GiB free: use more",
     ):
-        sharding.check_memory(mesh, budget)
-    sharding.check_memory(mesh, {"weights": 3 * 2**30})
-    monkeypatch.setattr(sharding, "device_memory", lambda mesh: None)
-    sharding.check_memory(mesh, {"weights": 2**60})
+        memory.check_memory(mesh, budget)
+    memory.check_memory(mesh, {"weights": 3 * 2**30})
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: None)
+    memory.check_memory(mesh, {"weights": 2**60})
 
 
 def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(
@@ -296,7 +340,7 @@ def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(
     for part in ("top", "layers/0000", "layers/0001"):
         (folder / part).mkdir(parents=True)
     mesh = es.make_mesh(1, 1)
-    monkeypatch.setattr(sharding, "device_memory", lambda mesh: 1000)
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: 1000)
     with pytest.raises(ValueError, match=r"needs 0\.00 GiB on each device"):
         es.load_model(folder, mesh)
 
@@ -373,10 +417,9 @@ def test_damage_is_told_from_the_machines_failures(checkpoints, monkeypatch, err
     [
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, float64, got int8"),
         ({"dtype": "float63"}, "dtype must be one of .* got float63"),
-        ({"layout": "both"}, 'layout must be "base" or "draft", got \'both\''),
         (
-            {"layout": "base", "group_size": (3, 2)},
-            'layout "base" runs layer after layer: groups need',
+            {"layout": "both"},
+            'layout must be one of "tensor", "layer", "replicated", or LayoutRules, got \'both\'',
         ),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
         ({"group_size": (1, 5)}, "that sum to the 5 layers of the model"),
@@ -392,7 +435,7 @@ def test_impossible_arrangements_are_refused(options, sentence):
 def test_group_size_one_is_laid_out_as_asked(checkpoints, load):
     assert load("8/8 tied", (4, 2)).layout.kv == BOTH
     draft = es.load_model(
-        checkpoints["8/8 tied"], es.make_mesh(4, 2), dtype=jnp.float64, layout="draft"
+        checkpoints["8/8 tied"], es.make_mesh(4, 2), dtype=jnp.float64, layout="layer"
     )
     assert draft.layout.kv == ("tensor",) and draft.layout.group == "layer"
     assert draft.partition == (1, 1)

@@ -48,7 +48,8 @@ class LayerParallelDrafter(DrafterBase):
         more often wherever the draft is good.
 
     Raises:
-      ValueError: an unknown `parallel` or `candidates`.
+      ValueError: an unknown `parallel` or `candidates`; without calibration a draft with a second
+        copy for exact passes, as the copy's cache would miss what is absorbed in groups.
     """
 
     draft: Model
@@ -61,6 +62,9 @@ class LayerParallelDrafter(DrafterBase):
         if self.candidates not in CANDIDATES:
             names = ", ".join(map(repr, CANDIDATES))
             raise ValueError(f"candidates must be one of {names}, got {self.candidates!r}")
+        layout = getattr(self.draft, "layout", None)  # jax also puts placeholders there
+        if not self.calibrate and layout is not None and layout.copy is not None:
+            raise ValueError('a draft with exact="copy" needs calibrate=True')
 
     def models(self) -> tuple[Model, ...]:
         """The draft."""

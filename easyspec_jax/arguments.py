@@ -1,0 +1,160 @@
+"""The arguments of all commands; what they mean is in `cli.py`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+
+from easyspec_jax.sharding import LAYER, LAYOUTS, TENSOR, LayoutRules
+
+DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
+MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="easyspec", description="Lossless speculative decoding with a layer-parallel draft."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.set_defaults(command="generate")
+    generate.add_argument("prompt", help='text to continue; "-" reads standard input')
+    how = generate.add_mutually_exclusive_group()
+    how.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    how.add_argument("--raw", dest="chat", action="store_false", help="take it as it is (default)")
+
+    chat = commands.add_parser("chat", help="talk, line by line; /reset clears, /exit ends")
+    chat.set_defaults(command="chat", chat=True)
+    room = f"tokens there is room for (default: the context, at most {DEFAULT_SESSION})"
+    chat.add_argument("--max-len", type=int, metavar="N", help=room)
+    for command in (generate, chat):
+        _add_models(command)
+        _add_text(command)
+    _add_processes(generate)
+
+    info = commands.add_parser("info", help="what a checkpoint is, and how it is split")
+    info.set_defaults(command="info")
+    info.add_argument("checkpoint", help="converted checkpoint, or a config.json, of the base")
+    _add_info(info)
+    _add_mesh(info, tensor="1")
+
+    demo = commands.add_parser("demo", help="fetch a small model and watch it draft for itself")
+    demo.set_defaults(command="demo")
+    demo.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
+    demo.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    demo.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="for the converted model")
+    demo.add_argument("--base", metavar="CKPT", help="use this checkpoint instead of the download")
+    _add_machine(demo)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("models").add_argument
+    add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
+    add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
+    add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
+    add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
+    kinds = "draft tokens at temperature > 0: drawn (default), or the likeliest"
+    add("--candidates", choices=("sampled", "best"), help=kinds)
+    early = "stop drafting once even its likeliest path is less probable (default: never)"
+    add("--min-draft-probability", type=float, metavar="P", help=early)
+    sizes = "draft layers that run at once, or the sizes of all groups (default: as --layer)"
+    add("--group-size", type=_group_size, metavar="N|N,N,..", help=sizes)
+    _add_draft_layout(add)
+    add("--no-calibrate", action="store_true", default=None, help="leave the draft's cache fuzzy")
+    what = "what runs at once (default attention)"
+    add("--parallel", choices=("attention", "layer"), help=what)
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="default: float32 on CPU, else bfloat16")
+    _add_mesh(parser)
+    _add_machine(parser)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--draft", metavar="CKPT", help="that of a draft: what the pair takes on each device")
+    add("--group-size", type=_group_size, default=4, help="as for a draft (default 4)")
+    _add_draft_layout(add)
+    add("--num-draft-tokens", type=int, default=5, metavar="N", help="per step (default 5)")
+    add("--tree-width", type=int, default=1, metavar="N", help="at each depth (default 1)")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
+    room = f"tokens of each, prompt and answer (default: the context, at most {DEFAULT_SESSION})"
+    add("--max-len", type=int, metavar="N", help=room)
+    budget = "GiB of each device: refuse what does not fit into them in bfloat16"
+    add("--device-memory", type=float, metavar="GIB", help=budget)
+    add("--collectives", action="store_true", help="compile a step, list what devices exchange")
+
+
+def _add_draft_layout(add) -> None:
+    how = "draft's layers of a group side by side on --layer (default), shared, or all the same"
+    add("--draft-layout", choices=tuple(LAYOUTS), help=how)
+    add("--draft-mlp", choices=tuple(MLPS), help="devices that share the draft's MLPs")
+    exact = "exact pass over a group: devices take turns (default), or a second copy over all"
+    add("--exact-pass", choices=("turns", "copy"), help=exact)
+
+
+def draft_layout(args: argparse.Namespace) -> LayoutRules:
+    """The draft's layout that the arguments ask for.
+
+    Raises:
+      ValueError: a copy for layers that are not side by side.
+    """
+    changes = {}
+    if args.draft_mlp is not None:
+        changes["mlp"] = MLPS[args.draft_mlp]
+    if args.exact_pass is not None:
+        changes["exact"] = args.exact_pass
+    return dataclasses.replace(LAYOUTS[args.draft_layout or "layer"], **changes)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("several processes, all started alike").add_argument
+    where = "address of process 0, which prints; auto: all three as the cluster says"
+    add("--coordinator", metavar="HOST:PORT", help=where)
+    add("--num-processes", type=int, metavar="N", help="how many there are")
+    add("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    late = "seconds after which one that is silent counts as dead (default 100)"
+    add("--timeout", type=int, metavar="S", help=late)
+
+
+def _add_mesh(parser: argparse.ArgumentParser, tensor: str = "all others") -> None:
+    add = parser.add_argument
+    add("--layer", type=int, default=1, metavar="N", help="devices for the layers of a group")
+    add("--tensor", type=int, metavar="N", help=f"devices for heads (default: {tensor})")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cpu-devices", type=int, metavar="N", help="run on the CPU as N devices, to try meshes")
+    keep = "keep no compiled programs on disk (as JAX_ENABLE_COMPILATION_CACHE=0)"
+    add("--no-compile-cache", dest="compile_cache", action="store_false", help=keep)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("text").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    greedy = "0 is greedy (default: generation_config.json's sampling, else 0)"
+    add("--temperature", type=float, metavar="T", help=greedy)
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, metavar="P")
+    add("--min-p", type=float, metavar="P")
+    add("--seed", type=int, default=0)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    add("--system", metavar="TEXT", help="system message of a chat")
+    mark = "mark the text that the draft proposed"
+    add("--show-draft", action="store_true", default=None, help=mark)
+    add("--no-stats", dest="stats", action="store_false", help="print no statistics")
+    add("--json", action="store_true", help="statistics as JSON on standard output's last line")
+
+
+def _group_size(text: str) -> int | tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor sizes like 1,2,3,1"
+        ) from None
+    return sizes if len(sizes) > 1 else sizes[0]

@@ -1,0 +1,96 @@
+"""What a model and its caches take on each device, computed from shapes, and whether it fits.
+
+Everything here works on ShapeDtypeStructs as well as on arrays, so a pair can be refused before
+anything is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a pytree of sharded arrays (or ShapeDtypeStructs with
+    shardings).
+    """
+
+    def local(x):
+        shape = (
+            x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
+        )
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(local(x) for x in jax.tree.leaves(tree))
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes still free on the fullest device of the mesh in this process, or None where the
+    platform does not say (CPU).
+    """
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    if not all(s and "bytes_limit" in s for s in stats):
+        return None
+    return min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+
+
+def listed(budget: dict[str, int]) -> str:
+    """A budget in words, in GiB."""
+    return ", ".join(f"{name} {n / 2**30:.2f}" for name, n in budget.items())
+
+
+def check_memory(
+    mesh: Mesh,
+    needed: dict[str, int],
+    held: dict[str, int] | None = None,
+    *,
+    free: int | None = None,
+) -> None:
+    """Refuse what the devices of the mesh cannot hold any more.
+
+    Args:
+      needed: bytes per device about to be allocated, by name.
+      held: bytes per device that are there already, by name; only for the message.
+      free: bytes of each device; default: what it says is free, or no check where it does not say.
+
+    Raises:
+      ValueError: with every entry of the budget.
+    """
+
+    free = device_memory(mesh) if free is None else free
+    total = sum(needed.values())
+    if free is not None and total > free:
+        beside = f" beside {listed(held)}" if held else ""
+        raise ValueError(
+            f"needs {total / 2**30:.2f} GiB on each device ({listed(needed)}){beside}, "
+            f"but a device has {free / 2**30:.2f} GiB free: "
+            "use more devices, a smaller batch or fewer tokens"
+        )
+
+
+def decode_budget(
+    base: Any, drafter: Any, state: Any, *, num_nodes: int, chunk: int
+) -> dict[str, int]:
+    """Bytes on each device while `state` (a `DecodeState`, or its shapes) is decoded, by name.
+
+    Args:
+      base: the `Model`; with `drafter`, arrays or shapes.
+      num_nodes: drafted tokens of one step.
+      chunk: prompt tokens that one prefill absorbs.
+    """
+    batch, size = state.tokens.shape
+    drafts = drafter.models() if drafter is not None else ()
+    budget = {"base weights": device_bytes(base.params)}
+    if drafter is not None:
+        budget["draft weights"] = device_bytes(drafter)
+    budget["base cache"] = device_bytes(state.cache)
+    if drafter is not None:
+        budget["draft cache"] = device_bytes(state.draft)
+    copies = 2 if state.filters.greedy else 5  # logits, p, q and what is left of them
+    logits = 4 * batch * (num_nodes + 1) * base.config.vocab_size * copies
+    heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafts))
+    scores = 2 * 4 * batch * max(chunk, num_nodes + 1) * heads * size
+    return budget | {"scratch": max(logits, scores)}
