@@ -11,7 +11,7 @@ out = decoder.generate([[1, 15043]], max_new_tokens=128, eos_ids=(2,))
 print(out.tokens, out.stats.tokens_per_step)
 """
 
-from easyspec_jax.checkpoint import abstract_model, load_model, random_model
+from easyspec_jax.checkpoint import abstract_model, load_model, random_model, save_model
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation, Piece, Session
 from easyspec_jax.distributed import initialize_distributed
@@ -39,6 +39,7 @@ __all__ = [
     "make_mesh",
     "make_partition",
     "random_model",
+    "save_model",
 ]
 
 __version__ = "0.1.0"

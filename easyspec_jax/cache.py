@@ -25,7 +25,7 @@ class LayerKV:
     the mesh axis "layer".
     """
 
-    k: jax.Array  # [K * B, S, H], or [n, K * B, S, H] with the first axis over "layer"
+    k: jax.Array  # [K * B, S, H], or [n, K * B, S, H] with the first axis over "layer"; `own_slots`
     v: jax.Array  # the same shape
 
     def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
@@ -68,6 +68,32 @@ def _keep(cache, start, index):
         source = jnp.tile(source, (cache.shape[0] // start.shape[0], 1))
         kept = jnp.take_along_axis(cache, source[..., None], axis=1, mode="clip")
     return _write(cache, kept, start)
+
+
+def own_slots(tree: Any) -> Any:
+    """`tree` inside `shard_map`, with this device's layer of every stacked slot, [K * B, S, H].
+
+    To be done before a loop and undone by `stacked_like` behind it: in a loop that writes entries
+    with a leading axis of 1, XLA:CPU copies them.
+    """
+
+    def own(x):
+        if not (isinstance(x, LayerKV) and x.k.ndim == 4):
+            return x
+        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), x)
+
+    return jax.tree.map(own, tree, is_leaf=lambda x: isinstance(x, LayerKV))
+
+
+def stacked_like(before: Any, tree: Any) -> Any:
+    """`own_slots` undone: `tree` with the shapes that it had `before`."""
+
+    def stack(old, new):
+        if not isinstance(old, LayerKV):
+            return new
+        return jax.tree.map(lambda a, b: b.reshape(a.shape), old, new)
+
+    return jax.tree.map(stack, before, tree, is_leaf=lambda x: isinstance(x, LayerKV))
 
 
 @struct.dataclass(kw_only=True)

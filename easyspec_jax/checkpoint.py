@@ -12,6 +12,8 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +25,14 @@ from jax.sharding import Mesh, NamedSharding
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import check_memory, device_bytes
-from easyspec_jax.model import LETTERS, Model, Params, arrange_block, block_specs
+from easyspec_jax.model import (
+    LETTERS,
+    Model,
+    Params,
+    arrange_block,
+    block_specs,
+    separate_block,
+)
 from easyspec_jax.sharding import Layout, LayoutRules, layout_rules, make_layout, make_mesh
 
 FORMAT = 1
@@ -79,6 +88,48 @@ def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]
             f"but this version reads {FORMAT}: convert it again"
         )
     return ModelConfig.from_hf(json.loads((folder / "config.json").read_text())), metadata
+
+
+def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -> None:
+    """Write a model, from whatever mesh and groups it is in, as a checkpoint for any other.
+
+    Args:
+      path: a folder that does not exist yet; it appears when all is written.
+      like: the checkpoint whose configuration and tokenizer it takes.
+
+    Raises:
+      ValueError: `like` is no checkpoint, or one of other dimensions; several processes.
+      FileExistsError: there is something at `path`.
+    """
+    config, metadata = read_metadata(like)
+    if config != model.config:
+        raise ValueError(f"{like} is of another model: its configuration is not this model's")
+    if model.layout.mesh.is_multi_process:
+        raise ValueError("a model is saved by one process that holds all of it")
+    target = pathlib.Path(path)
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} exists; name a folder that does not")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temp:
+        folder = pathlib.Path(temp) / "checkpoint"
+        folder.mkdir()
+        for file in pathlib.Path(like).iterdir():
+            if file.is_file():
+                shutil.copy(file, folder)
+        metadata = metadata | {"dtype": model.dtype.name}
+        (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
+        first = 0
+        for block in model.params.blocks:
+            layers = jax.jit(functools.partial(separate_block, layout=model.layout))(block)
+            for i, layer in enumerate(layers, first):
+                save_part(folder, layer_name(i), jax.device_get(layer))
+            first += len(layers)
+        p = model.params
+        top = {"embed": p.embed, "final_norm": p.final_norm, "lm_head": p.lm_head}
+        if config.tie_embeddings:
+            top = {"embed": p.lm_head.T, "final_norm": p.final_norm}
+        save_part(folder, TOP, jax.device_get(top))
+        os.rename(folder, target)
 
 
 def load_model(

@@ -93,8 +93,7 @@ def _turn(
     own = _local(block.attention[j // n])
 
     def run(x, kv):
-        delta, new = attention(model, own, x, _local(kv), step)
-        return delta, _stacked(new)
+        return attention(model, own, x, kv, step)
 
     def skip(x, kv):
         # Both branches of a cond must agree that devices may differ.
@@ -119,7 +118,7 @@ def _run_copy(
     for i, slot in enumerate(slots):
         new = [copy.read(step.start, num_new) for copy in copies[i * n : (i + 1) * n]]
         mine = _to_owners(model, new)
-        written.append(_stacked(_local(slot).write(mine.k, mine.v, step.start)))
+        written.append(slot.write(mine.k, mine.v, step.start))
     return x, (*written, *copies)
 
 
@@ -181,10 +180,9 @@ def _attend_at_once(model, block, x, kv, step):
             delta, new = attention(model, weights, x, slot_kv, step)
             deltas.append(delta[None])
         else:
-            delta, new = attention(model, _local(weights), x, _local(slot_kv), step)
+            delta, new = attention(model, _local(weights), x, slot_kv, step)
             mine = (jnp.arange(n, dtype=jnp.int32) == lax.axis_index(group))[:, None, None, None]
             deltas.append(jnp.where(mine, delta[None], jnp.zeros((), delta.dtype)))
-            new = _stacked(new)
         written.append(new)
     if group is None and not model.layout.heads:
         return [delta[0] for delta in deltas], tuple(written)
@@ -214,7 +212,3 @@ def _attention_axes(model: Model) -> tuple[str, ...]:
 def _local(tree: Any) -> Any:
     """This device's layer of a stacked slot."""
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), tree)
-
-
-def _stacked(kv: LayerKV) -> LayerKV:
-    return jax.tree.map(lambda leaf: leaf[None], kv)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from easyspec_jax.cache import KVCache
+from easyspec_jax.cache import KVCache, own_slots, stacked_like
 from easyspec_jax.drafters.base import verify_in_one_pass
 from easyspec_jax.model import Model, forward
 from easyspec_jax.sampling import Filters, Proposal, Verdict, verify
@@ -183,13 +183,14 @@ def prefill_chunk(
     base_specs, drafter_specs, state_specs = specs.tree
 
     def run(base, drafter, state, start):
+        before, state = state, own_slots(state)
         last = state.length - 1
         starts = jnp.broadcast_to(start, last.shape)
         num = jnp.clip(last - start, 0, chunk)
         tokens = lax.dynamic_slice_in_dim(state.tokens, start, chunk, axis=1)
         _, cache = forward(base, tokens, state.cache.rollback(starts), num=num)
         draft = drafter.prefill(state.draft, tokens, starts, num) if drafter is not None else None
-        return state.replace(cache=cache, draft=draft)
+        return stacked_like(before, state.replace(cache=cache, draft=draft))
 
     in_specs = (base_specs, drafter_specs, state_specs, jax.sharding.PartitionSpec())
     return on_mesh(run, base.layout.mesh, in_specs, state_specs)(base, drafter, state, start)
@@ -202,7 +203,9 @@ def run_loop(base: Model, drafter: Any, state: DecodeState, *, specs: Specs) -> 
     """
 
     def run(base, drafter, state):
-        return lax.while_loop(lambda s: ~s.done.all(), lambda s: step(base, drafter, s)[0], state)
+        own = own_slots(state)
+        end = lax.while_loop(lambda s: ~s.done.all(), lambda s: step(base, drafter, s)[0], own)
+        return stacked_like(state, end)
 
     return on_mesh(run, base.layout.mesh, specs.tree, specs.tree[2])(base, drafter, state)
 
@@ -212,5 +215,10 @@ def run_step(
     base: Model, drafter: Any, state: DecodeState, *, specs: Specs
 ) -> tuple[DecodeState, Emission]:
     """One step, for streaming; arguments as in `run_loop`."""
+
+    def run(base, drafter, state):
+        end, emission = step(base, drafter, own_slots(state))
+        return stacked_like(state, end), emission
+
     out_specs = (specs.tree[2], jax.sharding.PartitionSpec())
-    return on_mesh(step, base.layout.mesh, specs.tree, out_specs)(base, drafter, state)
+    return on_mesh(run, base.layout.mesh, specs.tree, out_specs)(base, drafter, state)

@@ -345,12 +345,21 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
     """The layers of one block as checkpoints hold them, fused and, in a group over the axis
     "layer", stacked by slot.
     """
-    attentions = [arrange_attention(layer, split_query=bool(layout.query)) for layer in layers]
-    n, copies = layout.group_devices, []
+    n, copies, read = layout.group_devices, [], layers
     if layout.stacks(len(layers)):
         if layout.copy:
             apart = bool(layout.copy.query)
             copies = [arrange_attention(layer, split_query=apart) for layer in layers]
+        # From parts as they were read to whole layers: the compiler finds no short way by itself.
+        read = [
+            {
+                name: lax.with_sharding_constraint(x, layout.named(LETTERS[name]))
+                for name, x in layer.items()
+            }
+            for layer in layers
+        ]
+    attentions = [arrange_attention(layer, split_query=bool(layout.query)) for layer in read]
+    if layout.stacks(len(layers)):
         nothing = jax.tree.map(jnp.zeros_like, attentions[0])
         attentions += [nothing] * (-len(layers) % n)
         attentions = [
@@ -366,6 +375,34 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
         for layer in layers
     ]
     return Block(attention=tuple(attentions), mlp=tuple(mlps), copy=tuple(copies))
+
+
+def separate_block(block: Block, layout: Layout) -> list[dict[str, Any]]:
+    """The layers of a block as checkpoints hold them: `arrange_block` undone."""
+    n, stacked = layout.group_devices, layout.stacks(len(block.mlp))
+    layers = []
+    for j, mlp in enumerate(block.mlp):
+        one = block.attention[j // n if stacked else j]
+        if stacked:
+            one = jax.tree.map(lambda leaf, j=j: leaf[j % n], one)
+        gate_up = {"w_gate": mlp.w_gate_up[:, 0], "w_up": mlp.w_gate_up[:, 1]}
+        layers.append(
+            _separate_attention(one) | gate_up | {"mlp_norm": mlp.norm, "w_down": mlp.w_down}
+        )
+    return layers
+
+
+def _separate_attention(w: Attention) -> dict[str, Any]:
+    def split(heads, apart):
+        """Queries [..., K, G, H], keys and values [..., K, H]."""
+        q, kv = (heads, apart) if apart is not None else (heads[..., :-2, :], heads[..., -2:, :])
+        return q, kv[..., 0, :], kv[..., 1, :]
+
+    layer = {"attn_norm": w.norm, "wo": w.wo, "q_norm": w.q_norm, "k_norm": w.k_norm}
+    layer |= dict(zip(("wq", "wk", "wv"), split(w.wqkv, w.wkv), strict=True))
+    if w.bqkv is not None:
+        layer |= dict(zip(("bq", "bk", "bv"), split(w.bqkv, w.bkv), strict=True))
+    return {name: array for name, array in layer.items() if array is not None}
 
 
 def block_specs(config: ModelConfig, layout: Layout, size: int) -> Block:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from easyspec_jax import loop
+from easyspec_jax.cache import own_slots, stacked_like
 from easyspec_jax.drafters.base import verify_in_one_pass
 from easyspec_jax.model import Model
 from easyspec_jax.sampling import verify
@@ -80,7 +81,9 @@ PHASES: dict[str, Callable] = {
 @functools.partial(jax.jit, static_argnames=("phase", "specs", "repeats"), donate_argnames="state")
 def _repeat(base, drafter, state, *, phase, specs, repeats):
     def run(base, drafter, state):
-        return lax.fori_loop(0, repeats, lambda _, s: PHASES[phase](base, drafter, s), state)
+        own = own_slots(state)
+        end = lax.fori_loop(0, repeats, lambda _, s: PHASES[phase](base, drafter, s), own)
+        return stacked_like(state, end)
 
     return on_mesh(run, base.layout.mesh, specs.tree, specs.tree[2])(base, drafter, state)
 

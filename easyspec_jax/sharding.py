@@ -165,8 +165,10 @@ class Layout:
 
     def finest(self, letters: str, shape: tuple[int, ...]) -> NamedSharding:
         """`named`, with every axis that it leaves out put on a dimension that it divides, one that
-        is split already if possible: how an array is read, so that no two devices read the same.
+        is split already if possible: how a matrix is read, so that no two devices read the same.
         """
+        if len(shape) == 1:
+            return self.named(letters)
         named = [*self.spec(letters), *[None] * len(shape)][: len(shape)]
         axes = [(name,) if isinstance(name, str) else (name or ()) for name in named]
         for axis, n in self.mesh.shape.items():
@@ -177,7 +179,7 @@ class Layout:
             if fits:
                 i = max(fits, key=lambda i: len(axes[i]))
                 axes[i] = (*axes[i], axis)
-        return NamedSharding(self.mesh, P(*(split or None for split in axes)))
+        return NamedSharding(self.mesh, P(*((s[0] if len(s) == 1 else s) or None for s in axes)))
 
 
 def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:

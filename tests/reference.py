@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.cache import KVCache, abstract_cache, zeros
+from easyspec_jax.cache import KVCache, abstract_cache, own_slots, stacked_like, zeros
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.loop import Specs
 from easyspec_jax.model import Model, forward, logits, run_layer
@@ -235,8 +235,8 @@ def _run(model, tokens, cache, num, *, run_block, specs):
     model_specs, cache_specs = specs.tree
 
     def call(model, tokens, cache, num):
-        hidden, cache = forward(model, tokens, cache, num=num, run_block=run_block)
-        return logits(model, hidden), cache
+        hidden, new = forward(model, tokens, own_slots(cache), num=num, run_block=run_block)
+        return logits(model, hidden), stacked_like(cache, new)
 
     in_specs = (model_specs, P(), cache_specs, P())
     return on_mesh(call, model.layout.mesh, in_specs, (P(), cache_specs))(model, tokens, cache, num)

@@ -128,20 +128,59 @@ def test_the_compiled_loop_copies_no_cache(batch, width, least):
     nor does the path of a tree, gathered in the base's entries, cost one.
     """
     decoder = self_drafting(width=width, min_draft_probability=least)
-    request = make_request(CONFIG, [[1, 2, 3]] * batch, 40)
-    state = decoder._begin(request, size=4096)  # nothing but a cache entry has this shape
-    specs = loop.Specs.of((decoder.base, decoder.drafter, state))
-    compiled = loop.run_loop.lower(decoder.base, decoder.drafter, state, specs=specs).compile()
-    entry = state.cache.blocks[0][0].k
-    shape = re.compile(r"= f64\[([\d,]+)\]\S* (\S+?)\(")
-    moved = collections.Counter(
-        op
-        for dims, op in shape.findall(compiled.as_text())
-        if sorted(map(int, dims.split(","))) == sorted(entry.shape)
-    )
+    moved = cache_traffic(decoder, batch)
     writes = 3 if width == 1 else 4  # of a layer's keys: calibration, draft, verification, path
     assert moved["dynamic-update-slice"] + moved["scatter"] >= 2 * writes * CONFIG.num_layers
     assert not {"copy", "transpose", "concatenate", "select", "convert"} & set(moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("exact", "writes"), [("turns", 26), ("copy", 28)])
+def test_the_compiled_loop_copies_no_cache_on_a_mesh(exact, writes):
+    """Writes of keys and values: five layers verified, two draft layers alone calibrated and
+    drafted, three layers of a group calibrated, their one slot drafted (and, from a copy, filled).
+    """
+    rules = es.LayoutRules(heads=("tensor",), group="layer", exact=exact)
+    draft = model((4, 2), group_size=3, layout=rules)
+    decoder = es.Decoder(model((4, 2)), es.LayerParallelDrafter(draft), num_draft_tokens=3)
+    moved = cache_traffic(decoder, 1)
+    assert moved["dynamic-update-slice"] == writes
+    assert not {"copy", "transpose", "concatenate", "select", "convert"} & set(moved)
+
+
+def cache_traffic(decoder, batch) -> collections.Counter:
+    """Operations of the compiled loop whose result is as large as a device's part of an entry."""
+    request = make_request(CONFIG, [[1, 2, 3]] * batch, 40)
+    state = decoder.planned(request, size=4096)  # nothing but a cache entry has this shape
+    specs = loop.Specs.of((decoder.base, decoder.drafter, state))
+    compiled = loop.run_loop.lower(decoder.base, decoder.drafter, state, specs=specs).compile()
+    entry = state.cache.blocks[0][0].k
+    part = entry.sharding.shard_shape(entry.shape)
+    shape = re.compile(r"= f64\[([\d,]+)\]\S* (\S+?)\(")
+    return collections.Counter(
+        op
+        for dims, op in shape.findall(compiled.as_text())
+        if sorted(n for n in map(int, dims.split(",")) if n > 1) == sorted(n for n in part if n > 1)
+    )
+
+
+def test_one_compilation_and_donation_with_a_second_copy(request):
+    compiled = []
+    listen = lambda event, *_, **__: compiled.append(event)  # noqa: E731
+    rules = es.LayoutRules(heads=("tensor",), group="layer", exact="copy")
+    draft = model((4, 2), group_size=3, layout=rules)
+    decoder = es.Decoder(model((4, 2)), es.LayerParallelDrafter(draft), num_draft_tokens=3)
+    state, specs = decoder._prefilled(make_request(CONFIG, PROMPTS, NEW))
+    caches = jax.tree.leaves((state.cache.blocks, state.draft.cache.blocks))
+    done = loop.run_loop(decoder.base, decoder.drafter, state, specs=specs)
+    assert np.asarray(done.done).all()
+    # five layers of the base; of the draft two layers alone, a slot, and three layers' copies
+    assert len(caches) == 2 * (5 + 2 + 1 + 3) and all(leaf.is_deleted() for leaf in caches)
+    state, again = decoder._prefilled(make_request(CONFIG, PROMPTS, NEW + 1, seed=1))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listen))
+    loop.run_loop(decoder.base, decoder.drafter, state, specs=again)
+    assert "/jax/core/compile/backend_compile_duration" not in compiled
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)

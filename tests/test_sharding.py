@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from hf_models import random_tensors, tiny_config, write_hf_folder
+from hf_models import load_all, random_tensors, tiny_config, write_hf_folder
 from jax.sharding import PartitionSpec as P
 
 import convert
@@ -221,9 +221,9 @@ def test_impossible_rules_are_refused(rules, sentence):
 def test_arrays_are_read_in_as_many_parts_as_there_are_devices():
     layout = make_layout(config_of(8, 8), es.make_mesh(4, 2), LAYOUTS["layer"])
     assert layout.finest("DKJH", (24, 8, 1, 4)).spec == P(None, ("tensor", "layer"), None, None)
-    assert layout.finest("DKJH", (24, 2, 1, 4)).spec == P("layer", ("tensor",), None, None)
-    assert layout.finest("D", (24,)).spec == P(BOTH)
-    assert layout.finest("D", (9,)).spec == P(None)
+    assert layout.finest("DKJH", (24, 2, 1, 4)).spec == P("layer", "tensor", None, None)
+    assert layout.finest("DKH", (9, 4, 3)).spec == P(None, "tensor", None)
+    assert layout.finest("D", (24,)).spec == P()  # too small to be worth it
     assert layout.finest("DF", (24, 64)).spec == P(None, BOTH)
 
 
@@ -260,6 +260,43 @@ def test_one_checkpoint_gives_the_same_logits_and_cache_on_every_mesh(name, shap
     for (k, v), pair in zip(reference.layer_kv(model, cache, 5), pairs, strict=True):
         np.testing.assert_allclose(k, pair[0], atol=1e-9)
         np.testing.assert_allclose(v, pair[1], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, shape, groups, layout",
+    [
+        ("9/3", (4, 2), (2,), None),
+        ("16/4 bias", (2, 4), 1, None),  # queries apart from keys and values
+        ("8/8 tied", (4, 2), (2,), LayoutRules(heads=("tensor",), group="layer", exact="copy")),
+        ("8/1 bias", (1, 1), (2,), None),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_saved_from_any_mesh_loads_on_any_other(
+    name, shape, groups, layout, checkpoints, tmp_path
+):
+    mesh = es.make_mesh(*shape)
+    options = {"group_size": groups, "layout": layout, "dtype": jnp.float32}
+    es.save_model(
+        es.load_model(checkpoints[name], mesh, **options), tmp_path / "a", checkpoints[name]
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    again, first = load_all(tmp_path / "a", 2), load_all(checkpoints[name], 2)
+    assert again.keys() == first.keys()
+    for key, array in again.items():
+        np.testing.assert_array_equal(array, first[key])
+    model = es.load_model(tmp_path / "a", es.make_mesh(2, 4), dtype=jnp.float64)
+    got, _ = reference.run_library(model, TOKENS, reference.empty_cache(model, 2, 8))
+    np.testing.assert_allclose(got, plain(name).logits, atol=1e-9)
+
+
+def test_saving_refuses_what_would_be_lost_or_wrong(checkpoints, load, tmp_path):
+    model = load("9/3", (1, 1))
+    with pytest.raises(FileExistsError, match="exists; name a folder that does not"):
+        es.save_model(model, tmp_path, checkpoints["9/3"])
+    with pytest.raises(ValueError, match="is of another model: its configuration is not this"):
+        es.save_model(model, tmp_path / "a", checkpoints["8/8 tied"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_weights_are_the_same_on_every_mesh_and_in_groups():

@@ -15,10 +15,10 @@ from easyspec_jax.traffic import collectives, read_collectives
 GAMMA, WIDTH, FLOAT = 3, 2, 4
 GROUPS = (1, 4, 2, 1)  # on 4 devices a whole slot and a padded one
 DRAFT = es.ModelConfig(
-    vocab_size=64, embed_dim=64, mlp_dim=128, num_layers=8, num_heads=8, num_kv_heads=8,
-    head_dim=8, max_len=96,
+    vocab_size=64, embed_dim=64, mlp_dim=256, num_layers=8, num_heads=8, num_kv_heads=8,
+    head_dim=16, max_len=96,
 )  # fmt: skip
-BASE = es.ModelConfig(**{**vars(DRAFT), "embed_dim": 128, "mlp_dim": 256, "num_layers": 3})
+BASE = es.ModelConfig(**{**vars(DRAFT), "embed_dim": 128, "mlp_dim": 512, "num_layers": 3})
 LAYER = es.LayoutRules(heads=("tensor",), group="layer")
 COPY = es.LayoutRules(heads=("tensor",), group="layer", exact="copy")
 NARROW = es.LayoutRules(heads=("tensor",), group="layer", mlp=("tensor",), vocab=())
