@@ -117,9 +117,9 @@ def _join_processes(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} needs --coordinator")
         return
-    # Libraries write to the first file descriptor: what they say goes where errors go.
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    # Libraries chat on the first file descriptor, which is for the answer alone.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     where = None if args.coordinator == "auto" else args.coordinator
     wait = {} if args.timeout is None else {"timeout": args.timeout}
     es.initialize_distributed(where, args.num_processes, args.process_id, **wait)
