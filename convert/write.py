@@ -59,8 +59,9 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
         tokenizer = tokenizer_hash(temp)  # may refuse, so it goes before the weights
         dtype = dtype or source.dtype
         parts = tqdm.tqdm(_parts(source.config), desc=dst.name, unit="part", disable=not progress)
-        _write_arrays(source, temp, dtype, parts)
+        crc = _write_arrays(source, temp, dtype, parts)
         metadata = {"format": checkpoint.FORMAT, "dtype": dtype, "tokenizer": tokenizer}
+        metadata["weights"] = f"{crc:08x}"
         (temp / checkpoint.METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
         os.rename(temp, dst)
     return dst
@@ -147,8 +148,11 @@ def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
         )
 
 
-def _write_arrays(source: tensors.Source, folder: pathlib.Path, dtype: str, parts) -> None:
-    """Write the weights, one of `parts` after the other: (part, array shapes, tensor names)."""
+def _write_arrays(source: tensors.Source, folder: pathlib.Path, dtype: str, parts) -> int:
+    """Write the weights, one of `parts` after the other: (part, array shapes, tensor names).
+    Returns their checksum.
+    """
+    crc = 0
     for part, shapes, names in parts:
         arrays = {}
         for name, shape in shapes.items():
@@ -156,8 +160,10 @@ def _write_arrays(source: tensors.Source, folder: pathlib.Path, dtype: str, part
             arrays[name] = _on_host(dense)
             del dense
         checkpoint.save_part(folder, part, arrays)
+        crc ^= checkpoint.checksum(part, arrays)
         del arrays
         gc.collect()  # Orbax leaves cycles that hold the arrays
+    return crc
 
 
 def _parts(config: ModelConfig) -> list[tuple[str, dict, dict]]:

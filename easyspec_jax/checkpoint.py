@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.distributed import is_lost_peer
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import (
@@ -33,10 +35,19 @@ from easyspec_jax.model import (
     block_specs,
     separate_block,
 )
-from easyspec_jax.sharding import Layout, LayoutRules, layout_rules, make_layout, make_mesh
+from easyspec_jax.sharding import (
+    LAYER,
+    TENSOR,
+    Layout,
+    LayoutRules,
+    layout_rules,
+    make_layout,
+    make_mesh,
+)
 
 FORMAT = 1
-# {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null}
+# {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null,
+#  "weights": `checksum` of all parts}
 METADATA_FILE = "easyspec.json"
 TOP = "top"  # embed, final_norm and, when untied, lm_head
 # Arrays are stored in pieces of at most this many bytes, and no piece holds two kv heads, so that a
@@ -67,6 +78,15 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, np.ndarray]) ->
     context.array.saving.scoped_storage_options_creator = pieces
     with context:
         ocp.save(path, arrays)
+
+
+def checksum(name: str, arrays: dict[str, np.ndarray]) -> int:
+    """CRC-32 of a part's name and bytes; all parts together, by xor, tell weights apart."""
+    crc = zlib.crc32(name.encode())
+    for key in sorted(arrays):
+        flat = np.ascontiguousarray(arrays[key]).reshape(-1)
+        crc = zlib.crc32(flat.view(np.uint8), crc)
+    return crc
 
 
 def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
@@ -104,6 +124,11 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
     config, metadata = read_metadata(like)
     if config != model.config:
         raise ValueError(f"{like} is of another model: its configuration is not this model's")
+    if (
+        None not in (model.tokenizer, metadata["tokenizer"])
+        and model.tokenizer != metadata["tokenizer"]
+    ):
+        raise ValueError(f"{like} has another tokenizer than this model")
     if model.layout.mesh.is_multi_process:
         raise ValueError("a model is saved by one process that holds all of it")
     target = pathlib.Path(path)
@@ -116,19 +141,22 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
         for file in pathlib.Path(like).iterdir():
             if file.is_file():
                 shutil.copy(file, folder)
-        metadata = metadata | {"dtype": model.dtype.name}
-        (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
-        first = 0
+        separate = jax.jit(functools.partial(separate_block, layout=model.layout))
+        index, crc = 0, 0
         for block in model.params.blocks:
-            layers = jax.jit(functools.partial(separate_block, layout=model.layout))(block)
-            for i, layer in enumerate(layers, first):
-                save_part(folder, layer_name(i), jax.device_get(layer))
-            first += len(layers)
+            for layer in jax.device_get(separate(block)):
+                save_part(folder, layer_name(index), layer)
+                crc ^= checksum(layer_name(index), layer)
+                index += 1
         p = model.params
         top = {"embed": p.embed, "final_norm": p.final_norm, "lm_head": p.lm_head}
         if config.tie_embeddings:
             top = {"embed": p.lm_head.T, "final_norm": p.final_norm}
-        save_part(folder, TOP, jax.device_get(top))
+        top = jax.device_get(top)
+        save_part(folder, TOP, top)
+        crc ^= checksum(TOP, top)
+        weights = {"dtype": model.dtype.name, "weights": f"{crc:08x}"}
+        (folder / METADATA_FILE).write_text(json.dumps(metadata | weights, indent=2) + "\n")
         os.rename(folder, target)
 
 
@@ -175,6 +203,7 @@ def load_model(
         except Exception as error:  # Orbax has many kinds for a damaged folder
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
             machine = isinstance(error, OSError | MemoryError) and not missing
+            machine |= jax.process_count() > 1 and is_lost_peer(error)
             if machine or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise ValueError(f"{folder / name} is damaged: convert the model again") from error
@@ -194,6 +223,8 @@ def abstract_model(
     `traffic.collectives`; arguments as in `load_model`.
     """
     mesh = mesh if mesh is not None else make_mesh()
+    if set(mesh.axis_names) != {LAYER, TENSOR}:
+        raise ValueError(f"a mesh from make_mesh is needed, got one of axes {mesh.axis_names}")
     partition = make_partition(config.num_layers, group_size)
     rules = layout_rules(layout, partition)
     if dtype is None:

@@ -22,7 +22,7 @@ import jax
 import easyspec_jax as es
 from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout, make_parser
 from easyspec_jax.checkpoint import read_metadata
-from easyspec_jax.distributed import check_agreement
+from easyspec_jax.distributed import check_agreement, is_lost_peer
 from easyspec_jax.memory import check_memory
 from easyspec_jax.report import Clock, print_report
 from easyspec_jax.request import make_request
@@ -65,13 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(args: argparse.Namespace, error: Exception) -> str:
     """What to say of an error: of one from the devices the first line, as jax appends pages."""
-    if not isinstance(error, RuntimeError):
-        return str(error)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    words = ("gloo", "nccl", "peer", "connect", "unavailable", "deadline", "barrier", "heartbeat")
-    if _is_distributed(args) and any(word in reason.lower() for word in words):
+    if _is_distributed(args) and not isinstance(error, ValueError) and is_lost_peer(error):
         return f"another process has ended or cannot be reached ({reason})"
-    return reason
+    return reason if isinstance(error, RuntimeError) else str(error)
 
 
 def _is_distributed(args: argparse.Namespace) -> bool:
@@ -297,6 +294,22 @@ def choose_sampling(args: argparse.Namespace, generation: dict[str, Any]) -> es.
 
 
 def _generate(args: argparse.Namespace) -> int:
+    error = None
+    try:
+        setup, ids, values = _prepare(args)
+    except (ValueError, OSError) as refused:
+        error, values = refused, ()
+    check_agreement(values, error)
+    engine = _load(args, setup)
+    session, clock = es.Session(), Clock(engine.load_seconds)
+    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "session": session}
+    engine.answer(args, ids, clock, **options)
+    print_report(args, session.stats, clock)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[_Setup, list[int], tuple]:
+    """Setup and prompt, checked, and what all processes must have in common."""
     # One line end of a piped text is the shell's, not the prompt's.
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     setup = _check(args)
@@ -306,16 +319,11 @@ def _generate(args: argparse.Namespace) -> int:
         ids = setup.tokenizer.encode(prompt)
     # The decoder's own check, but before there is one.
     make_request(setup.config, [ids], args.max_new_tokens, setup.sampling, setup.eos_ids, args.seed)
-    unlike = {"process_id", "base", "draft", "stats"}
-    options = {name: value for name, value in vars(args).items() if name not in unlike}
-    check_agreement(ids, options, setup.config, setup.sampling)
     _plan(args, setup, len(ids) + args.max_new_tokens)
-    engine = _load(args, setup)
-    session, clock = es.Session(), Clock(engine.load_seconds)
-    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "session": session}
-    engine.answer(args, ids, clock, **options)
-    print_report(args, session.stats, clock)
-    return 0
+    own = {"process_id", "base", "draft", "stats", "cpu_devices"}
+    options = {name: value for name, value in vars(args).items() if name not in own}
+    models = [read_metadata(path) for path in (args.base, args.draft) if path is not None]
+    return setup, ids, (ids, options, models, setup.sampling, setup.eos_ids)
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -324,6 +332,8 @@ def _chat(args: argparse.Namespace) -> int:
     talk.ask("?")  # a template that is missing or refuses the system message should show now
     talk.withdraw()
     max_len = min(setup.config.context, args.max_len or DEFAULT_SESSION)
+    if max_len < 2:
+        raise ValueError(f"--max-len must be at least 2, got {args.max_len}")
     _plan(args, setup, max_len)
     engine = _load(args, setup)
     session, clock, seed = es.Session(max_len), Clock(engine.load_seconds), args.seed

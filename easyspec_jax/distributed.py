@@ -7,6 +7,7 @@ comes out of a decoder is the same in every process.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -31,7 +32,8 @@ def initialize_distributed(
       num_processes: how many there are.
       process_id: which of them this is, from 0.
       timeout: seconds to wait for the others to come, and after which one that is silent counts as
-        dead: jax then ends the process. One that ends is noticed at once, as a RuntimeError.
+        dead: jax then ends this process. One that dies while decoding is noticed at once, as a
+        RuntimeError; earlier, while models are loaded, jax ends this process.
 
     Raises:
       ValueError: an address, a number or an id that cannot be.
@@ -66,21 +68,43 @@ def _check(coordinator, num_processes, process_id) -> None:
         raise ValueError(f"process_id must be in 0 .. {num_processes - 1}, got {process_id!r}")
 
 
-def check_agreement(*values: object) -> None:
-    """Every process was given the same; values are compared by what they print as.
+def check_agreement(values: Sequence[object], error: Exception | None = None) -> None:
+    """Every process was given the same values, compared by what they print as, and none has failed.
+
+    Args:
+      values: of this process.
+      error: why this process cannot go on; raised here, when the others know.
 
     Raises:
-      ValueError: in every process, naming those that differ from process 0.
+      ValueError: in every process, naming those that differ from process 0, or that failed.
     """
     if jax.process_count() == 1:
+        if error is not None:
+            raise error
         return
     from jax.experimental import multihost_utils
 
     digest = hashlib.sha256("\0".join(map(repr, values)).encode()).digest()
-    found = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    others = [i for i, row in enumerate(found) if (row != found[0]).any()]
-    if others:
+    mine = np.frombuffer(bytes([error is not None]) + digest, np.uint8)
+    found = multihost_utils.process_allgather(mine)
+    if error is not None:
+        raise error
+    failed = np.flatnonzero(found[:, 0])
+    if failed.size:
+        raise ValueError(f"process {_listed(failed)} could not start: its own message says why")
+    others = np.flatnonzero((found != found[0]).any(axis=1))
+    if others.size:
         raise ValueError(
-            f"process {', '.join(map(str, others))} was started with another prompt, checkpoint or "
-            "options than process 0: start all of them alike"
+            f"process {_listed(others)} was started with another prompt, checkpoint or options "
+            "than process 0: start all of them alike"
         )
+
+
+def _listed(indices: np.ndarray) -> str:
+    return ", ".join(str(i) for i in indices)
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error tells of another process that has ended or cannot be reached."""
+    words = ("gloo", "nccl", "peer", "connect", "unavailable", "deadline", "barrier", "heartbeat")
+    return any(word in str(error).lower() for word in words)

@@ -51,9 +51,11 @@ def run(args: argparse.Namespace) -> int:
         "as draft": _splits(make_layout(small, mesh, rules)),
     }
     tokens = args.max_len or min(c.context, DEFAULT_SESSION)
+    if not 2 <= tokens <= c.context:
+        raise ValueError(f"--max-len must be in 2 .. {c.context}, the base's context, got {tokens}")
     pairs = {dtype: _decoder(args, c, draft, mesh, rules, dtype) for dtype in DTYPES}
     budgets = {
-        dtype: pair.memory(args.batch, 1, max_new_tokens=max(tokens - 1, 1))
+        dtype: pair.memory(args.batch, 1, max_new_tokens=tokens - 1)
         for dtype, pair in pairs.items()
     }
     rows["on a device"] = f"GiB for {args.batch} x {tokens} tokens"
@@ -83,6 +85,8 @@ def read_config(path: str) -> tuple[es.ModelConfig, dict[str, Any]]:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is no JSON file: name a checkpoint or a config.json") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file} is no configuration: name a checkpoint or a config.json")
     return es.ModelConfig.from_hf(entries), {}
 
 

@@ -32,7 +32,7 @@ def device_memory(mesh: Mesh) -> int | None:
     platform does not say (CPU).
     """
     stats = [device.memory_stats() for device in mesh.local_devices]
-    if not all(s and "bytes_limit" in s for s in stats):
+    if not stats or not all(s and "bytes_limit" in s for s in stats):
         return None
     return min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
 

@@ -32,7 +32,8 @@ def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
     that `layer` leaves.
 
     Raises:
-      ValueError: an axis that is no whole number above 0, or more devices asked for than there are.
+      ValueError: an axis that is no whole number above 0, more devices asked for than there are, or
+        a process that none of them belongs to.
     """
     devices = jax.devices()
     for name, size in (("layer", layer), ("tensor", tensor)):
@@ -47,7 +48,14 @@ def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
             f"a mesh of layer={layer} x tensor={tensor} "
             f"needs {layer * tensor} devices, but there are {len(devices)}"
         )
-    grid = np.asarray(devices[: layer * tensor]).reshape(layer, tensor)
+    chosen = devices[: layer * tensor]
+    idle = {d.process_index for d in devices} - {d.process_index for d in chosen}
+    if idle:
+        raise ValueError(
+            f"a mesh of layer={layer} x tensor={tensor} leaves process {min(idle)} without a "
+            "device: start fewer processes, or use more devices"
+        )
+    grid = np.asarray(chosen).reshape(layer, tensor)
     return Mesh(grid, (LAYER, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -167,7 +175,7 @@ class Layout:
         """`named`, with every axis that it leaves out put on a dimension that it divides, one that
         is split already if possible: how a matrix is read, so that no two devices read the same.
         """
-        if len(shape) == 1:
+        if len(shape) == 1 or not set("DFV") & set(letters):  # norms and biases: too small
             return self.named(letters)
         named = [*self.spec(letters), *[None] * len(shape)][: len(shape)]
         axes = [(name,) if isinstance(name, str) else (name or ()) for name in named]
@@ -199,6 +207,12 @@ def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
         "mlp_dim": _minus(real(rules.mlp), mlp),
         "vocab_size": _minus(real(rules.vocab), vocab),
     }
+    group = next(iter(real((rules.group,) if rules.group else ())), None)
+    layout = Layout(mesh, kv, query, mlp, vocab, group)
+    if group is not None and rules.exact == "copy":
+        layout = dataclasses.replace(layout, copy=_over_group(config, layout))
+        if group not in layout.copy.heads:
+            replicated["heads of the second copy"] = (group,)
     notes = [f"{name} over {'/'.join(axes)}" for name, axes in replicated.items() if axes]
     if notes:
         logger.info(
@@ -206,11 +220,7 @@ def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
             dict(mesh.shape),
             ", ".join(notes),
         )
-    group = next(iter(real((rules.group,) if rules.group else ())), None)
-    layout = Layout(mesh, kv, query, mlp, vocab, group)
-    if group is None or rules.exact == "turns":
-        return layout
-    return dataclasses.replace(layout, copy=_over_group(config, layout))
+    return layout
 
 
 def _over_group(config: ModelConfig, layout: Layout) -> Layout:

@@ -6,6 +6,7 @@ can be looked at on CPU devices, and what a formula says is compared with it in 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -44,13 +45,17 @@ def collectives(decoder: Decoder, batch: int = 1, max_len: int = 512) -> list[Co
     Args:
       decoder: its models may be `abstract_model`s; nothing is allocated.
       batch: rows.
-      max_len: tokens of each row in all; it changes no collective.
+      max_len: tokens of each row in all, at most the context; it changes no collective.
+
+    Drafts are not stopped early here: a step at full depth.
 
     Raises:
-      ValueError: `max_len` below 2, or beyond the context.
+      ValueError: `max_len` below 2.
     """
     if max_len < 2:
         raise ValueError(f"max_len must be at least 2, got {max_len}")
+    decoder = copy.copy(decoder)
+    decoder.min_draft_probability = None
     prompts = np.zeros((batch, 1), np.int32)
     context = decoder.base.config.max_len
     request = make_request(decoder.base.config, prompts, min(max_len, context) - 1)

@@ -295,8 +295,10 @@ def test_info_lists_what_devices_exchange(easyspec):
 
 def test_info_refuses_what_is_no_configuration(easyspec, tmp_path):
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
     for path, sentence in (
         (tmp_path, "is no JSON file: name a"),
+        (tmp_path / "list.json", "list.json is no configuration: name a checkpoint"),
         ("nowhere", "is not a converted"),
     ):
         status, _, err = easyspec("info", path)
@@ -307,6 +309,15 @@ def test_info_refuses_what_is_no_configuration(easyspec, tmp_path):
     ("argv", "sentence"),
     [
         (("generate", "--base", "nowhere", "hi"), "nowhere is not a converted checkpoint"),
+        (("info", "base", "--max-len", 257), "--max-len must be in 2 .. 256, the base's context"),
+        (("chat", "--base", "base", "--max-len", 1), "--max-len must be at least 2, got 1"),
+        (
+            (
+                *("generate", "--base", "base", "--draft", "base", "--exact-pass", "copy"),
+                *("--draft-layout", "tensor", "x"),
+            ),
+            "a copy for exact passes needs layers of a group over a mesh axis",
+        ),
         (("generate", "--base", "bare", "hi"), "bare has no tokenizer"),
         (("generate", "--base", "base", "--show-draft", "hi"), "--show-draft needs --draft"),
         (("generate", "--base", "base", "--no-calibrate", "x"), "--no-calibrate needs --draft"),

@@ -96,10 +96,14 @@ def test_the_folder_holds_configs_tokenizer_and_metadata(folder, tmp_path):
         "eos_token_id": [7, 2],
         "temperature": 0.6,
     }
+    weights = 0
+    for part in (checkpoint.TOP, *map(checkpoint.layer_name, range(3))):
+        weights ^= checkpoint.checksum(part, load_part(out, part))
     assert json.loads((out / checkpoint.METADATA_FILE).read_text()) == {
         "format": checkpoint.FORMAT,
         "dtype": "float32",
         "tokenizer": convert.tokenizer_hash(folder),
+        "weights": f"{weights:08x}",
     }
     assert {p.name for p in tmp_path.iterdir()} == {"hf", "out"}
 

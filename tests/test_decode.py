@@ -133,11 +133,22 @@ OTHER_LAYOUTS = [
     "layout", [COPY, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_LAYOUTS[1:])], ids=str
 )
 def test_a_draft_may_be_laid_out_in_any_way(layout):
-    """In one program with a base over all devices; also from a session that goes on."""
-    want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
+    """In one program with a base over all devices: what is drafted, and so every statistic, is what
+    one device drafts; also in a session that goes on.
+    """
     draft = model((4, 2), group_size=3, layout=layout)
     decoder = es.Decoder(model((4, 2)), es.LayerParallelDrafter(draft), num_draft_tokens=3)
-    assert decoder.generate(PROMPTS, max_new_tokens=NEW).tokens == want
+    assert decoder.generate(PROMPTS, max_new_tokens=NEW) == self_drafting().generate(
+        PROMPTS, max_new_tokens=NEW
+    )
+    histories = []
+    for each in (decoder, self_drafting()):
+        session, text = es.Session(96), PROMPTS[0]
+        for more in ([], [3, 4, 5]):
+            text = text + more
+            text = text + joined(each.stream(text, max_new_tokens=12, session=session))
+        histories.append((text, session.stats))
+    assert histories[0] == histories[1]
 
 
 @pytest.mark.slow
@@ -162,13 +173,16 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, sizes, layout):
         vocab_size=61, embed_dim=12, mlp_dim=18, num_layers=8, num_heads=heads[0],
         num_kv_heads=heads[1], head_dim=4, max_len=96,
     )  # fmt: skip
-    alone = es.Decoder(model((1, 1), config=config))
-    want = alone.generate(PROMPTS, max_new_tokens=NEW).tokens
     for size in sizes:
-        draft = model(mesh_shape, group_size=size, layout=layout, config=config)
-        base = model(mesh_shape, config=config)
-        decoder = es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=3)
-        assert decoder.generate(PROMPTS, max_new_tokens=NEW).tokens == want
+        seen = []
+        for shape, how in ((mesh_shape, layout), ((1, 1), "layer")):
+            draft = model(shape, group_size=size, layout=how, config=config)
+            drafter = es.LayerParallelDrafter(draft)
+            decoder = es.Decoder(model(shape, config=config), drafter, num_draft_tokens=3)
+            seen.append(decoder.generate(PROMPTS, max_new_tokens=NEW))
+        assert seen[0] == seen[1]
+    alone = es.Decoder(model((1, 1), config=config))
+    assert alone.generate(PROMPTS, max_new_tokens=NEW).tokens == seen[0].tokens
 
 
 @pytest.mark.slow

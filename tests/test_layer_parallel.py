@@ -223,7 +223,14 @@ def test_groups_of_one_layer_are_the_ordinary_model(runner, load):
 
 
 @pytest.mark.parametrize(
-    "case", [("llama", (4, 2), GROUPS), ("mha", (2, 2), (1, 3, 2), COPY)], ids=str
+    "case",
+    [
+        ("llama", (4, 2), GROUPS),
+        ("mha", (2, 2), (1, 3, 2), COPY),
+        ("qwen2", (2, 4), (5, 1), COPY),  # queries split over both axes
+        ("qwen2", (3, 1), (5, 1), COPY),  # heads that divide by nothing
+    ],
+    ids=str,
 )
 def test_an_exact_pass_repairs_what_a_parallel_one_left(case, load):
     # calibration: the same positions again, exactly

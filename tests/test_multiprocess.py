@@ -164,6 +164,26 @@ def test_processes_started_differently_are_refused(checkpoints):
         assert "error: process 1 was started with another prompt, checkpoint or options" in err
 
 
+@pytest.mark.parametrize(
+    ("others", "first", "second"),
+    [
+        (("--base", "nowhere"), "process 1 could not start: its own", "nowhere is not a converted"),
+        (("--draft", "base"), "process 1 was started with another", "process 1 was started with"),
+    ],
+    ids=["no checkpoint", "another draft"],
+)
+def test_processes_refuse_together(checkpoints, others, first, second):
+    pair = [finish(process) for process in both(checkpoints, others=others)]
+    assert [(status, out) for status, out, _ in pair] == [(1, "")] * 2
+    assert first in pair[0][2] and second in pair[1][2]
+
+
+def test_a_mesh_without_a_process_is_refused(checkpoints):
+    for status, out, err in map(finish, both(checkpoints, "--layer", 2, "--tensor", 2)):
+        assert (status, out) == (1, "")
+        assert "error: a mesh of layer=2 x tensor=2 leaves process 1 without a device" in err
+
+
 def test_a_process_alone_gives_up_in_time(checkpoints):
     where = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--timeout", 5)
     began = time.monotonic()

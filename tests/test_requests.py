@@ -332,4 +332,6 @@ def test_impossible_processes_are_refused(given, sentence):
 
 
 def test_a_process_alone_agrees_with_itself():
-    assert check_agreement([1], "a") is None
+    assert check_agreement([1, "a"]) is None
+    with pytest.raises(OSError, match="not there"):
+        check_agreement((), OSError("not there"))

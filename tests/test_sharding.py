@@ -282,7 +282,10 @@ def test_a_checkpoint_saved_from_any_mesh_loads_on_any_other(
     )
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
     again, first = load_all(tmp_path / "a", 2), load_all(checkpoints[name], 2)
-    assert again.keys() == first.keys()
+    metadata = [
+        json.loads((f / "easyspec.json").read_text()) for f in (tmp_path / "a", checkpoints[name])
+    ]
+    assert again.keys() == first.keys() and metadata[0] == metadata[1]
     for key, array in again.items():
         np.testing.assert_array_equal(array, first[key])
     model = es.load_model(tmp_path / "a", es.make_mesh(2, 4), dtype=jnp.float64)
@@ -296,6 +299,8 @@ def test_saving_refuses_what_would_be_lost_or_wrong(checkpoints, load, tmp_path)
         es.save_model(model, tmp_path, checkpoints["9/3"])
     with pytest.raises(ValueError, match="is of another model: its configuration is not this"):
         es.save_model(model, tmp_path / "a", checkpoints["8/8 tied"])
+    with pytest.raises(ValueError, match="has another tokenizer than this model"):
+        es.save_model(model.replace(tokenizer="b"), tmp_path / "a", checkpoints["9/3"])
     assert not list(tmp_path.iterdir())
 
 

@@ -31,6 +31,10 @@ def pair(shape, layout, **options):
     return es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=GAMMA, **options)
 
 
+def request():
+    return es.request.make_request(BASE, [[1]], 4096)
+
+
 def by_block(found, phase):
     """Of one phase: part -> Counter of (kind, bytes)."""
     parts = collections.defaultdict(collections.Counter)
@@ -65,6 +69,12 @@ def check_nothing_large_moves(decoder, found):
         if len([n for n in x.sharding.shard_shape(x.shape) if n > 1]) > 1
     )
     assert max(one.bytes for one in found if one.part != "logits") < smallest
+    caches = jax.tree.leaves(
+        (decoder.planned(request()).cache, decoder.planned(request()).draft.cache)
+    )
+    entries = [x for x in caches if x.ndim > 1]
+    held = min(math.prod(x.sharding.shard_shape(x.shape)) for x in entries)
+    assert max(one.bytes for one in found if one.part != "logits") < FLOAT * held
     assert {one.phase for one in found} <= {"calibrate", "draft", "verify"}
 
 
@@ -118,6 +128,8 @@ def test_a_second_copy_costs_one_exchange_of_new_entries_per_slot():
     assert exact["block_2"] == sums(4, window) + exchange
     assert by_block(found, "draft")["block_1"] == sums(1, WIDTH, layers=4) + sums(4, WIDTH)
     check_verification(found)
+    early = pair((4, 2), COPY, tree_width=WIDTH, min_draft_probability=0.5)
+    assert early.min_draft_probability == 0.5 and collectives(early) == found
 
 
 @pytest.mark.slow

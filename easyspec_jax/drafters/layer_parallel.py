@@ -63,7 +63,8 @@ class LayerParallelDrafter(DrafterBase):
             names = ", ".join(map(repr, CANDIDATES))
             raise ValueError(f"candidates must be one of {names}, got {self.candidates!r}")
         layout = getattr(self.draft, "layout", None)  # jax also puts placeholders there
-        if not self.calibrate and layout is not None and layout.copy is not None:
+        grouped = layout is not None and max(self.draft.partition) > 1
+        if not self.calibrate and grouped and layout.copy is not None:
             raise ValueError('a draft with exact="copy" needs calibrate=True')
 
     def models(self) -> tuple[Model, ...]:
