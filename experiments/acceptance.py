@@ -18,13 +18,12 @@ import json
 import math
 import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
 import jax
-from prompt_sets import FILES, read_set
-from records import append, machine, without_places
+from prompt_sets import FILES, read_prompts
+from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
@@ -54,31 +53,6 @@ def make_grid(args: argparse.Namespace) -> list[Arm]:
         for size in args.group_sizes
         for calibrate in ((True, False) if size > 1 else (None,))
     ]
-
-
-def read_prompts(args: argparse.Namespace) -> dict[str, list[list[int]]]:
-    """Token ids of the first short enough items of each set; with --chat as a user's message."""
-    tokenizer = Tokenizer(args.base)
-    prompts: dict[str, list[list[int]]] = {}
-    for option in args.set:
-        name, _, path = option.partition("=")
-        if not path or name in prompts:
-            raise ValueError(f"--set takes NAME=PATH, every name once, got {option!r}")
-        found = prompts.setdefault(name, [])
-        for text in read_set(name, path):
-            if len(found) == args.prompts_per_set:
-                break
-            if args.chat:
-                text = tokenizer.render([{"role": "user", "content": text}])
-            ids = tokenizer.encode(text, add_special_tokens=not args.chat)
-            if len(ids) <= args.max_prompt_tokens:
-                found.append(ids)
-        if not 0 < args.prompts_per_set <= len(found):
-            raise ValueError(
-                f"the set {name} has {len(found)} prompts of at most {args.max_prompt_tokens} "
-                f"tokens, but --prompts-per-set is {args.prompts_per_set}"
-            )
-    return prompts
 
 
 def answer(decoder: es.Decoder, temperature: float, prompts, args, progress):
@@ -165,14 +139,8 @@ def measure(args: argparse.Namespace, prompts: list[list[int]], arms: list[Arm])
 def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -> Record:
     """What is measured on what: names of checkpoints and files, not places on one machine."""
     options = without_places({k: v for k, v in vars(args).items() if k != "table"})
-    pairs = [option.partition("=") for option in args.set]
-    options["set"] = [f"{name}={pathlib.Path(path).name}" for name, _, path in pairs]
     lengths = {name: [len(ids) for ids in found] for name, found in prompts.items()}
-    commit = subprocess.run(  # its short hash, marked if files differ; nothing without git
-        "git describe --always --dirty --exclude='*'",
-        shell=True, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True,
-    ).stdout.strip() or None  # fmt: skip
-    return {"machine": machine(), "commit": commit, "options": options, "prompt_tokens": lengths}
+    return {"machine": machine(), "commit": commit(), "options": options, "prompt_tokens": lengths}
 
 
 def read_results(path: pathlib.Path) -> tuple[Record, list[Record]]:
@@ -272,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print(format_results(*read_results(args.table)))
         return
-    sets = read_prompts(args)
+    tokenizer, per_set = Tokenizer(args.base), args.prompts_per_set
+    sets = read_prompts(tokenizer, args.set, per_set, args.max_prompt_tokens, chat=args.chat)
     header, arms = open_results(args.out, make_header(args, sets))
     done = {Arm(**{f.name: r[f.name] for f in dataclasses.fields(Arm)}) for r in arms}
     missing = [arm for arm in make_grid(args) if arm not in done]

@@ -52,6 +52,42 @@ def read_set(name: str, path: str | os.PathLike) -> list[str]:
     return interleave(parts)
 
 
+def read_prompts(
+    tokenizer: Any, options: list[str], num: int, max_tokens: int, *, chat: bool
+) -> dict[str, list[list[int]]]:
+    """Token ids of the first `num` short enough items of each set, by set.
+
+    Args:
+      tokenizer: an `easyspec_jax.text.Tokenizer`.
+      options: "NAME=PATH" of each set.
+      max_tokens: longer prompts are skipped.
+      chat: each is put into the chat template as a user's message.
+
+    Raises:
+      ValueError: a set that cannot be read, or has too few such prompts.
+    """
+    prompts: dict[str, list[list[int]]] = {}
+    for option in options:
+        name, _, path = option.partition("=")
+        if not path or name in prompts:
+            raise ValueError(f"--set takes NAME=PATH, every name once, got {option!r}")
+        found = prompts.setdefault(name, [])
+        for text in read_set(name, path):
+            if len(found) == num:
+                break
+            if chat:
+                text = tokenizer.render([{"role": "user", "content": text}])
+            ids = tokenizer.encode(text, add_special_tokens=not chat)
+            if len(ids) <= max_tokens:
+                found.append(ids)
+        if not 0 < num <= len(found):
+            raise ValueError(
+                f"the set {name} has {len(found)} prompts of at most {max_tokens} tokens, "
+                f"but {num} are asked for"
+            )
+    return prompts
+
+
 def interleave(parts: list[list[str]]) -> list[str]:
     """The first item of every part, then the second of those that have one, and so on."""
     rounds = itertools.zip_longest(*parts)

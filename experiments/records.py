@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import platform
+import subprocess
 from importlib import metadata
 from typing import Any
 
@@ -28,14 +29,26 @@ def machine() -> dict[str, str]:
     }
 
 
+def commit() -> str | None:
+    """Short hash of the code that runs, marked if files differ; None without git."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=pathlib.Path(__file__).parent, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.strip() or None
+
+
 def without_places(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a command line fit to be published: of a path only its last part."""
     places = {"base", "draft", "base_hf", "draft_hf", "converted", "prompts"}
-    return {
-        name: pathlib.Path(value).name if name in places and value is not None else value
-        for name, value in options.items()
-        if name != "out"
-    }
+
+    def fit(name, value):
+        if name == "set" and value is not None:
+            pairs = [option.partition("=") for option in value]
+            return [f"{key}={pathlib.Path(path).name}" for key, _, path in pairs]
+        return pathlib.Path(value).name if name in places and value is not None else value
+
+    return {name: fit(name, value) for name, value in options.items() if name != "out"}
 
 
 def append(path: pathlib.Path | None, record: dict[str, Any]) -> str:

@@ -253,7 +253,7 @@ def test_a_rerun_measures_only_what_is_missing(measured, tmp_path, monkeypatch, 
     [
         (["--seed", "1"], "was measured with other seed: choose another"),
         (["--max-prompt-tokens", "22"], "the set text has 1 prompts of at most 22 tokens, but"),
-        (["--prompts-per-set", "0"], "tokens, but --prompts-per-set is 0"),
+        (["--prompts-per-set", "0"], "tokens, but 0 are asked for"),
         (["--set", "text=other"], "--set takes NAME=PATH, every name once, got 'text=other'"),
         (["--set", "mgsm"], "--set takes NAME=PATH, every name once, got 'mgsm'"),
         (["--table", "lines.txt"], "lines.txt holds no results of this script"),

@@ -1,0 +1,410 @@
+"""Own decoding beside its peers: arms on the same prompts, interleaved in one run, as ratios.
+
+    python experiments/bench.py --base CKPT --draft CKPT --set gsm8k=PATH --num-prompts 5 \
+        --group-size 4 --tree-width 1,4 --arms autoregression,exact,calibrated --out FILE
+
+Arms are autoregression, the speculative ones exact, calibrated and uncalibrated (the draft layer
+after layer, or in groups with and without calibration), and transformers' generate and assisted
+generation in float32 (transformers, assisted, assisted-constant; with --base-hf and --draft-hf).
+Every arm answers a prompt before any sees the next one, after a warm-up that compiles. A speed-up
+is total tokens over total time, by the same code for all arms, against autoregression (the first
+arm where that is left out). FILE gets a header, a line per prompt and a summary; the last line of
+stdout is one JSON document. An error stops the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ceiling import first_gap, measure_bandwidth, streamed_bytes
+from prompt_sets import FILES, read_prompts
+from records import append, commit, machine, without_places
+from tqdm import tqdm
+
+import easyspec_jax as es
+from easyspec_jax.memory import device_bytes
+from easyspec_jax.text import Tokenizer
+
+SPECULATIVE = ("exact", "calibrated", "uncalibrated")
+PEERS = ("transformers", "assisted", "assisted-constant")
+ARMS = ("autoregression", *SPECULATIVE, *PEERS)
+Answer = tuple[list[int], es.Stats | None]
+
+
+@dataclasses.dataclass
+class Arm:
+    """One way to decode."""
+
+    run: Callable[[list[int], int], Answer]  # prompt, seed -> new tokens and statistics
+    decoder: es.Decoder | None = None  # None: not ours
+    compile_seconds: float = 0.0
+
+
+def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
+    """Autoregression and the speculative arms asked for, in each group size and tree width."""
+    sizes = {"exact": [1], "calibrated": args.group_size, "uncalibrated": args.group_size}
+    decoders, drafts = {}, {}
+    for name in args.arms:
+        if name == "autoregression":
+            decoders[name] = es.Decoder(base)
+        for size in sizes.get(name, []):
+            if size not in drafts:
+                drafts[size] = es.load_model(
+                    args.draft, base.layout.mesh, group_size=size, layout="layer"
+                )
+            drafter = es.LayerParallelDrafter(drafts[size], calibrate=name != "uncalibrated")
+            for width in args.tree_width:
+                full = name + (f", group {size}" if len(sizes[name]) > 1 else "")
+                full += f", width {width}" if len(args.tree_width) > 1 else ""
+                decoders[full] = es.Decoder(
+                    base,
+                    drafter,
+                    num_draft_tokens=args.num_draft_tokens,
+                    tree_width=width,
+                    min_draft_probability=args.min_draft_probability,
+                )
+    sampling = es.Sampling(temperature=args.temperature)
+
+    def arm(decoder):
+        def run(ids, seed):
+            options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": seed}
+            out = decoder.generate([ids], **options)
+            return out.tokens[0], out.stats
+
+        return Arm(run, decoder)
+
+    return {name: arm(decoder) for name, decoder in decoders.items()}
+
+
+def peer_arms(args: argparse.Namespace) -> dict[str, Arm]:
+    """`generate` of transformers in float32, alone and assisted by the draft."""
+    names = [name for name in args.arms if name in PEERS]
+    if not names:
+        return {}
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    base, options = load(args.base_hf), {"transformers": {}}
+    if names != ["transformers"]:
+        options["assisted"] = {"assistant_model": load(args.draft_hf)}
+        options["assisted-constant"] = options["assisted"] | {
+            "num_assistant_tokens": args.num_draft_tokens,
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": 0.0,
+        }
+    draw = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    if args.temperature == 0:
+        draw = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+    def arm(more):
+        def run(ids, seed):
+            torch.manual_seed(seed)
+            x, n = torch.tensor([ids]), args.max_new_tokens
+            with torch.inference_mode():
+                out = base.generate(
+                    x, attention_mask=torch.ones_like(x), max_new_tokens=n, min_new_tokens=n,
+                    pad_token_id=0, **draw, **more,
+                )  # fmt: skip
+            return out[0, len(ids) :].tolist(), None
+
+        return Arm(run)
+
+    return {name: arm(options[name]) for name in names}
+
+
+def card(args: argparse.Namespace, base: es.Model, bandwidth: float) -> dict[str, Any]:
+    """What is known before anything is timed: sizes, and the speed no autoregression exceeds."""
+    c, size = base.config, base.dtype.itemsize
+    streamed = streamed_bytes(base)
+    return {
+        "base": pathlib.Path(args.base).name,
+        "draft": pathlib.Path(args.draft).name if args.draft else None,
+        "dtype": base.dtype.name,
+        "mesh": dict(base.layout.mesh.shape),
+        "weight_bytes_per_device": device_bytes(base.params),
+        "streamed_bytes_per_token": streamed,
+        "kv_bytes_per_token": 2 * c.num_layers * c.num_kv_heads * c.head_dim * size,
+        "bandwidth_gb_per_s": round(bandwidth / 1e9, 2),
+        "ceiling_tokens_per_second": round(bandwidth / streamed, 2),
+    }
+
+
+def warm_up(arms: dict[str, Arm], prompts: list[list[int]]) -> None:
+    """Every arm has answered the shortest and the longest prompt; compilation is timed."""
+    for arm in arms.values():
+        seconds = []
+        listen = lambda event, s, seconds=seconds, **_: (  # noqa: E731
+            seconds.append(s) if event.startswith("/jax/core/compile/") else None
+        )
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        for ids in (min(prompts, key=len), max(prompts, key=len)):
+            arm.run(ids, 0)
+        jax.monitoring.unregister_event_duration_listener(listen)
+        arm.compile_seconds = sum(seconds)
+
+
+def answer_all(
+    arms: dict[str, Arm], ids: list[int], seed: int, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Every arm's answer to one prompt: its tokens, the median seconds of `repeats`, statistics."""
+    seen: dict[str, list] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            tokens, stats = arm.run(ids, seed)
+            seen[name].append((time.perf_counter() - start, tokens, stats))
+    answers = {}
+    for name, runs in seen.items():
+        _, tokens, stats = runs[0]
+        if any(run[1] != tokens for run in runs):
+            raise RuntimeError(f"{name} gave other tokens when it was asked again")
+        seconds = statistics.median(run[0] for run in runs)
+        answers[name] = {"seconds": seconds, "tokens": tokens, "stats": stats}
+    return answers
+
+
+def compare(answers: dict[str, dict[str, Any]], reference: str) -> None:
+    """Every answer says where it first leaves the reference's tokens; None where it does not."""
+    expected = answers[reference]["tokens"]
+    for answer in answers.values():
+        pairs = zip(expected, answer["tokens"], strict=False)
+        shorter = min(len(expected), len(answer["tokens"]))
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+        same = answer["tokens"] == expected
+        answer["divergence"] = None if same else at
+
+
+def prompt_record(name: str, index: int, ids: list[int], answers: dict) -> dict[str, Any]:
+    """The line of one prompt: wall time, new tokens and accepted counts of every arm."""
+    arms = {}
+    for arm, answer in answers.items():
+        stats = answer["stats"]
+        arms[arm] = {
+            "wall_time": round(answer["seconds"], 5),
+            "new_tokens": len(answer["tokens"]),
+            "tokens": answer["tokens"],
+            "steps": stats.steps if stats else None,
+            "accepted_histogram": stats.accepted_histogram if stats else None,
+            "divergence": answer["divergence"],
+        }
+    return {"set": name, "index": index, "prompt_tokens": len(ids), "arms": arms}
+
+
+def summarise(
+    runs: list[dict[str, dict[str, Any]]], reference: str, temperature: float
+) -> dict[str, dict[str, Any]]:
+    """One record per arm over all prompts; ratios are against the reference on the same prompts.
+
+    Args:
+      runs: of every prompt, every arm's answer.
+    """
+
+    def pace(answer):
+        return answer["seconds"] / len(answer["tokens"])
+
+    records = {}
+    expected = [run[reference] for run in runs]
+    paces = [sum(a["seconds"] for a in expected), sum(len(a["tokens"]) for a in expected)]
+    for name in runs[0]:
+        mine = [run[name] for run in runs]
+        seconds, tokens = (sum(a["seconds"] for a in mine), sum(len(a["tokens"]) for a in mine))
+        ratios = [pace(r) / pace(a) for r, a in zip(expected, mine, strict=True)]
+        stats = [a["stats"] for a in mine if a["stats"] is not None]
+        records[name] = {
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "ms_per_token": round(1e3 * seconds / tokens, 2),
+            "speedup": round((paces[0] / paces[1]) / (seconds / tokens), 3),
+            "speedup_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)]
+            if len(ratios) > 1
+            else None,
+            "prompts": len(mine),
+            **rates(stats),
+        }
+        if temperature == 0:
+            records[name]["identical"] = sum(a["divergence"] is None for a in mine)
+    return records
+
+
+def rates(stats: list[es.Stats]) -> dict[str, Any]:
+    """Tokens per step and acceptance over all prompts; None for arms that do not count."""
+    steps = sum(s.steps for s in stats)
+    depths = (
+        zip(*([(s.accepted_per_depth, s.tried_per_depth) for s in stats]), strict=True)
+        if stats
+        else ((), ())
+    )
+    accepted, tried = ([sum(column) for column in zip(*d, strict=True)] for d in depths)
+    return {
+        "tokens_per_step": round(sum(s.emitted for s in stats) / steps, 4) if steps else None,
+        "acceptance_rate": round(sum(accepted) / sum(tried), 4) if sum(tried) else None,
+        "acceptance_per_depth": [
+            round(a / t, 4) if t else 0.0 for a, t in zip(accepted, tried, strict=True)
+        ],
+    }
+
+
+def add_divergences(records, runs, prompts, arms, base, reference) -> None:
+    """Each greedy record says where its first divergence is, and how near the two best tokens of
+    the base were there.
+    """
+    for name, record in records.items():
+        found = [(i, run[name]["divergence"]) for i, run in enumerate(runs)]
+        i, at = next(((i, at) for i, at in found if at is not None), (None, None))
+        record["first_divergence"] = None
+        if i is not None:
+            agreed = prompts[i] + runs[i][reference]["tokens"][:at]
+            gap = first_gap(base, agreed)
+            record["first_divergence"] = {"prompt": i, "token": at, "top_two_gap": round(gap, 6)}
+
+
+def add_phases(records: dict[str, dict], arms: dict[str, Arm], args: argparse.Namespace) -> None:
+    """Each of our records has the milliseconds of a step's phases and what compiling took."""
+    sampling = es.Sampling(temperature=args.temperature)
+    for name, arm in arms.items():
+        records[name]["compile_seconds"] = round(arm.compile_seconds, 2)
+        if arm.decoder is not None and args.phases:
+            times = arm.decoder.profile(sampling=sampling, repeats=args.phases)
+            records[name]["phase_ms"] = {k: round(1e3 * t, 3) for k, t in times.items()}
+
+
+def peak_bytes() -> int:
+    """Most memory held so far: of the first device where it says so, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(stats.get("peak_bytes_in_use", own))
+
+
+def format_table(records: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines for people."""
+    lines = [
+        f"{'arm':34}{'ms/token':>9}{'speed-up':>10}{'quartiles':>18}{'tok/step':>9}"
+        f"{'accepted':>9}  identical"
+    ]
+    for name, r in records.items():
+        quartiles = " ".join(f"{q:.2f}" for q in r["speedup_quartiles"] or [])
+        step = f"{r['tokens_per_step']:.2f}" if r["tokens_per_step"] else "-"
+        rate = f"{r['acceptance_rate']:.3f}" if r["acceptance_rate"] is not None else "-"
+        same = f"{r['identical']}/{r['prompts']}" if "identical" in r else "-"
+        gap = r.get("first_divergence")
+        if gap:
+            same += f", first at prompt {gap['prompt']}, token {gap['token']}: the two best "
+            same += f"tokens are {gap['top_two_gap']:.2g} apart"
+        lines.append(
+            f"{name:34}{r['ms_per_token']:9.2f}{r['speedup']:9.2f}x{quartiles:>18}{step:>9}"
+            f"{rate:>9}  {same}"
+        )
+    for name, r in records.items():
+        if "phase_ms" in r:
+            parts = ", ".join(f"{phase} {ms:.2f}" for phase, ms in r["phase_ms"].items())
+            lines.append(f"ms of {name}: {parts}")
+    return lines
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+
+    def numbers(text):
+        return [int(n) for n in text.split(",")]
+
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--base", required=True, help="converted checkpoint")
+    p.add_argument("--draft", help="converted checkpoint; the base's own for self-drafting")
+    p.add_argument("--base-hf", help="the base as a Hugging Face folder, for transformers' arms")
+    p.add_argument("--draft-hf", help="the draft likewise, for assisted generation")
+    names = ", ".join(FILES)
+    p.add_argument(
+        "--set", action="append", default=[], metavar="NAME=PATH", help=f"repeatable: {names}"
+    )
+    p.add_argument("--prompts", help="text file, one prompt a line (or a folder of such)")
+    p.add_argument("--num-prompts", type=int, default=5, help="of each set")
+    p.add_argument("--max-prompt-tokens", type=int, default=512, help="longer ones are skipped")
+    p.add_argument("--chat", action="store_true", help="each prompt is a user's message")
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--num-draft-tokens", type=int, default=5)
+    p.add_argument("--group-size", type=numbers, default=[4], metavar="S[,S]")
+    p.add_argument("--tree-width", type=numbers, default=[1], metavar="W[,W]")
+    p.add_argument("--min-draft-probability", type=float, help="stop drafting early")
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--seed", type=int, default=0)
+    default = "autoregression,exact,uncalibrated,calibrated"
+    arms = f"of {', '.join(ARMS)} (default {default})"
+    p.add_argument("--arms", type=lambda s: s.split(","), default=default.split(","), help=arms)
+    p.add_argument("--repeats", type=int, default=1, help="medians of so many answers")
+    p.add_argument("--phases", type=int, default=5, help="steps timed per phase; 0: none")
+    p.add_argument("--layer", type=int, default=1, help="devices for the layers of a group")
+    p.add_argument("--tensor", type=int, help="devices for heads (default: all others)")
+    p.add_argument("--dtype", help="of weights; default float32 on CPU, else bfloat16")
+    p.add_argument("--bandwidth", type=float, help="GB/s of a device; default: measured")
+    p.add_argument("--out", type=pathlib.Path, help="JSONL file to append to")
+    args = p.parse_args(argv)
+    _check(p, args)
+    return args
+
+
+def _check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    unknown = [arm for arm in args.arms if arm not in ARMS]
+    if unknown or len(set(args.arms)) < len(args.arms):
+        p.error(f"--arms takes each of {', '.join(ARMS)} at most once, got {','.join(args.arms)}")
+    if not args.set and not args.prompts:
+        p.error("--set or --prompts is needed")
+    if not args.draft and set(args.arms) & {*SPECULATIVE}:
+        p.error("speculative arms need --draft")
+    if set(args.arms) & {*PEERS} and not args.base_hf:
+        p.error("the arms of transformers need --base-hf")
+    if set(args.arms) & {*PEERS[1:]} and not args.draft_hf:
+        p.error("assisted generation needs --draft-hf")
+    if args.repeats < 1 or args.num_prompts < 1 or args.phases < 0:
+        p.error("--repeats and --num-prompts must be at least 1, --phases at least 0")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the card and a table, append the records."""
+    args = parse(argv)
+    options = args.set + ([f"text={args.prompts}"] if args.prompts else [])
+    found = read_prompts(
+        Tokenizer(args.base), options, args.num_prompts, args.max_prompt_tokens, chat=args.chat
+    )
+    base = es.load_model(args.base, es.make_mesh(args.layer, args.tensor), dtype=args.dtype)
+    bandwidth = 1e9 * args.bandwidth if args.bandwidth else measure_bandwidth()
+    shown = card(args, base, bandwidth)
+    print("\n".join(f"{name:26} {value}" for name, value in shown.items()), flush=True)
+    header = {"machine": machine(), "commit": commit(), "card": shown}
+    header |= {"options": without_places(vars(args))}
+    append(args.out, header)
+    arms = own_arms(args, base) | peer_arms(args)
+    reference = "autoregression" if "autoregression" in arms else next(iter(arms))
+    prompts = [(name, i, ids) for name, rows in found.items() for i, ids in enumerate(rows)]
+    warm_up(arms, [ids for _, _, ids in prompts])
+    runs = []
+    for number, (name, i, ids) in enumerate(tqdm(prompts, unit="prompt")):
+        answers = answer_all(arms, ids, args.seed + number, args.repeats)
+        compare(answers, reference)
+        append(args.out, prompt_record(name, i, ids, answers))
+        runs.append(answers)
+    records = summarise(runs, reference, args.temperature)
+    if args.temperature == 0:
+        add_divergences(records, runs, [ids for _, _, ids in prompts], arms, base, reference)
+    add_phases(records, arms, args)
+    print("\n".join(format_table(records)))
+    summary = {"reference": reference, "peak_bytes": peak_bytes(), "arms": records}
+    append(args.out, summary)
+    print(json.dumps(header | summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The benchmark: what it counts, by hand and on a tiny pair."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from decoders import all_logits, model
+from hf_models import run as convert
+from hf_models import tiny_config, write_hf_folder
+
+import easyspec_jax as es
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))  # scripts, no package
+bench = importlib.import_module("bench")
+ceiling = importlib.import_module("ceiling")
+
+
+def stats(steps, emitted, tried, accepted):
+    return es.Stats(
+        steps=steps,
+        emitted=emitted,
+        accepted_histogram=(0, steps),
+        tried_per_depth=tried,
+        accepted_per_depth=accepted,
+        tried_per_rank=(sum(tried),),
+        accepted_per_rank=(sum(accepted),),
+        nodes_drafted=2 * steps,
+    )
+
+
+def answer(seconds, tokens, counted=None):
+    return {"seconds": seconds, "tokens": tokens, "stats": counted}
+
+
+def test_a_speedup_is_total_tokens_over_total_time():
+    runs = [
+        {
+            "a": answer(4.0, [1, 2, 3, 4]),
+            "b": answer(1.0, [1, 2, 3, 4], stats(2, 4, (2, 1), (2, 0))),
+        },
+        {"a": answer(2.0, [5, 6]), "b": answer(2.0, [5, 7], stats(2, 2, (2, 0), (0, 0)))},
+    ]
+    for run in runs:
+        bench.compare(run, "a")
+    assert [run["b"]["divergence"] for run in runs] == [None, 1]
+    records = bench.summarise(runs, "a", temperature=0.0)
+    assert records["a"]["speedup"] == 1.0 and records["a"]["identical"] == 2
+    b = records["b"]
+    assert (b["tokens"], b["seconds"], b["ms_per_token"]) == (6, 3.0, 500.0)
+    assert b["speedup"] == 2.0  # 6 tokens in 6 s against 6 in 3 s; by prompt 4 and 1
+    assert b["speedup_quartiles"] == [0.25, 2.5, 4.75]
+    assert b["identical"] == 1
+    assert b["tokens_per_step"] == 1.5  # 6 / 4
+    assert b["acceptance_rate"] == 0.4  # 2 / 5
+    assert b["acceptance_per_depth"] == [0.5, 0.0]
+    assert records["a"]["tokens_per_step"] is None and records["a"]["acceptance_per_depth"] == []
+    assert "identical" not in bench.summarise(runs, "a", temperature=0.8)["b"]
+
+
+def test_a_shorter_answer_diverges_where_it_ends():
+    run = {"a": answer(1.0, [1, 2, 3]), "b": answer(1.0, [1, 2])}
+    bench.compare(run, "a")
+    assert (run["a"]["divergence"], run["b"]["divergence"]) == (None, 2)
+
+
+def test_an_arm_that_changes_its_mind_stops_the_run():
+    tokens = iter([[1], [2]])
+    arms = {"fickle": bench.Arm(lambda ids, seed: (next(tokens), None))}
+    with pytest.raises(RuntimeError, match="fickle gave other tokens when it was asked again"):
+        bench.answer_all(arms, [1], 0, repeats=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_the_gap_of_the_two_best_tokens(shape):
+    ids = [1, 5, 9]
+    best = np.sort(np.asarray(all_logits(model((1, 1)), [ids])[0, -1]))
+    gap = ceiling.first_gap(model(shape), ids)
+    assert gap == pytest.approx(best[-1] - best[-2], abs=1e-9)
+
+
+def test_an_embedding_is_not_streamed():
+    base = model((1, 1))
+    whole = sum(x.nbytes for x in jax.tree.leaves(base.params))
+    assert ceiling.streamed_bytes(base) == whole - base.params.embed.nbytes
+    assert ceiling.measure_bandwidth(2**16, repeats=1) > 0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with base, draft (as converted and as they came) and a file of prompts."""
+    root = tmp_path_factory.mktemp("bench")
+    for name, layers in (("base", 2), ("draft", 3)):
+        config = tiny_config("llama", vocab_size=90, num_hidden_layers=layers, eos_token_id=0)
+        convert(write_hf_folder(root / f"hf-{name}", config, seed=layers), root / name)
+    (root / "lines.txt").write_text("hello\nyou there\nand more\n")
+    return root
+
+
+def arguments(root, *more):
+    places = {"--base": "base", "--draft": "draft", "--prompts": "lines.txt"}
+    argv = [part for name, place in places.items() for part in (name, str(root / place))]
+    argv += ["--num-prompts", "2", "--max-new-tokens", "8", "--num-draft-tokens", "2"]
+    return [*argv, "--group-size", "2", "--tensor", "1", "--phases", "1", *more]
+
+
+def test_a_run_prints_and_keeps_what_it_measured(tiny, capsys):
+    out = tiny / "out.jsonl"
+    bench.main(arguments(tiny, "--arms", "autoregression,calibrated", "--out", str(out)))
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(document["arms"]) == ["autoregression", "calibrated"]
+    for name, arm in document["arms"].items():
+        assert (arm["tokens"], arm["prompts"], arm["identical"]) == (16, 2, 2)
+        assert arm["seconds"] > 0 and arm["first_divergence"] is None
+        assert arm["tokens_per_step"] >= 1.0 and set(arm["phase_ms"]) >= {"verify", "step"}
+        assert (arm["acceptance_rate"] is None) == (name == "autoregression")
+    assert document["arms"]["autoregression"]["tokens_per_step"] == 1.0
+    assert document["card"]["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    header, *prompts, summary = map(json.loads, out.read_text().splitlines())
+    assert header | summary == document and str(tiny) not in out.read_text()
+    assert [(p["set"], p["index"]) for p in prompts] == [("text", 0), ("text", 1)]
+    first = prompts[0]["arms"]
+    assert all(arm["tokens"] == first["autoregression"]["tokens"] for arm in first.values())
+    assert sum(first["calibrated"]["accepted_histogram"]) == first["calibrated"]["steps"]
+
+
+@pytest.mark.slow
+def test_sizes_and_widths_are_arms_of_their_own(tiny, capsys):
+    arms = ("--arms", "uncalibrated,exact", "--tree-width", "1,2", "--group-size", "2,3")
+    bench.main(arguments(tiny, *arms, "--phases", "0"))
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["reference"] == "uncalibrated, group 2, width 1"
+    assert list(document["arms"]) == [
+        "uncalibrated, group 2, width 1", "uncalibrated, group 2, width 2",
+        "uncalibrated, group 3, width 1", "uncalibrated, group 3, width 2",
+        "exact, width 1", "exact, width 2",
+    ]  # fmt: skip
+    assert all(arm["identical"] == 2 and "phase_ms" not in arm for arm in document["arms"].values())
+
+
+@pytest.mark.slow
+def test_sampled_arms_are_not_compared_token_by_token(tiny, capsys):
+    bench.main(arguments(tiny, "--arms", "autoregression,exact", "--temperature", "0.8"))
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all("identical" not in arm for arm in document["arms"].values())
+
+
+@pytest.mark.slow
+def test_transformers_arms_give_the_same_greedy_text(tiny, capsys):
+    pytest.importorskip("torch")
+    peers = ("--base-hf", str(tiny / "hf-base"), "--draft-hf", str(tiny / "hf-draft"))
+    bench.main(
+        arguments(tiny, *peers, "--arms", "autoregression,transformers,assisted,assisted-constant")
+    )
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(arm["identical"] == 2 for arm in document["arms"].values())
+    assert document["arms"]["assisted"]["tokens_per_step"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--arms", "exact,fast"), "--arms takes each of autoregression, exact"),
+        (("--arms", "exact,exact"), "at most once, got exact,exact"),
+        (("--arms", "transformers"), "the arms of transformers need --base-hf"),
+        (("--arms", "assisted", "--base-hf", "x"), "assisted generation needs --draft-hf"),
+        (("--num-prompts", "0"), "--num-prompts must be at least 1"),
+    ],
+)
+def test_impossible_runs_are_refused(tiny, capsys, more, sentence):
+    with pytest.raises(SystemExit):
+        bench.main(arguments(tiny, *more))
+    assert sentence in capsys.readouterr().err
