@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import platform
@@ -19,13 +20,21 @@ def machine() -> dict[str, str]:
         if cpu.exists()
         else []
     )
-    versions = {name: metadata.version(name) for name in ("jax", "transformers")}
     return {
         "device": jax.devices()[0].device_kind,
         "cpu": f"{len(names)} x {names[0].partition(': ')[2]}" if names else platform.processor(),
         "python": platform.python_version(),
-        **versions,
+        **versions("jax", "transformers"),
     }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of those packages that are there."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def without_places(options: dict[str, Any]) -> dict[str, Any]:
