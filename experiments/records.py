@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from typing import Any
@@ -20,22 +22,32 @@ def machine() -> dict[str, str]:
         if cpu.exists()
         else []
     )
-    versions = {name: metadata.version(name) for name in ("jax", "transformers")}
     return {
         "device": jax.devices()[0].device_kind,
         "cpu": f"{len(names)} x {names[0].partition(': ')[2]}" if names else platform.processor(),
         "python": platform.python_version(),
-        **versions,
+        **versions("jax", "transformers"),
     }
 
 
 def commit() -> str | None:
     """Short hash of the code that runs, marked if files differ; None without git."""
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=pathlib.Path(__file__).parent, capture_output=True, text=True,
     )  # fmt: skip
     return done.stdout.strip() or None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of those packages that are there."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def without_places(options: dict[str, Any]) -> dict[str, Any]:
