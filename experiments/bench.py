@@ -25,12 +25,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from ceiling import first_gap, measure_bandwidth, streamed_bytes
+from ceiling import measure_bandwidth, streamed_bytes, top_gap
 from prompt_sets import FILES, read_prompts
 from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
+from easyspec_jax.demo import divergence
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.text import Tokenizer
 
@@ -179,11 +180,7 @@ def compare(answers: dict[str, dict[str, Any]], reference: str) -> None:
     """Every answer says where it first leaves the reference's tokens; None where it does not."""
     expected = answers[reference]["tokens"]
     for answer in answers.values():
-        pairs = zip(expected, answer["tokens"], strict=False)
-        shorter = min(len(expected), len(answer["tokens"]))
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
-        same = answer["tokens"] == expected
-        answer["divergence"] = None if same else at
+        answer["divergence"] = divergence(expected, answer["tokens"])
 
 
 def prompt_record(name: str, index: int, ids: list[int], answers: dict) -> dict[str, Any]:
@@ -266,7 +263,7 @@ def add_divergences(records, runs, prompts, arms, base, reference) -> None:
         record["first_divergence"] = None
         if i is not None:
             agreed = prompts[i] + runs[i][reference]["tokens"][:at]
-            gap = first_gap(base, agreed)
+            gap = top_gap(base, agreed)
             record["first_divergence"] = {"prompt": i, "token": at, "top_two_gap": round(gap, 6)}
 
 

@@ -41,21 +41,25 @@ def measure_bandwidth(num_bytes: int = 2**28, repeats: int = 7) -> float:
     return num_bytes / statistics.median(seconds)
 
 
-def first_gap(base: es.Model, ids: list[int]) -> float:
-    """How far apart the two best tokens behind `ids` are for the base, in logits."""
-    cache = zeros(abstract_cache(base.config, base.layout, base.partition, 1, len(ids), base.dtype))
-    tokens = replicate(np.asarray([ids], np.int32), base.layout.mesh)
-    scores = np.asarray(_last_logits(base, tokens, cache, specs=loop.Specs.of((base, cache))))
-    second, best = np.sort(scores[0, 0])[-2:]
-    return float(best - second)
+def top_gap(base: es.Model, ids: list[int]) -> float:
+    """How far the likeliest token behind `ids` is above the second for the base, in logits."""
+    tokens = np.asarray([ids + [0] * (-len(ids) % 128)], np.int32)
+    tokens = replicate(tokens, base.layout.mesh)
+    shape = (*tokens.shape, base.dtype)
+    cache = zeros(abstract_cache(base.config, base.layout, base.partition, *shape))
+    at = replicate(np.int32(len(ids) - 1), base.layout.mesh)
+    scores = _logits_at(base, tokens, cache, at, specs=loop.Specs.of((base, cache)))
+    best, second = np.sort(np.asarray(scores))[-1:-3:-1]
+    return float(best) - float(second)
 
 
 @functools.partial(jax.jit, static_argnames="specs")
-def _last_logits(base, tokens, cache, *, specs):
+def _logits_at(base, tokens, cache, at, *, specs):
     base_specs, cache_specs = specs.tree
 
-    def run(base, tokens, cache):
+    def run(base, tokens, cache, at):
         hidden, _ = forward(base, tokens, own_slots(cache))
-        return logits(base, hidden[:, -1:])
+        return logits(base, jax.lax.dynamic_slice_in_dim(hidden, at, 1, axis=1))[0, 0]
 
-    return on_mesh(run, base.layout.mesh, (base_specs, P(), cache_specs), P())(base, tokens, cache)
+    specs = (base_specs, P(), cache_specs, P())
+    return on_mesh(run, base.layout.mesh, specs, P())(base, tokens, cache, at)

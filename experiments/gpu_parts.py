@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ceiling import streamed_bytes, top_gap
 from gpu_setup import WARM, Arm, Suite, spread
 
 import easyspec_jax as es
-from easyspec_jax.cache import abstract_cache, zeros
+from easyspec_jax.demo import divergence
 from easyspec_jax.loop import DecodeState
 from easyspec_jax.memory import device_bytes
-from easyspec_jax.model import forward, logits
 from easyspec_jax.profile import time_phase
 
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}  # bytes a second, SXM, A100 80 GB
@@ -71,7 +71,7 @@ def _compare(suite: Suite, dtype: str) -> dict[str, Any]:
         apart = [
             {"row": row, "at": at, "gap": top_gap(base, prompts[row] + want[row][:at])}
             for row in range(p.rows)
-            if (at := first_difference(want[row], out.tokens[row])) is not None
+            if (at := divergence(want[row], out.tokens[row])) is not None
         ]
         arms[f"width {width}"] = {
             "rows": p.rows,
@@ -81,29 +81,6 @@ def _compare(suite: Suite, dtype: str) -> dict[str, Any]:
             "tokens_per_step": out.stats.tokens_per_step,
         }
     return {"new_tokens": new, "arms": arms}
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Index of the first token that is not the same, or only in one; None: equal."""
-    both = enumerate(zip(a, b, strict=False))
-    found = next((i for i, (x, y) in both if x != y), min(len(a), len(b)))
-    return found if found < max(len(a), len(b)) else None
-
-
-def top_gap(base: es.Model, text: list[int]) -> float:
-    """How far the likeliest next token is above the second, in logits of one pass over the text."""
-    tokens = jnp.asarray([text + [0] * (-len(text) % 128)], jnp.int32)
-    shape = (*tokens.shape, base.dtype)
-    cache = zeros(abstract_cache(base.config, base.layout, base.partition, *shape))
-    scores = _logits_at(base, tokens, cache, jnp.int32(len(text) - 1))
-    best, second = np.sort(np.asarray(scores))[-1:-3:-1]
-    return float(best) - float(second)
-
-
-@jax.jit
-def _logits_at(base, tokens, cache, at):
-    hidden, _ = forward(base, tokens, cache)
-    return logits(base, jax.lax.dynamic_slice_in_dim(hidden, at, 1, axis=1))[0, 0]
 
 
 def bandwidth(kind: str) -> float | None:
@@ -152,8 +129,7 @@ def _alone(suite: Suite, name: str, rate: float) -> dict[str, Any]:
     p, base = suite.preset, suite.model(name)
     decoder = suite.decoder(Arm(name), base)
     seconds = [suite.run(Arm(name), decoder)[0] for _ in range(WARM + p.repeats)][WARM:]
-    table = base.params.embed  # of which a token reads one row
-    read = device_bytes(base.params) - (0 if table is None else device_bytes(table))
+    read = streamed_bytes(base)
     speed, ceiling = spread(p.new_tokens / s for s in seconds), rate / read
     suite.say(
         f"{name} alone: {speed['median']:.1f} tokens/s of {ceiling:.1f} that "

@@ -80,7 +80,7 @@ def test_an_arm_that_changes_its_mind_stops_the_run():
 def test_the_gap_of_the_two_best_tokens(shape):
     ids = [1, 5, 9]
     best = np.sort(np.asarray(all_logits(model((1, 1)), [ids])[0, -1]))
-    gap = ceiling.first_gap(model(shape), ids)
+    gap = ceiling.top_gap(model(shape), ids)
     assert gap == pytest.approx(best[-1] - best[-2], abs=1e-9)
 
 

@@ -24,6 +24,7 @@ from easyspec_jax.sampling import Proposal
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))  # scripts, no package
+ceiling = importlib.import_module("ceiling")
 gpu_parts = importlib.import_module("gpu_parts")
 gpu_setup = importlib.import_module("gpu_setup")
 gpu_suite = importlib.import_module("gpu_suite")
@@ -196,15 +197,12 @@ def test_a_step_of_the_library_copies_no_cache_entry(suite):
     assert [inner["trips"] for inner in both["inner_loops"]] == [2]  # levels behind the first
 
 
-def test_where_texts_part_and_how_close_it_was():
-    assert gpu_parts.first_difference([1, 2, 3], [1, 2, 3]) is None
-    assert gpu_parts.first_difference([1, 2, 3], [1, 5, 3]) == 1
-    assert gpu_parts.first_difference([1, 2, 3], [1, 2]) == 2
+def test_how_close_the_two_likeliest_tokens_were():
     text, one = [1, 2, 3, 4, 5], model((1, 1), config=dataclasses.replace(CONFIG, num_layers=1))
     scores = np.sort(np.asarray(all_logits(one, [text])[0]))
     for end in (1, 5):
         want = scores[end - 1, -1] - scores[end - 1, -2]
-        assert gpu_parts.top_gap(one, text[:end]) == pytest.approx(want, rel=1e-6)
+        assert ceiling.top_gap(one, text[:end]) == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize(("gap", "wrong"), [(1e-6, False), (0.5, True)])
