@@ -315,7 +315,8 @@ class Decoder:
         tokens = np.zeros((batch, size), np.int32)
         for b, row in enumerate(request.rows):
             tokens[b, : row.size] = row
-        limit = np.minimum(lengths + request.max_new_tokens, max_len).astype(np.int32)
+        ends = [row.size + request.max_new_tokens for row in request.rows]  # may exceed i32
+        limit = np.array([min(end, max_len) for end in ends], np.int32)
         return {
             "tokens": tokens,
             "length": lengths,
