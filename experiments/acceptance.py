@@ -18,13 +18,12 @@ import json
 import math
 import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
 import jax
 from prompt_sets import FILES, read_set
-from records import append, machine, without_places
+from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
@@ -168,11 +167,7 @@ def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -
     pairs = [option.partition("=") for option in args.set]
     options["set"] = [f"{name}={pathlib.Path(path).name}" for name, _, path in pairs]
     lengths = {name: [len(ids) for ids in found] for name, found in prompts.items()}
-    commit = subprocess.run(  # its short hash, marked if files differ; nothing without git
-        "git describe --always --dirty --exclude='*'",
-        shell=True, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True,
-    ).stdout.strip() or None  # fmt: skip
-    return {"machine": machine(), "commit": commit, "options": options, "prompt_tokens": lengths}
+    return {"machine": machine(), "commit": commit(), "options": options, "prompt_tokens": lengths}
 
 
 def read_results(path: pathlib.Path) -> tuple[Record, list[Record]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import platform
+import subprocess
 from importlib import metadata
 from typing import Any
 
@@ -28,6 +29,18 @@ def machine() -> dict[str, str]:
     }
 
 
+def commit() -> str | None:
+    """Short hash of the commit that is checked out, marked if files differ; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
 def without_places(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a command line fit to be published: of a path only its last part."""
     places = {"base", "draft", "base_hf", "draft_hf", "converted", "prompts"}
@@ -42,6 +55,7 @@ def append(path: pathlib.Path | None, record: dict[str, Any]) -> str:
     """The record as one line of JSON, which is now the last of the file, if there is one."""
     line = json.dumps(record)
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(line + "\n")
     return line
