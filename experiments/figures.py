@@ -12,6 +12,8 @@ STYLE = {
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
     "figure.dpi": 100,
+    "figure.titlesize": 11,
+    "axes.titlesize": 10,
     "font.size": 9,
     "grid.alpha": 0.3,
     "legend.fontsize": 8,
@@ -35,4 +37,4 @@ def save(figure: Any, folder: str | os.PathLike | None, name: str) -> None:
     if folder:
         path = pathlib.Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        figure.savefig(path, dpi=100, metadata={"Software": None}, pil_kwargs={"optimize": True})
