@@ -67,6 +67,7 @@ def append(path: pathlib.Path | None, record: dict[str, Any]) -> str:
     """The record as one line of JSON, which is now the last of the file, if there is one."""
     line = json.dumps(record)
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(line + "\n")
     return line
