@@ -379,8 +379,9 @@ def main(argv: list[str] | None = None) -> None:
     base = es.load_model(args.base, es.make_mesh(args.layer, args.tensor), dtype=args.dtype)
     bandwidth = 1e9 * args.bandwidth if args.bandwidth else measure_bandwidth()
     shown = card(args, base, bandwidth)
-    print("\n".join(f"{name:26} {value}" for name, value in shown.items()), flush=True)
     header = {"machine": machine(), "commit": commit(), "card": shown}
+    lines = header["machine"] | {"commit": header["commit"]} | shown
+    print("\n".join(f"{name:26} {value}" for name, value in lines.items()), flush=True)
     header |= {"options": without_places(vars(args))}
     append(args.out, header)
     arms = own_arms(args, base) | peer_arms(args)

@@ -119,6 +119,7 @@ def test_a_calibrated_pass_is_one_fuzzy_token_behind_an_exact_text(exact, parall
     assert np.abs(fuzzy.log_probs - seen.log_probs).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_not_calibrated_has_an_exact_prompt_alone(exact):
     _, text, seen = exact
     model = grouped_model()

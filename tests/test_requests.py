@@ -183,7 +183,10 @@ def test_one_compilation_and_donation_with_a_second_copy(request):
     assert "/jax/core/compile/backend_compile_duration" not in compiled
 
 
-@pytest.mark.parametrize("mesh_shape", MESHES)
+@pytest.mark.parametrize(
+    "mesh_shape",
+    [m if m in [(1, 1), (4, 2)] else pytest.param(m, marks=pytest.mark.slow) for m in MESHES],
+)
 def test_caches_are_donated(mesh_shape, monkeypatch):
     seen = []
     run = loop.run_loop
