@@ -223,7 +223,7 @@ class Decoder:
         if not is_integer(repeats) or repeats < 1:
             raise ValueError(f"repeats must be a whole number above 0, got {repeats!r}")
         jax.block_until_ready(self._prefilled(request)[0])
-        state = jax.block_until_ready(self._begin(request, self._capacity(request.total)))
+        state = jax.block_until_ready(self._begin(request, self.capacity(request.total)))
         specs = loop.Specs.of((self.base, self.drafter, state))
         start = time.perf_counter()
         state = jax.block_until_ready(self._prefill(state, request, specs))
@@ -245,7 +245,7 @@ class Decoder:
         request = make_request(self.base.config, prompts, max_new_tokens, sampling)
         return self._budget(self.planned(request))
 
-    def _capacity(self, total: int) -> int:
+    def capacity(self, total: int) -> int:
         """S: a bucket that holds `total` committed tokens and one step's drafts behind them."""
         total = min(total, self.base.config.max_len) + self._num_nodes + 1
         size = 64
@@ -255,7 +255,7 @@ class Decoder:
 
     def _prefilled(self, request: Request) -> tuple[loop.DecodeState, loop.Specs]:
         """A fresh state with the prompts absorbed, and the specs the loop needs."""
-        state = self._begin(request, self._capacity(request.total))
+        state = self._begin(request, self.capacity(request.total))
         specs = loop.Specs.of((self.base, self.drafter, state))
         return self._prefill(state, request, specs), specs
 
@@ -281,7 +281,7 @@ class Decoder:
         """The state of a checked request as shapes and shardings, with room for `size` tokens
         (None: as `generate` would choose).
         """
-        size = self._capacity(request.total) if size is None else size
+        size = self.capacity(request.total) if size is None else size
         everywhere = NamedSharding(self.base.layout.mesh, PartitionSpec())
 
         def shape(x):
@@ -374,7 +374,7 @@ class Decoder:
             session._owner, session._state = self, None
         (row,), total, old = request.rows, request.total, session._state
         if old is None:
-            size = self._capacity(max(total, session.max_len or 0))
+            size = self.capacity(max(total, session.max_len or 0))
         else:
             size = old.tokens.shape[1]
         room = size - self._num_nodes - 1

@@ -6,7 +6,8 @@
 Arms are autoregression, the speculative ones exact, calibrated and uncalibrated (the draft layer
 after layer, or in groups with and without calibration), and transformers' generate and assisted
 generation in float32 (transformers, assisted, assisted-constant; with --base-hf and --draft-hf).
-Every arm answers a prompt before any sees the next one, after a warm-up that compiles. A speed-up
+Every arm answers a prompt before any sees the next one, after a warm-up that compiles; none stops
+before --max-new-tokens. A speed-up
 is total tokens over total time, by the same code for all arms, against autoregression (the first
 arm where that is left out). FILE gets a header, a line per prompt and a summary; the last line of
 stdout is one JSON document. An error stops the run.
@@ -25,12 +26,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from ceiling import measure_bandwidth, streamed_bytes, top_gap
+from ceiling import device_bandwidth, streamed_bytes, top_gap
 from prompt_sets import FILES, read_prompts
 from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
+from easyspec_jax.decode import PREFILL_CHUNKS
 from easyspec_jax.demo import divergence
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.text import Tokenizer
@@ -49,6 +51,13 @@ class Arm:
     decoder: es.Decoder | None = None  # None: not ours
     compile_seconds: float = 0.0
 
+    def shape(self, ids: list[int], max_new_tokens: int) -> tuple[int, ...]:
+        """Prompts of equal shape share their compiled programs; a peer compiles nothing."""
+        if self.decoder is None:
+            return (len(ids),)
+        chunk = next((c for c in PREFILL_CHUNKS if c >= len(ids) - 1), PREFILL_CHUNKS[-1])
+        return self.decoder.capacity(len(ids) + max_new_tokens), chunk
+
 
 def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
     """Autoregression and the speculative arms asked for, in each group size and tree width."""
@@ -60,7 +69,7 @@ def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
         for size in sizes.get(name, []):
             if size not in drafts:
                 drafts[size] = es.load_model(
-                    args.draft, base.layout.mesh, group_size=size, layout="layer"
+                    args.draft, base.layout.mesh, group_size=size, dtype=base.dtype
                 )
             drafter = es.LayerParallelDrafter(drafts[size], calibrate=name != "uncalibrated")
             for width in args.tree_width:
@@ -92,19 +101,25 @@ def peer_arms(args: argparse.Namespace) -> dict[str, Arm]:
     if not names:
         return {}
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    def load(folder):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def load(folder, **config):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        # No stop id nor anything else of the checkpoint's: all arms write equally many tokens.
+        model.generation_config = GenerationConfig(pad_token_id=0, **config)
+        return model
 
     base, options = load(args.base_hf), {"transformers": {}}
-    if names != ["transformers"]:
+    if "assisted" in names:
         options["assisted"] = {"assistant_model": load(args.draft_hf)}
-        options["assisted-constant"] = options["assisted"] | {
-            "num_assistant_tokens": args.num_draft_tokens,
-            "num_assistant_tokens_schedule": "constant",
-            "assistant_confidence_threshold": 0.0,
-        }
+    if "assisted-constant" in names:
+        constant = load(  # the generator asks the assistant how many, not the call
+            args.draft_hf,
+            num_assistant_tokens=args.num_draft_tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+        )
+        options["assisted-constant"] = {"assistant_model": constant}
     draw = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     if args.temperature == 0:
         draw = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -115,9 +130,8 @@ def peer_arms(args: argparse.Namespace) -> dict[str, Arm]:
             x, n = torch.tensor([ids]), args.max_new_tokens
             with torch.inference_mode():
                 out = base.generate(
-                    x, attention_mask=torch.ones_like(x), max_new_tokens=n, min_new_tokens=n,
-                    pad_token_id=0, **draw, **more,
-                )  # fmt: skip
+                    x, attention_mask=torch.ones_like(x), max_new_tokens=n, **draw, **more
+                )
             return out[0, len(ids) :].tolist(), None
 
         return Arm(run)
@@ -125,8 +139,24 @@ def peer_arms(args: argparse.Namespace) -> dict[str, Arm]:
     return {name: arm(options[name]) for name in names}
 
 
+def check_peers(args: argparse.Namespace, base: es.Model) -> None:
+    """Refuse to compare transformers on the CPU in float32 with anything else.
+
+    Raises:
+      ValueError: its arms were asked for.
+    """
+    device = base.layout.mesh.devices.flat[0]
+    if set(args.arms) & {*PEERS} and (device.platform, base.dtype) != ("cpu", "float32"):
+        raise ValueError(
+            "the arms of transformers run on the CPU in float32: compare them with a base that "
+            f"does, not in {base.dtype.name} on {device.platform}"
+        )
+
+
 def card(args: argparse.Namespace, base: es.Model, bandwidth: float) -> dict[str, Any]:
-    """What is known before anything is timed: sizes, and the speed no autoregression exceeds."""
+    """What is known before anything is timed: sizes, and autoregression's speed if it did nothing
+    but read its weights at the device's bandwidth.
+    """
     c, size = base.config, base.dtype.itemsize
     streamed = streamed_bytes(base)
     return {
@@ -138,19 +168,23 @@ def card(args: argparse.Namespace, base: es.Model, bandwidth: float) -> dict[str
         "streamed_bytes_per_token": streamed,
         "kv_bytes_per_token": 2 * c.num_layers * c.num_kv_heads * c.head_dim * size,
         "bandwidth_gb_per_s": round(bandwidth / 1e9, 2),
-        "ceiling_tokens_per_second": round(bandwidth / streamed, 2),
+        "tokens_per_second_at_bandwidth": round(bandwidth / streamed, 2),
     }
 
 
-def warm_up(arms: dict[str, Arm], prompts: list[list[int]]) -> None:
-    """Every arm has answered the shortest and the longest prompt; compilation is timed."""
+def warm_up(arms: dict[str, Arm], prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Every arm has answered a prompt of every shape that it compiles for, the shortest and the
+    longest at least; compilation is timed.
+    """
+    ends = [min(prompts, key=len), max(prompts, key=len)]
     for arm in arms.values():
         seconds = []
         listen = lambda event, s, seconds=seconds, **_: (  # noqa: E731
             seconds.append(s) if event.startswith("/jax/core/compile/") else None
         )
         jax.monitoring.register_event_duration_secs_listener(listen)
-        for ids in (min(prompts, key=len), max(prompts, key=len)):
+        shapes = {arm.shape(ids, max_new_tokens): ids for ids in reversed([*ends, *prompts])}
+        for ids in shapes.values():
             arm.run(ids, 0)
         jax.monitoring.unregister_event_duration_listener(listen)
         arm.compile_seconds = sum(seconds)
@@ -159,10 +193,14 @@ def warm_up(arms: dict[str, Arm], prompts: list[list[int]]) -> None:
 def answer_all(
     arms: dict[str, Arm], ids: list[int], seed: int, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Every arm's answer to one prompt: its tokens, the median seconds of `repeats`, statistics."""
+    """Every arm's answer to one prompt: its tokens, the median seconds of `repeats`, statistics.
+    Whose turn is first depends on the seed.
+    """
     seen: dict[str, list] = {name: [] for name in arms}
-    for _ in range(repeats):
-        for name, arm in arms.items():
+    turns = list(arms.items())
+    for i in range(repeats):
+        first = (seed + i) % len(turns)
+        for name, arm in turns[first:] + turns[:first]:
             start = time.perf_counter()
             tokens, stats = arm.run(ids, seed)
             seen[name].append((time.perf_counter() - start, tokens, stats))
@@ -224,7 +262,9 @@ def summarise(
             "seconds": round(seconds, 3),
             "ms_per_token": round(1e3 * seconds / tokens, 2),
             "speedup": round((paces[0] / paces[1]) / (seconds / tokens), 3),
-            "speedup_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)]
+            "speedup_quartiles": [
+                round(q, 3) for q in statistics.quantiles(ratios, n=4, method="inclusive")
+            ]
             if len(ratios) > 1
             else None,
             "prompts": len(mine),
@@ -346,7 +386,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--layer", type=int, default=1, help="devices for the layers of a group")
     p.add_argument("--tensor", type=int, help="devices for heads (default: all others)")
     p.add_argument("--dtype", help="of weights; default float32 on CPU, else bfloat16")
-    p.add_argument("--bandwidth", type=float, help="GB/s of a device; default: measured")
+    p.add_argument(
+        "--bandwidth", type=float, help="GB/s of a device; default: as sold, else measured"
+    )
     p.add_argument("--out", type=pathlib.Path, help="JSONL file to append to")
     args = p.parse_args(argv)
     _check(p, args)
@@ -372,12 +414,15 @@ def _check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the card and a table, append the records."""
     args = parse(argv)
+    if args.dtype == "float32":  # else GPUs compute its products in TF32
+        jax.config.update("jax_default_matmul_precision", "float32")
     options = args.set + ([f"text={args.prompts}"] if args.prompts else [])
     found = read_prompts(
         Tokenizer(args.base), options, args.num_prompts, args.max_prompt_tokens, chat=args.chat
     )
     base = es.load_model(args.base, es.make_mesh(args.layer, args.tensor), dtype=args.dtype)
-    bandwidth = 1e9 * args.bandwidth if args.bandwidth else measure_bandwidth()
+    check_peers(args, base)
+    bandwidth = 1e9 * args.bandwidth if args.bandwidth else device_bandwidth()
     shown = card(args, base, bandwidth)
     header = {"machine": machine(), "commit": commit(), "card": shown}
     lines = header["machine"] | {"commit": header["commit"]} | shown
@@ -387,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     arms = own_arms(args, base) | peer_arms(args)
     reference = "autoregression" if "autoregression" in arms else next(iter(arms))
     prompts = [(name, i, ids) for name, rows in found.items() for i, ids in enumerate(rows)]
-    warm_up(arms, [ids for _, _, ids in prompts])
+    warm_up(arms, [ids for _, _, ids in prompts], args.max_new_tokens)
     runs = []
     for number, (name, i, ids) in enumerate(tqdm(prompts, unit="prompt")):
         answers = answer_all(arms, ids, args.seed + number, args.repeats)

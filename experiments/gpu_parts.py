@@ -6,15 +6,13 @@ found something wrong says so in one sentence under "problem".
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ceiling import streamed_bytes, top_gap
+from ceiling import bandwidth, copy_bandwidth, streamed_bytes, top_gap
 from gpu_setup import WARM, Arm, Suite, spread
 
 import easyspec_jax as es
@@ -23,7 +21,6 @@ from easyspec_jax.loop import DecodeState
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.profile import time_phase
 
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}  # bytes a second, SXM, A100 80 GB
 TIE = 1e-4  # in float32, logits closer than this may change places between passes of two widths
 
 
@@ -81,29 +78,6 @@ def _compare(suite: Suite, dtype: str) -> dict[str, Any]:
             "tokens_per_step": out.stats.tokens_per_step,
         }
     return {"new_tokens": new, "arms": arms}
-
-
-def bandwidth(kind: str) -> float | None:
-    """Bytes a second that a device of this kind is sold with; None: not in the table."""
-    if re.search(r"PCIe|NVL|40GB|GH", kind):  # other memory than the variants in the table
-        return None
-    return next((rate for name, rate in BANDWIDTH.items() if re.search(rf"\b{name}\b", kind)), None)
-
-
-def copy_bandwidth(num_bytes: int, repeats: int) -> float:
-    """Bytes read and written per second by adding to an array in place; the best of `repeats`."""
-
-    def add(x):
-        return jax.lax.fori_loop(0, 10, lambda _, x: x + 1, x)
-
-    run = jax.jit(add, donate_argnums=0)
-    x = jnp.zeros((num_bytes // 4,), jnp.int32)
-    best = float("inf")
-    for i in range(WARM + repeats):
-        start = time.perf_counter()
-        x = jax.block_until_ready(run(x))
-        best = min(best, time.perf_counter() - start) if i >= WARM else best
-    return 20 * num_bytes / best
 
 
 def autoregression(suite: Suite) -> dict[str, Any]:

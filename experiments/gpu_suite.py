@@ -2,10 +2,10 @@
 
     python experiments/gpu_suite.py --out FILE
 
-Models are random, of the shapes of Llama 3.2 1B, 3.2 3B and 3 8B; the rate at which the base agrees
-with its draft is set (`AgreeingDrafter`), so speeds are those of a pair with that acceptance, and
-the text means nothing. Parts (`gpu_parts.py`): correctness, autoregression, loop, compile, kernels,
-draft, verification, host_gap.
+It needs jax, flax and numpy alone. Models are random, of the shapes of Llama 3.2 1B, 3.2 3B and 3
+8B; the rate at which the base agrees with its draft is set (`AgreeingDrafter`), so speeds are those
+of a pair with that acceptance, and the text means nothing. Parts (`gpu_parts.py`): correctness,
+autoregression, loop, compile, kernels, draft, verification, host_gap.
 
 A part that fails is recorded with its message and the others still run; what the budget leaves no
 time for is named under "skipped". Each part is printed as JSON when it ends, and the last line of
@@ -27,7 +27,7 @@ from typing import Any
 import jax
 from gpu_parts import PARTS
 from gpu_setup import PRESETS, Suite
-from records import append, machine, versions
+from records import append, commit, machine, versions
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "numpy"),
@@ -103,7 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--repeats", type=positive, help="timed calls of everything; default: the preset's"
     )
     p.add_argument(
-        "--budget-seconds", type=float, default=450, help="nothing is begun after so long"
+        "--budget-seconds", type=float, default=400, help="nothing is begun after so long"
     )
     p.add_argument("--out", type=pathlib.Path, help="JSONL file to append the document to")
     return p.parse_args(argv)
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     suite = Suite(preset, args.budget_seconds)
     head = {
         "machine": machine(),
+        "commit": commit(),
         "versions": versions(*PACKAGES),
         "device": device(),
         "options": {name: value for name, value in vars(args).items() if name != "out"},

@@ -53,9 +53,9 @@ def read_set(name: str, path: str | os.PathLike) -> list[str]:
 
 
 def read_prompts(
-    tokenizer: Any, options: list[str], num: int, max_tokens: int, *, chat: bool
+    tokenizer: Any, options: list[str], num: int | None, max_tokens: int, *, chat: bool
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the first `num` short enough items of each set, by set.
+    """Token ids of the first `num` short enough items of each set (None: of all), by set.
 
     Args:
       tokenizer: an `easyspec_jax.text.Tokenizer`.
@@ -80,10 +80,10 @@ def read_prompts(
             ids = tokenizer.encode(text, add_special_tokens=not chat)
             if len(ids) <= max_tokens:
                 found.append(ids)
-        if not 0 < num <= len(found):
+        if not found or (num is not None and not 0 < num <= len(found)):
             raise ValueError(
                 f"the set {name} has {len(found)} prompts of at most {max_tokens} tokens, "
-                f"but {num} are asked for"
+                f"but {'some' if num is None else num} are asked for"
             )
     return prompts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -49,6 +50,17 @@ def test_a_notebook_holds_no_output_no_library_and_one_cell_of_parameters(path):
         found = [n for n in tree if isinstance(n, ast.ClassDef | ast.FunctionDef)]
         assert all(isinstance(node, ast.FunctionDef) for node in found)
         assert all(node.end_lineno - node.lineno < 12 for node in found)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_there(path):
+    for cell in code_cells(nbformat.read(path, as_version=4)):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names)
+            elif isinstance(node, ast.Import):
+                assert all(importlib.util.find_spec(name.name) for name in node.names)
 
 
 def test_every_notebook_is_known():
