@@ -54,7 +54,7 @@ def copy_bandwidth(num_bytes: int, repeats: int) -> float:
 
 def device_bandwidth() -> float:
     """Bytes a second of the first device: as sold where that is known, else measured by copying."""
-    return bandwidth(jax.devices()[0].device_kind) or copy_bandwidth(2**28, 5)
+    return bandwidth(jax.devices()[0].device_kind) or copy_bandwidth(2**30, 3)
 
 
 def top_gap(base: es.Model, ids: list[int]) -> float:
