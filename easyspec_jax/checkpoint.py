@@ -124,10 +124,8 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
     config, metadata = read_metadata(like)
     if config != model.config:
         raise ValueError(f"{like} is of another model: its configuration is not this model's")
-    if (
-        None not in (model.tokenizer, metadata["tokenizer"])
-        and model.tokenizer != metadata["tokenizer"]
-    ):
+    tokenizer = metadata.get("tokenizer")
+    if None not in (model.tokenizer, tokenizer) and model.tokenizer != tokenizer:
         raise ValueError(f"{like} has another tokenizer than this model")
     if model.layout.mesh.is_multi_process:
         raise ValueError("a model is saved by one process that holds all of it")

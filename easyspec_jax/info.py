@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.device_memory is not None and not 0 < args.device_memory < math.inf:
+        raise ValueError(f"--device-memory must be a size above 0, got {args.device_memory:g}")
     c, metadata = read_config(args.checkpoint)
     draft = None if args.draft is None else read_config(args.draft)[0]
     small = c if draft is None else draft

@@ -195,6 +195,7 @@ def test_an_interrupt_ends_with_130(easyspec, monkeypatch):
     ("argv", "sentence"),
     [
         (("generate", "--base", "nowhere", "hi"), "nowhere is not a converted checkpoint"),
+        (("info", "base", "--device-memory", "nan"), "--device-memory must be a size above 0"),
         (("info", "base", "--max-len", 257), "--max-len must be in 2 .. 256, the base's context"),
         (("chat", "--base", "base", "--max-len", 1), "--max-len must be at least 2, got 1"),
         (

@@ -186,7 +186,7 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     config=st.builds(
         es.ModelConfig,
