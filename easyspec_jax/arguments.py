@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 
+from easyspec_jax.device import PRESETS
 from easyspec_jax.sharding import LAYER, LAYOUTS, TENSOR, LayoutRules
 
 DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
@@ -40,6 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", help="converted checkpoint, or a config.json, of the base")
     _add_info(info)
     _add_mesh(info, tensor="1")
+
+    plan = commands.add_parser("plan", help="which layout, groups and tree, from configurations")
+    plan.set_defaults(command="plan")
+    _add_plan(plan)
 
     demo = commands.add_parser("demo", help="fetch a small model and watch it draft for itself")
     demo.set_defaults(command="demo")
@@ -86,6 +91,30 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     budget = "GiB of each device: refuse what does not fit into them in bfloat16"
     add("--device-memory", type=float, metavar="GIB", help=budget)
     add("--collectives", action="store_true", help="compile a step, list what devices exchange")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", required=True, metavar="CONFIG", help="checkpoint or config.json of the base")
+    add("--draft", required=True, metavar="CONFIG", help="that of the draft")
+    kinds = ", ".join(PRESETS)
+    add("--device", metavar="NAME|FILE", help=f"{kinds}, or a JSON file of one")
+    add("--measure", action="store_true", help="measure the machine at hand instead")
+    add("--num-devices", type=int, metavar="N", help="default: 1; with --measure all there are")
+    add("--kernel-us", type=float, metavar="US", help="microseconds that a kernel costs instead")
+    add("--collective-us", type=float, metavar="US", help="those of a small collective")
+    rates = "share of the exact draft's tokens that is accepted, or a file of measured runs"
+    add("--acceptance", metavar="RATE|FILE", help=f"{rates} (default 0.8)")
+    add("--num-draft-tokens", type=_numbers, metavar="N,N,..", help="those to consider")
+    add("--tree-width", type=_numbers, metavar="N,N,..", help="those to consider")
+    add("--group-size", type=_numbers, metavar="N,N,..", help="those to consider")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
+    room = f"tokens of each, prompt and answer (default {DEFAULT_SESSION})"
+    add("--max-len", type=int, default=DEFAULT_SESSION, metavar="N", help=room)
+    types = "of weights (default bfloat16; with --measure float32 on CPU)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=types)
+    add("--top", type=int, default=10, metavar="N", help="choices to show (default 10)")
+    add("--json", action="store_true", help="all of it as one JSON document")
 
 
 def _add_draft_layout(add) -> None:
@@ -148,6 +177,13 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     add("--show-draft", action="store_true", default=None, help=mark)
     add("--no-stats", dest="stats", action="store_false", help="print no statistics")
     add("--json", action="store_true", help="statistics as JSON on standard output's last line")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,2,4") from None
 
 
 def _group_size(text: str) -> int | tuple[int, ...]:

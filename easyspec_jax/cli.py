@@ -1,4 +1,4 @@
-"""The command line: `easyspec generate | chat | info | demo`.
+"""The command line: `easyspec generate | chat | info | plan | demo`.
 
 Thin: it reads arguments, loads, prints. Only here does the package set jax options, in `configure`.
 """
@@ -43,7 +43,8 @@ _DRAFT_OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its status: 1 after an error of one sentence, 130 interrupted."""
     args = make_parser().parse_args(argv)
-    commands = {"generate": _generate, "chat": _chat, "info": _info, "demo": _demo}
+    commands = {"generate": _generate, "chat": _chat, "demo": _demo}
+    commands |= {"info": _info, "plan": _plan_pair}
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
@@ -380,6 +381,12 @@ def _info(args: argparse.Namespace) -> int:
     from easyspec_jax import info
 
     return info.run(args)
+
+
+def _plan_pair(args: argparse.Namespace) -> int:
+    from easyspec_jax import planning
+
+    return planning.run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -1,0 +1,210 @@
+"""What the planner knows of a device and of the program on it: a handful of constants.
+
+Presets carry where each figure comes from; `measure.measure_device` fills the same fields in on the
+machine at hand, and a JSON file of them may be given in place of a name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from easyspec_jax.config import is_integer, is_number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """Costs of one device among equals; all of it is public, so that a plan can be argued with."""
+
+    name: str
+    bandwidth: float  # bytes a second that streaming weights reaches, not what is sold
+    flops: float  # operations a second that large products reach, in the type of the weights
+    memory: float = math.inf  # bytes
+    # measured (rows, seconds per weight byte, seconds beside them); (): the roofline of the above
+    products: tuple[tuple[int, float, float], ...] = ()
+    kernel: float = 0.0  # seconds that a kernel takes beside its bytes: launch, ramp, gap
+    attention_kernels: float = 7  # norm, qkv, rotation, cache write, scores, values, output
+    mlp_kernels: float = 4  # norm, gate and up, their product, down
+    pass_kernels: float = 6  # embedding, last norm, head, what samples
+    score: float = 0.0  # seconds per attention score (row x head x cache entry), softmax and all
+    logit: float = 0.0  # seconds per number that sampling looks at
+    collective: float = 0.0  # seconds of the smallest all-reduce between two devices
+    hop: float = 0.0  # more for each device behind the second
+    link: float = math.inf  # bytes a second into a device; an all-reduce moves 2 (n - 1) / n of it
+    step: float = 0.0  # seconds between two steps: what the host does
+    overlapped: bool = False  # the host launches while the device works: the slower of both counts
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type != "float":
+                continue
+            if math.isnan(value) or value < 0:
+                raise ValueError(f"{field.name} of a device must be at least 0, got {value!r}")
+        for name in ("bandwidth", "flops", "link", "memory"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} of a device must be above 0")
+        rows = [point[0] for point in self.products]
+        bad = any(n < 1 or s <= 0 or more < 0 for n, s, more in self.products)
+        if bad or rows != sorted(set(rows)):
+            raise ValueError(
+                "products of a device must be (rows, seconds per byte, seconds), rows rising"
+            )
+
+    def product(self, weight_bytes: float, rows: float, itemsize: int, count: int = 1) -> float:
+        """Seconds of multiplying `rows` rows with weights of so many bytes in all, in `count`
+        products: the roofline, or between what was measured.
+        """
+        if not self.products:
+            work = 2 * rows * weight_bytes / itemsize
+            return max(weight_bytes / self.bandwidth, work / self.flops)
+        per_byte, beside = _interpolated(self.products, rows)
+        return weight_bytes * per_byte + count * beside
+
+    def all_reduce(self, num_bytes: float, devices: int) -> float:
+        """Seconds of adding up arrays of so many bytes over so many devices; 0 for one."""
+        if devices == 1:
+            return 0.0
+        sent = 2 * (devices - 1) / devices * num_bytes
+        return self.collective + self.hop * (devices - 2) + sent / self.link
+
+    def all_gather(self, num_bytes: float, devices: int) -> float:
+        """Seconds until every device has the whole of an array of so many bytes."""
+        if devices == 1:
+            return 0.0
+        sent = (devices - 1) / devices * num_bytes
+        return self.collective + self.hop * (devices - 2) + sent / self.link
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON; what is without bound is left out."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value != math.inf}
+
+
+def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> list[float]:
+    """What was measured, at so many rows: linear between points and on behind the last."""
+    if rows <= points[0][0] or len(points) == 1:
+        return list(points[0][1:])
+    i = next((i for i, point in enumerate(points[1:], 1) if point[0] >= rows), len(points) - 1)
+    below, above = points[i - 1], points[i]
+    share = (rows - below[0]) / (above[0] - below[0])
+    return [a + (b - a) * share for a, b in zip(below[1:], above[1:], strict=True)]
+
+
+# A100 (SXM, 80 GB). Bandwidth: 1.7e12 is what gpt-fast's authors saw of 2.04e12 at 330 W; kernel,
+# collective and hop are fitted to three of their figures (Llama-3.1-8B on 1, 2 and 8 GPUs), see
+# `experiments/published.py`, which predicts all others. Hopper devices: the same share of what they
+# are sold with and the same kernels; collectives fitted to measurements of custom all-reduces of 4
+# to 256 KB (sglang issue 2904). `score` and `logit`: three passes over float32 numbers.
+_HOPPER = {"collective": 3.35e-6, "hop": 0.38e-6, "link": 4.6e10, "kernel": 5e-6, "step": 3e-5}
+PRESETS = {
+    "a100": Device(
+        name="a100",
+        bandwidth=1.7e12,
+        flops=0.6 * 312e12,
+        memory=80e9,
+        kernel=5e-6,
+        score=8e-12,
+        logit=8e-12,
+        collective=6.9e-6,
+        hop=0.56e-6,
+        link=4e10,
+        step=3e-5,
+    ),
+    "a100-eager": Device(
+        name="a100-eager",
+        bandwidth=1.7e12,
+        flops=0.6 * 312e12,
+        memory=80e9,
+        kernel=19.1e-6,
+        attention_kernels=26,
+        mlp_kernels=14,
+        pass_kernels=23,
+        score=8e-12,
+        logit=8e-12,
+        collective=6.9e-6,
+        hop=0.56e-6,
+        link=4e10,
+        overlapped=True,
+    ),
+    "h100": Device(
+        name="h100",
+        bandwidth=0.83 * 3.35e12,
+        flops=0.6 * 989e12,
+        memory=80e9,
+        score=5e-12,
+        logit=5e-12,
+        **_HOPPER,
+    ),
+    "h200": Device(
+        name="h200",
+        bandwidth=0.83 * 4.8e12,
+        flops=0.6 * 989e12,
+        memory=141e9,
+        score=3e-12,
+        logit=3e-12,
+        **_HOPPER,
+    ),
+}
+
+
+def read_device(
+    name: str, *, kernel: float | None = None, collective: float | None = None
+) -> Device:
+    """A preset, or the device that a JSON file describes (fields of `Device`, or a document of
+    `easyspec plan --json`), with other costs of kernels and collectives where they are given.
+
+    Args:
+      name: a preset or a path.
+      kernel: seconds of each kernel.
+      collective: seconds of a small collective, however many devices take part.
+
+    Raises:
+      ValueError: neither a preset nor a file that describes a device.
+    """
+    device = PRESETS.get(name)
+    if device is None:
+        path = pathlib.Path(name)
+        if not path.is_file():
+            raise ValueError(
+                f"unknown device {name!r}: use {', '.join(PRESETS)}, or a JSON file of one"
+            )
+        device = _parse(path)
+    changes: dict[str, Any] = {}
+    if kernel is not None:
+        changes["kernel"] = kernel
+    if collective is not None:
+        changes |= {"collective": collective, "hop": 0.0}
+    return dataclasses.replace(device, **changes)
+
+
+def _parse(path: pathlib.Path) -> Device:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no JSON file") from error
+    values = values.get("device", values) if isinstance(values, dict) else values
+    fields = {field.name: field for field in dataclasses.fields(Device)}
+    if not isinstance(values, dict) or not {"name", "bandwidth", "flops"} <= values.keys():
+        raise ValueError(f"{path} describes no device: it needs name, bandwidth and flops at least")
+    unknown = values.keys() - fields
+    if unknown:
+        raise ValueError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
+    for key, value in values.items():
+        if fields[key].type == "float" and not is_number(value):
+            raise ValueError(f"{path}: {key} must be a number, got {value!r}")
+        if fields[key].type == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{path}: {key} must be true or false, got {value!r}")
+        if fields[key].type == "str" and not isinstance(value, str):
+            raise ValueError(f"{path}: {key} must be a text, got {value!r}")
+    pairs = values.get("products", ())
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(p, list) and len(p) == 3 and is_integer(p[0]) and all(map(is_number, p))
+        for p in pairs
+    ):
+        raise ValueError(f"{path}: products must be lists of rows and two times in seconds")
+    products = tuple((n, float(per_byte), float(beside)) for n, per_byte, beside in pairs)
+    return Device(**{**values, "products": products})

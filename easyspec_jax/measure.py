@@ -1,0 +1,184 @@
+"""A `Device` filled in by micro-benchmarks of the machine at hand, in about half a minute.
+
+Products are timed in compiled loops over more weights than any cache holds; what a layer costs
+beside its bytes is the difference between decoding with a tiny model of few and of many layers, so
+that the program's own kernels are counted; collectives are timed in a chain.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax.checkpoint import random_model
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.decode import Decoder
+from easyspec_jax.device import Device
+from easyspec_jax.sharding import LAYER, TENSOR, make_mesh
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_SMALL, _LARGE = (
+    (512, 1536),
+    (2048, 5632),
+)  # of models of 100 million and a billion weights
+_ENTRIES, _HEADS, _HEAD_DIM = 256, 16, 64
+
+
+def measure_device(dtype: Any = None, *, weight_bytes: int | None = None) -> Device:
+    """The first device, and how devices like it exchange sums.
+
+    Args:
+      dtype: of weights; None: float32 on CPU, else bfloat16, as `load_model`.
+      weight_bytes: that a product's loop streams; None: 256 MiB on CPU, else 1 GiB, more than any
+        cache.
+    """
+    first = jax.devices()[0]
+    on_cpu = first.platform == "cpu"
+    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
+    size = weight_bytes or (2**28 if on_cpu else 2**30)
+    products = tuple((rows, *product_costs(rows, dtype, size)) for rows in ROWS)
+    rows, slowest, _ = products[-1]
+    layer, rest = layer_seconds(dtype)
+    kernel = layer / (Device.attention_kernels + Device.mlp_kernels)
+    stats = first.memory_stats() or {}
+    collective, hop, link = collective_costs() if jax.device_count() > 1 else (0.0, 0.0, math.inf)
+    return Device(
+        name=first.device_kind,
+        bandwidth=1 / products[0][1],
+        flops=2 * rows / dtype.itemsize / slowest,
+        memory=float(stats.get("bytes_limit", math.inf)),
+        products=products,
+        kernel=kernel,
+        score=score_seconds(dtype),
+        logit=logit_seconds(),
+        collective=collective,
+        hop=hop,
+        link=link,
+        step=max(rest - Device.pass_kernels * kernel, 0.0),
+    )
+
+
+def _best(run: Callable[..., Any], *args: Any, repeats: int = 3) -> float:
+    """Seconds of the fastest of `repeats` calls, after one that compiles and warms."""
+    jax.block_until_ready(run(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def product_costs(rows: int, dtype: Any, num_bytes: int) -> tuple[float, float]:
+    """Seconds per weight byte of multiplying `rows` rows, and seconds of a product beside them:
+    from large and small matrices of `num_bytes` in all.
+    """
+    sizes = [inner * outer * dtype.itemsize for inner, outer in (_SMALL, _LARGE)]
+    small, large = (product_seconds(rows, *shape, dtype, num_bytes) for shape in (_SMALL, _LARGE))
+    per_byte = min((large - small) / (sizes[1] - sizes[0]), large / sizes[1])
+    return per_byte, max(large - per_byte * sizes[1], 0.0)
+
+
+def product_seconds(rows: int, inner: int, outer: int, dtype: Any, num_bytes: int) -> float:
+    """Seconds of a product of `rows` rows with one of many matrices, `num_bytes` in all."""
+    count = max(num_bytes // (2 * inner * outer * dtype.itemsize), 1)
+    weights = [
+        (jnp.full((inner, outer), 1e-3, dtype), jnp.full((outer, inner), 1e-3, dtype))
+        for _ in range(count)
+    ]
+
+    @jax.jit
+    def run(weights, x):
+        def turn(_, x):
+            for up, down in weights:
+                x = (x @ up) @ down
+            return x
+
+        return lax.fori_loop(0, 2, turn, x)
+
+    return _best(run, weights, jnp.ones((rows, inner), dtype)) / (4 * count)
+
+
+def layer_seconds(dtype: Any) -> tuple[float, float]:
+    """Seconds of a layer with next to no weights, and of a step with no layers."""
+    few, many = (_tiny_step(layers, dtype) for layers in (2, 18))
+    layer = max(many - few, 0.0) / 16
+    return layer, max(few - 2 * layer, 0.0)
+
+
+def _tiny_step(layers: int, dtype: Any) -> float:
+    sizes = {"embed_dim": 32, "mlp_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16}
+    config = ModelConfig(vocab_size=64, num_layers=layers, max_len=256, **sizes)
+    decoder = Decoder(random_model(config, make_mesh(1, 1), seed=0, dtype=dtype))
+    return min(
+        decoder.profile(prompt_len=8, max_new_tokens=8, repeats=200)["step"] for _ in range(3)
+    )
+
+
+def score_seconds(dtype: Any) -> float:
+    """Seconds per attention score: the products on both sides of the softmax and itself."""
+    keys = jnp.full((_HEADS, _ENTRIES, _HEAD_DIM), 0.1, dtype)
+
+    @jax.jit
+    def run(queries):
+        def turn(_, queries):
+            scores = jnp.einsum("xmh,xsh->xms", queries, keys, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+            return jnp.einsum("xms,xsh->xmh", weights, keys)
+
+        return lax.fori_loop(0, 100, turn, queries)
+
+    few, many = (_best(run, jnp.ones((_HEADS, n, _HEAD_DIM), dtype)) / 100 for n in (8, 64))
+    return max(many - few, 0.0) / (56 * _HEADS * _ENTRIES)
+
+
+def logit_seconds() -> float:
+    """Seconds per number of choosing the likeliest of a vocabulary."""
+    size = 2**15
+
+    @jax.jit
+    def run(scores):
+        def turn(_, scores):
+            best = jnp.argmax(scores, axis=-1).astype(scores.dtype)
+            return scores + 1e-9 * best[:, None]
+
+        return lax.fori_loop(0, 20, turn, scores)
+
+    few, many = (_best(run, jnp.ones((n, size), jnp.float32)) / 20 for n in (2, 18))
+    return max(many - few, 0.0) / (16 * size)
+
+
+def collective_costs() -> tuple[float, float, float]:
+    """Seconds of a small all-reduce between two devices, of each further device, and bytes a second
+    of a large one.
+    """
+    every = jax.device_count()
+    two = _all_reduce_seconds(2, 16)
+    most = _all_reduce_seconds(every, 16)
+    large = 2**22
+    sent = 2 * (every - 1) / every * large
+    link = sent / max(_all_reduce_seconds(every, large // 4) - most, 1e-9)
+    return two, max(most - two, 0.0) / max(every - 2, 1), link
+
+
+def _all_reduce_seconds(devices: int, numbers: int) -> float:
+    mesh = make_mesh(1, devices)
+    turns = 50
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P())
+    def run(x):
+        def turn(_, x):
+            mine = lax.pcast(x, (LAYER, TENSOR), to="varying")
+            return lax.psum(mine, (LAYER, TENSOR)) / devices
+
+        return lax.fori_loop(0, turns, turn, x)
+
+    return _best(jax.jit(run), jnp.ones((numbers,), jnp.float32)) / turns

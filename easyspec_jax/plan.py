@@ -1,0 +1,295 @@
+"""Which layout, which groups, how many tokens: every choice priced, the best first.
+
+What a choice costs is predicted by `cost.step_costs` from shapes, what it brings by `Acceptance`,
+from a few measured rates. Nothing is loaded and no device is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh, AxisType
+
+from easyspec_jax.acceptance import Acceptance
+from easyspec_jax.checkpoint import abstract_model
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.cost import Cost, step_costs, total
+from easyspec_jax.decode import Decoder
+from easyspec_jax.device import Device
+from easyspec_jax.drafters import LayerParallelDrafter
+from easyspec_jax.sharding import LAYER, LAYOUTS, TENSOR, LayoutRules
+
+GAMMAS = (1, 2, 3, 4, 5, 6, 8)
+WIDTHS = (1, 2, 4, 8)
+GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8)
+_MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "whole": ()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where base and draft stand; the base is split over all devices of the mesh."""
+
+    layer: int
+    tensor: int
+    draft: str  # "none" (autoregression), "one device", "tensor parallel" or "groups"
+    rules: LayoutRules | None = None
+    group_size: int | tuple[int, ...] = 1
+
+    @property
+    def devices(self) -> int:
+        """Devices that are used."""
+        return self.layer * self.tensor
+
+    @property
+    def draft_devices(self) -> int:
+        """Devices that share one attention layer of the draft: its tensor parallelism."""
+        sizes = {LAYER: self.layer, TENSOR: self.tensor}
+        axes = self.rules.heads if self.rules else ()
+        return functools.reduce(lambda n, axis: n * sizes[axis], axes, 1)
+
+    @property
+    def mlp(self) -> str:
+        """What the draft's MLPs are split over, as `--draft-mlp` has it."""
+        split = next(name for name, axes in _MLPS.items() if axes == self.rules.mlp)
+        return "replicated" if split == "whole" else split
+
+    def options(self) -> str:
+        """The same for `easyspec generate`."""
+        if self.draft == "none":
+            return f"--layer {self.layer} --tensor {self.tensor}"
+        size = self.group_size
+        text = f"--layer {self.layer} --tensor {self.tensor} --group-size "
+        text += str(size) if isinstance(size, int) else ",".join(map(str, size))
+        if self.draft == "one device":
+            return f"{text} --draft-layout replicated"
+        name = "layer" if self.rules.group else "tensor"
+        text += f" --draft-layout {name}"
+        if self.rules.mlp != LAYOUTS[name].mlp:
+            text += f" --draft-mlp {self.mlp}"
+        return text + (" --exact-pass copy" if self.rules.exact == "copy" else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to decode, and what is predicted of it."""
+
+    layout: Layout
+    num_draft_tokens: int  # γ; 0: autoregression
+    tree_width: int
+    phases: dict[str, Cost]  # of one step
+    tokens_per_step: float
+
+    @property
+    def cost(self) -> Cost:
+        """Of a whole step."""
+        return total(self.phases.values())
+
+    @property
+    def drafting(self) -> float:
+        """Seconds of a step that draft."""
+        return self.phases["calibrate"].seconds + self.phases["draft"].seconds
+
+    @property
+    def token_seconds(self) -> float:
+        """Seconds per token."""
+        return self.cost.seconds / self.tokens_per_step
+
+    @property
+    def bound(self) -> str:
+        """What most of a step goes into."""
+        parts = self.cost.as_dict()
+        return max(parts, key=parts.__getitem__)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the choice, its phases and terms in seconds, what it brings."""
+        layout = self.layout
+        values: dict[str, Any] = {"draft": layout.draft, "options": layout.options()}
+        values |= {"layer": layout.layer, "tensor": layout.tensor}
+        if self.num_draft_tokens:
+            values |= {
+                "group_size": layout.group_size,
+                "draft_tensor_parallel": layout.draft_devices,
+                "draft_mlp": layout.mlp,
+                "exact_pass": layout.rules.exact,
+                "num_draft_tokens": self.num_draft_tokens,
+                "tree_width": self.tree_width,
+            }
+        return values | {
+            "tokens_per_step": self.tokens_per_step,
+            "step_seconds": self.cost.seconds,
+            "token_seconds": self.token_seconds,
+            "phases": {name: cost.as_dict() for name, cost in self.phases.items()},
+            "bound": self.bound,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All choices that fit into memory, the fastest first, and what they are held against."""
+
+    choices: tuple[Choice, ...]  # autoregression on every number of devices among them
+    autoregression: Choice  # the fastest without a draft
+    refused: int  # choices that do not fit into a device's memory
+
+    @property
+    def best(self) -> Choice:
+        """The fastest."""
+        return self.choices[0]
+
+    def by_layout(self) -> list[Choice]:
+        """Of every layout its best γ and w, the fastest first."""
+        first: dict[Layout, Choice] = {}
+        for choice in self.choices:
+            first.setdefault(choice.layout, choice)
+        return list(first.values())
+
+    def fastest(self, draft: str) -> Choice | None:
+        """The fastest whose draft stands as said (`Layout.draft`)."""
+        return next((c for c in self.choices if c.layout.draft == draft), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planner:
+    """A pair on devices of a kind: prices any choice.
+
+    Args:
+      device: one of the devices, all alike.
+      dtype: of weights and caches; a device's constants hold for the type they were taken in.
+      batch: rows decoded together.
+      max_len: tokens of each row, prompt and answer; attention reads caches of that capacity.
+    """
+
+    base: ModelConfig
+    draft: ModelConfig
+    device: Device
+    acceptance: Acceptance = Acceptance()  # noqa: RUF009
+    dtype: str = "bfloat16"
+    batch: int = 1
+    max_len: int = 2048
+
+    def decoder(self, layout: Layout, num_draft_tokens: int = 0, tree_width: int = 1) -> Decoder:
+        """The pair as shapes."""
+        mesh = (layout.layer, layout.tensor)
+        base = _shapes(self.base, mesh, self.dtype, 1, LAYOUTS["tensor"])
+        if not num_draft_tokens:
+            return Decoder(base)
+        draft = _shapes(self.draft, mesh, self.dtype, layout.group_size, layout.rules)
+        counts = {"num_draft_tokens": num_draft_tokens, "tree_width": tree_width}
+        return Decoder(base, LayerParallelDrafter(draft), **counts)
+
+    def price(
+        self,
+        layout: Layout,
+        num_draft_tokens: int = 0,
+        tree_width: int = 1,
+        known: dict[Any, Cost] | None = None,
+    ) -> Choice:
+        """What one choice costs and brings; γ = 0 is autoregression. `known` as in `step_costs`, of
+        this layout.
+        """
+        decoder = self.decoder(layout, num_draft_tokens, tree_width)
+        options = {"batch": self.batch, "entries": self.max_len, "known": known}
+        phases = step_costs(decoder, self.device, **options)
+        brings = 1.0
+        if num_draft_tokens:
+            partition = decoder.drafter.draft.partition
+            brings = self.acceptance.tokens_per_step(partition, num_draft_tokens, tree_width)
+        return Choice(
+            layout=layout,
+            num_draft_tokens=num_draft_tokens,
+            tree_width=tree_width if num_draft_tokens else 1,
+            phases=phases,
+            tokens_per_step=brings,
+        )
+
+    def fitting(self, layout: Layout, counts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those (γ, w) whose weights, caches and scratch a device has the memory for."""
+        tokens = min(self.max_len, self.base.context)
+
+        def fits(count):
+            needed = self.decoder(layout, *count).memory(self.batch, 1, max_new_tokens=tokens - 1)
+            return sum(needed.values()) <= self.device.memory
+
+        counts = sorted(counts, key=lambda count: count[0] * count[1])
+        if fits(counts[-1]):
+            return counts
+        return [count for count in counts if fits(count)] if fits(counts[0]) else []
+
+    def plan(
+        self,
+        num_devices: int,
+        *,
+        num_draft_tokens: Sequence[int] = GAMMAS,
+        tree_widths: Sequence[int] = WIDTHS,
+        group_sizes: Sequence[int] = GROUP_SIZES,
+    ) -> Plan:
+        """Every choice on up to `num_devices` devices.
+
+        Raises:
+          ValueError: not even autoregression fits into the memory of so many devices.
+        """
+        found, refused = [], 0
+        for layout in layouts(num_devices, group_sizes):
+            counts = [(0, 1)]
+            if layout.draft != "none":
+                counts = [(gamma, width) for gamma in num_draft_tokens for width in tree_widths]
+            fitting, known = self.fitting(layout, counts), {}
+            found += [self.price(layout, *count, known) for count in fitting]
+            refused += len(counts) - len(fitting)
+        found.sort(key=lambda choice: choice.token_seconds)
+        plain = next((choice for choice in found if not choice.num_draft_tokens), None)
+        if plain is None:
+            raise ValueError(
+                f"the base does not fit into {num_devices} devices of "
+                f"{self.device.memory / 1e9:.0f} GB: use more devices"
+            )
+        return Plan(choices=tuple(found), autoregression=plain, refused=refused)
+
+
+def layouts(num_devices: int, group_sizes: Sequence[int] = GROUP_SIZES) -> Iterator[Layout]:
+    """Every way to place a pair on all devices, or on half of them, a quarter, ...
+
+    Groups of layers stand side by side on 2 devices or more; group size 1 asks for a draft in
+    tensor parallelism of every degree, and on one device.
+    """
+    devices = num_devices
+    while devices >= 1:
+        yield Layout(layer=1, tensor=devices, draft="none")
+        for layer in (n for n in range(1, devices + 1) if devices % n == 0):
+            yield from _on_mesh(layer, devices // layer, group_sizes)
+        if devices % 2:
+            return
+        devices //= 2
+
+
+def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[Layout]:
+    mesh = {"layer": layer, "tensor": tensor}
+    if 1 in group_sizes and layer == 1:
+        yield Layout(**mesh, draft="one device", rules=LAYOUTS["replicated"])
+    if 1 in group_sizes and tensor > 1:
+        alone = dataclasses.replace(LAYOUTS["layer"], mlp=(TENSOR,))  # a layer on "tensor" only
+        rules = LAYOUTS["tensor"] if layer == 1 else alone
+        yield Layout(**mesh, draft="tensor parallel", rules=rules)
+    if layer == 1:
+        return
+    for size in (size for size in group_sizes if size > 1):
+        for name, mlp in _MLPS.items():
+            if name == "whole" and tensor == 1:  # the same as over "tensor"
+                continue
+            for exact in ("turns", "copy"):
+                rules = dataclasses.replace(LAYOUTS["layer"], mlp=mlp, exact=exact)
+                yield Layout(**mesh, draft="groups", rules=rules, group_size=size)
+
+
+@functools.cache
+def _shapes(config, mesh, dtype, group_size, rules):
+    options = {"group_size": group_size, "layout": rules, "dtype": dtype}
+    return abstract_model(config, abstract_mesh(*mesh), **options)
+
+
+def abstract_mesh(layer: int, tensor: int) -> AbstractMesh:
+    """`make_mesh` without devices."""
+    return AbstractMesh((layer, tensor), (LAYER, TENSOR), axis_types=(AxisType.Auto,) * 2)

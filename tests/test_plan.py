@@ -1,0 +1,355 @@
+"""The cost model against what is compiled and what can be said by hand, and the planner on it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import easyspec_jax as es
+from easyspec_jax.acceptance import (
+    Acceptance,
+    expected_tokens,
+    fit_acceptance,
+    mean_staleness,
+    read_acceptance,
+)
+from easyspec_jax.arguments import draft_layout, make_parser
+from easyspec_jax.cost import Pass, step_costs, total
+from easyspec_jax.device import PRESETS, Device, read_device
+from easyspec_jax.measure import collective_costs, logit_seconds, product_costs, score_seconds
+from easyspec_jax.plan import Layout, Planner, abstract_mesh, layouts
+from easyspec_jax.sharding import LAYOUTS
+from easyspec_jax.traffic import collectives
+
+BASE = es.ModelConfig(
+    vocab_size=64, embed_dim=64, mlp_dim=128, num_layers=4, num_heads=8, num_kv_heads=8,
+    head_dim=8, max_len=256,
+)  # fmt: skip
+DRAFT = es.ModelConfig(**{**vars(BASE), "embed_dim": 32, "mlp_dim": 64, "num_layers": 9})
+LARGE, SMALL = (
+    es.ModelConfig(
+        vocab_size=128256, embed_dim=d, mlp_dim=f, num_layers=n, num_heads=h, num_kv_heads=8,
+        head_dim=128, max_len=8192,
+    )
+    for d, f, n, h in ((8192, 28672, 80, 64), (4096, 14336, 32, 32))
+)  # fmt: skip
+FREE = {"bandwidth": math.inf, "flops": math.inf}  # nothing costs anything
+
+
+def device(**costs):
+    return Device(**{"name": "test", **FREE, **costs})
+
+
+def pair(layout, *, mesh, partition=(1, 4, 3, 1), gamma=3, width=2):
+    draft = es.abstract_model(DRAFT, mesh, group_size=partition, layout=layout, dtype="float32")
+    base = es.abstract_model(BASE, mesh, dtype="float32")
+    drafter = es.LayerParallelDrafter(draft)
+    return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width)
+
+
+@pytest.mark.parametrize(
+    ("layout", "partition"),
+    [
+        ("tensor", (1,) * 9),
+        ("layer", (1, 4, 3, 1)),
+        (es.LayoutRules(heads=("tensor",), group="layer", exact="copy", mlp=()), (1, 6, 1, 1)),
+    ],
+)
+def test_collectives_are_those_of_the_compiled_program(layout, partition):
+    """With one second for each collective, whatever its bytes, seconds count them."""
+    want = collections.Counter(
+        one.phase for one in collectives(pair(layout, mesh=es.make_mesh(4, 2), partition=partition))
+    )
+    decoder = pair(layout, mesh=abstract_mesh(4, 2), partition=partition)
+    costs = step_costs(decoder, device(collective=1.0), entries=64)
+    assert costs["calibrate"].seconds == want["calibrate"]
+    assert costs["draft"].seconds == 2 * want["draft"]
+    assert costs["verify"].seconds == want["verify"]
+    assert want["verify"] > 0
+
+
+def test_a_pass_by_hand():
+    """Two layers and a head on one device; what each constant counts."""
+    config = es.ModelConfig(**{**vars(BASE), "num_layers": 2, "num_kv_heads": 2})
+    model = es.abstract_model(config, abstract_mesh(1, 1), dtype="float32")
+    d, f, h = 64, 128, 8
+    attention = d * (8 + 2 + 2) * h + 8 * h * d + d
+    layer = attention + 3 * d * f + d
+
+    def cost(**costs):
+        return Pass(model, device(**costs), rows=6, heads=2, batch=1, entries=64).cost()
+
+    read = 4 * (2 * layer + d * 64)
+    assert cost(bandwidth=10.0).weights == pytest.approx(read / 10)
+    assert cost(bandwidth=10.0).attention == pytest.approx(2 * 2 * 2 * h * 4 * 64 / 10)
+    assert cost(flops=1e3).weights == pytest.approx(2 * (6 * 2 * layer + 2 * d * 64) / 1e3)
+    assert cost(score=1.0).attention == 2 * 6 * 8 * 64
+    assert cost(logit=1.0).sampling == 2 * 64
+    kernels = 2 * (Device.attention_kernels + Device.mlp_kernels) + Device.pass_kernels
+    assert cost(kernel=1.0).kernels == kernels
+    assert cost(collective=1.0).seconds == 0  # one device
+
+
+def test_groups_share_one_attention():
+    """4 layers on 4 devices cost one attention, 4 MLPs, 5 sums; exactly they cost 4 of each."""
+    mesh = abstract_mesh(4, 1)
+    draft = es.abstract_model(DRAFT, mesh, group_size=(1, 4, 3, 1), dtype="float32")
+    only = device(kernel=1.0, collective=100.0)
+    block = draft.params.blocks[1]
+
+    def cost(way):
+        return Pass(draft, only, rows=1, heads=1, batch=1, entries=64, run=way).block(block)
+
+    assert cost("attention").kernels == Device.attention_kernels + 4 * Device.mlp_kernels
+    assert cost("attention").collectives == 500
+    assert cost("layer").collectives == 200
+    assert cost("exact").kernels == 4 * (Device.attention_kernels + Device.mlp_kernels)
+    assert cost("exact").collectives == 800
+
+
+def test_a_host_that_launches_hides_what_the_device_does():
+    model = es.abstract_model(BASE, abstract_mesh(1, 1), dtype="float32")
+    slow = device(kernel=1.0, bandwidth=1e6, overlapped=True)
+    cost = Pass(model, slow, rows=1, heads=1, batch=1, entries=64).cost()
+    assert cost.weights == cost.attention == 0
+    assert cost.kernels == cost.seconds == 4 * 11 + 6
+
+
+def test_products_are_read_off_the_roofline_or_what_was_measured():
+    roof = device(bandwidth=100.0, flops=1000.0)
+    assert roof.product(400, rows=1, itemsize=4) == 4.0
+    assert roof.product(400, rows=20, itemsize=4) == 4.0
+    assert roof.product(400, rows=40, itemsize=4) == 8.0
+    measured = device(products=((1, 1.0, 5.0), (3, 2.0, 7.0), (5, 8.0, 7.0)))
+    assert measured.product(10, rows=1, itemsize=4) == 15.0
+    assert measured.product(10, rows=2, itemsize=4, count=2) == 15.0 + 12.0
+    assert measured.product(10, rows=7, itemsize=4) == 10 * 14.0 + 7.0
+
+
+def test_collectives_by_hand():
+    link = device(collective=5.0, hop=2.0, link=10.0)
+    assert link.all_reduce(80, 1) == link.all_gather(80, 1) == 0.0
+    assert link.all_reduce(80, 2) == 5.0 + 8.0
+    assert link.all_reduce(80, 4) == 5.0 + 4.0 + 12.0
+    assert link.all_gather(80, 4) == 5.0 + 4.0 + 6.0
+
+
+def test_devices_are_read_from_files(tmp_path):
+    measured = dataclasses.replace(PRESETS["h100"], products=((1, 1e-12, 0.0), (8, 2e-12, 1e-6)))
+    file = tmp_path / "device.json"
+    file.write_text(json.dumps({"device": measured.as_dict(), "choices": []}))
+    assert read_device(str(file)) == measured
+    changed = read_device(str(file), kernel=1e-6, collective=5e-6)
+    assert (changed.kernel, changed.collective, changed.hop) == (1e-6, 5e-6, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "no JSON"),
+        ("[1]", "describes no device"),
+        ('{"name": "x", "bandwidth": 1}', "describes no device"),
+        ('{"name": "x", "bandwidth": 1, "flops": 1, "colour": 2}', "unknown fields: colour"),
+        ('{"name": "x", "bandwidth": "fast", "flops": 1}', "bandwidth must be a number"),
+        ('{"name": "x", "bandwidth": 0, "flops": 1}', "bandwidth of a device must be above 0"),
+        ('{"name": "x", "bandwidth": 1, "flops": 1, "kernel": -1}', "kernel of a device"),
+        ('{"name": "x", "bandwidth": 1, "flops": 1, "products": [[1]]}', "products must be"),
+        ('{"name": "x", "bandwidth": 1, "flops": 1, "products": [[2,1,0],[1,1,0]]}', "rising"),
+    ],
+)
+def test_files_that_describe_no_device_are_refused(tmp_path, text, reason):
+    file = tmp_path / "device.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_device(str(file))
+    with pytest.raises(ValueError, match="unknown device 'b300'"):
+        read_device("b300")
+
+
+def test_expected_tokens_by_hand():
+    assert expected_tokens(0.5, 0.9, 0) == 1.0
+    assert expected_tokens(0.5, 0.25, 1) == 1.5
+    assert expected_tokens(0.5, 0.25, 3) == pytest.approx(1 + 0.5 * (1 + 0.25 + 0.0625))
+    assert mean_staleness((1, 1, 1)) == 0.0
+    assert mean_staleness((1, 4, 1)) == 1.0
+    half = Acceptance(rate=0.8, stale_loss=0.5, sibling=0.5)
+    assert half.rates((1, 4, 1)) == pytest.approx((0.8, 0.4))
+    assert half.rates((1, 4, 1), 4) == pytest.approx((0.9, 0.7))
+    assert Acceptance(rate=1.0).tokens_per_step((1,), 5) == 6.0
+    assert Acceptance(rate=0.0).tokens_per_step((1,), 5) == 1.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rate=st.floats(0.05, 0.95), loss=st.floats(0.0, 0.3), sibling=st.floats(0.05, 0.8),
+    gamma=st.integers(2, 8),
+)  # fmt: skip
+def test_acceptance_is_found_again_from_what_it_predicts(rate, loss, sibling, gamma):
+    """Up to the difference between long models and those with two layers outside groups."""
+    true = Acceptance(rate=rate, stale_loss=loss, sibling=sibling)
+    rows = [{"options": {}}]
+    for size in (1, 2, 4):
+        for width in (1, 4):
+            partition = es.make_partition(2 + 6 * size, size)
+            rows.append(
+                {
+                    "temperature": 0.0, "tree_width": width, "group_size": size, "calibrate": True,
+                    "tokens_per_step": true.tokens_per_step(partition, gamma, width),
+                    "tried_per_depth": [1] * gamma,
+                }
+            )  # fmt: skip
+    found = fit_acceptance(rows)
+    assert found.rate == pytest.approx(rate, abs=1e-6)
+    assert found.stale_loss == pytest.approx(loss, abs=1e-4)
+    assert found.sibling == pytest.approx(sibling, abs=1e-3)
+
+
+def test_acceptance_is_read_as_number_object_or_records(tmp_path):
+    assert read_acceptance("0.7") == Acceptance(rate=0.7)
+    file = tmp_path / "a.json"
+    file.write_text('{\n"rate": 0.6,\n"sibling": 0.2\n}')
+    assert read_acceptance(str(file)) == Acceptance(rate=0.6, sibling=0.2)
+    for text, reason in (("1.5", "rate must be in 0 .. 1"), ("high", "neither a number nor a")):
+        with pytest.raises(ValueError, match=reason):
+            read_acceptance(text)
+    for text, reason in (("{", "no JSON"), ('{"speed": 1}\n{}', "no arm of group size 1")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            read_acceptance(str(file))
+
+
+def test_options_of_a_layout_are_read_back_as_it():
+    """What the planner prints is what `easyspec generate` makes of it."""
+    seen = set()
+    for layout in layouts(8):
+        if layout.draft == "none":
+            continue
+        words = ["generate", "x", "--base", "b", "--draft", "d", *layout.options().split()]
+        args = make_parser().parse_args(words)
+        assert (args.layer, args.tensor) == (layout.layer, layout.tensor)
+        assert args.group_size == layout.group_size
+        rules = draft_layout(args)
+        for name in ("heads", "mlp", "vocab"):  # up to axes of one device
+            axes = [a for a in getattr(rules, name) if vars(layout)[a] > 1]
+            assert axes == [a for a in getattr(layout.rules, name) if vars(layout)[a] > 1], layout
+        assert (rules.group, rules.exact) == (layout.rules.group, layout.rules.exact)
+        assert layout not in seen
+        seen.add(layout)
+    assert {layout.devices for layout in seen} == {1, 2, 4, 8}
+
+
+def test_a_plan_is_ranked_and_holds_autoregression():
+    planner = Planner(base=BASE, draft=DRAFT, device=PRESETS["h100"], max_len=128)
+    plan = planner.plan(4, num_draft_tokens=(2, 4), tree_widths=(1, 2), group_sizes=(1, 2, 3))
+    times = [choice.token_seconds for choice in plan.choices]
+    assert times == sorted(times) and plan.refused == 0
+    assert plan.best.token_seconds <= plan.autoregression.token_seconds
+    assert plan.autoregression.tokens_per_step == 1.0
+    for choice in plan.choices[:20]:
+        assert total(choice.phases.values()).seconds == pytest.approx(choice.cost.seconds)
+        assert choice.token_seconds * choice.tokens_per_step == pytest.approx(choice.cost.seconds)
+    never = dataclasses.replace(planner, acceptance=Acceptance(rate=0.0))
+    assert never.plan(2, group_sizes=(1, 2)).best.layout.draft == "none"
+
+
+def test_what_does_not_fit_is_left_out():
+    planner = Planner(base=LARGE, draft=SMALL, device=PRESETS["a100"])
+    counts = [(5, 1), (5, 8)]
+    one = Layout(layer=1, tensor=2, draft="one device", rules=LAYOUTS["replicated"])
+    assert planner.fitting(one, counts) == []
+    assert planner.fitting(dataclasses.replace(one, tensor=4), counts) == counts
+    with pytest.raises(ValueError, match="does not fit into 1 devices of 80 GB"):
+        planner.plan(1, num_draft_tokens=(5,), tree_widths=(1,), group_sizes=(1,))
+
+
+def test_launch_bound_devices_want_the_papers_layout():
+    """EasySpec's setting: base over all 8, attention of the draft on one GPU each, groups of about
+    4. With captured launches and collectives of 5 us the draft wants several GPUs for a layer.
+    """
+    chain = {"tree_widths": (1,), "num_draft_tokens": (4, 5)}
+    eager = Planner(base=LARGE, draft=SMALL, device=PRESETS["a100-eager"]).plan(8, **chain)
+    best = eager.best.layout
+    assert (best.draft, best.draft_devices, best.devices) == ("groups", 1, 8)
+    assert best.group_size in (4, 5)
+    assert eager.best.bound == "kernels"
+    assert eager.autoregression.layout.devices == 8
+    one, sharded = (eager.fastest(kind).token_seconds for kind in ("one device", "tensor parallel"))
+    assert one < sharded
+    device = read_device("a100", collective=5e-6)
+    captured = Planner(base=LARGE, draft=SMALL, device=device).plan(8, **chain)
+    one, sharded, groups = (
+        captured.fastest(kind) for kind in ("one device", "tensor parallel", "groups")
+    )
+    assert groups.token_seconds < sharded.token_seconds < one.token_seconds
+    assert groups.layout.draft_devices > 1 and sharded.layout.draft_devices == 8
+    assert captured.best.bound == "weights"
+
+
+def test_micro_benchmarks_give_positive_costs():
+    float32 = jax.numpy.dtype("float32")
+    per_byte, beside = product_costs(2, float32, 2**20)
+    assert 0 < per_byte < 1 and beside >= 0
+    assert 0 <= score_seconds(float32) < 1 and 0 <= logit_seconds() < 1
+    two, hop, link = collective_costs()
+    assert two > 0 and hop >= 0 and link > 0
+
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.fixture
+def configs(tmp_path):
+    paths = []
+    for name, layers in (("base", 8), ("draft", 4)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    return ["--base", str(paths[0]), "--draft", str(paths[1])]
+
+
+def test_the_command_prints_a_plan(configs, easyspec):
+    options = ("plan", *configs, "--device", "h200", "--num-devices", "4")
+    status, out, _ = easyspec(*options, "--top", "3")
+    assert status == 0
+    assert "h200" in out and "the fastest of each kind" in out
+    assert "It is bound by " in out
+    document = json.loads(easyspec(*options, "--json")[1].splitlines()[-1])
+    times = [choice["token_seconds"] for choice in document["choices"]]
+    assert times == sorted(times) and len(times) == 10
+    first = document["choices"][0]
+    phases = [sum(terms.values()) for terms in first["phases"].values()]
+    assert sum(phases) == pytest.approx(first["step_seconds"])
+    assert document["speedup"] == pytest.approx(
+        document["autoregression"]["token_seconds"] / times[0]
+    )
+    assert Device(**{**document["device"], "products": ()}) == PRESETS["h200"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "name a --device, or --measure"),
+        (["--device", "h100", "--measure"], "name a --device, or --measure"),
+        (["--measure", "--kernel-us", "3"], "not what is measured"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--device", "h100", "--num-devices", "0"], "--num-devices must be at least 1"),
+        (["--device", "h100", "--tree-width", "0,1"], "--tree-width must be at least 1"),
+        (["--device", "h100", "--kernel-us", "nan"], "--kernel-us must be microseconds"),
+        (["--device", "h100", "--acceptance", "2"], "rate must be in 0 .. 1"),
+        (["--device", "h100", "--max-len", "5000"], "--max-len must be in 2 .. 4096"),
+    ],
+)
+def test_the_command_refuses(configs, easyspec, options, reason):
+    status, _, err = easyspec("plan", *configs, *options)
+    assert status == 1
+    assert reason in err and err.count("\n") == 1
