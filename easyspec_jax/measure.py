@@ -1,12 +1,13 @@
 """A `Device` filled in by micro-benchmarks of the machine at hand, in about half a minute.
 
-Products are timed in compiled loops over more weights than any cache holds; what a layer costs
-beside its bytes is the difference between decoding with a tiny model of few and of many layers, so
-that the program's own kernels are counted; collectives are timed in a chain.
+Products are timed in compiled loops over more weights than any cache holds. What a layer costs
+beside its products is seen by decoding with a small model of few and of many layers, so that it is
+the program's own kernels that are counted. Collectives are timed in a chain.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint import random_model
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.cost import step_costs
 from easyspec_jax.decode import Decoder
 from easyspec_jax.device import Device
 from easyspec_jax.sharding import LAYER, TENSOR, make_mesh
@@ -46,24 +48,22 @@ def measure_device(dtype: Any = None, *, weight_bytes: int | None = None) -> Dev
     size = weight_bytes or (2**28 if on_cpu else 2**30)
     products = tuple((rows, *product_costs(rows, dtype, size)) for rows in ROWS)
     rows, slowest, _ = products[-1]
-    layer, rest = layer_seconds(dtype)
-    kernel = layer / (Device.attention_kernels + Device.mlp_kernels)
     stats = first.memory_stats() or {}
     collective, hop, link = collective_costs() if jax.device_count() > 1 else (0.0, 0.0, math.inf)
-    return Device(
+    device = Device(
         name=first.device_kind,
         bandwidth=1 / products[0][1],
         flops=2 * rows / dtype.itemsize / slowest,
         memory=float(stats.get("bytes_limit", math.inf)),
         products=products,
-        kernel=kernel,
         score=score_seconds(dtype),
         logit=logit_seconds(),
         collective=collective,
         hop=hop,
         link=link,
-        step=max(rest - Device.pass_kernels * kernel, 0.0),
     )
+    kernel, step = kernel_costs(device, dtype)
+    return dataclasses.replace(device, kernel=kernel, step=step)
 
 
 def _best(run: Callable[..., Any], *args: Any, repeats: int = 3) -> float:
@@ -107,20 +107,27 @@ def product_seconds(rows: int, inner: int, outer: int, dtype: Any, num_bytes: in
     return _best(run, weights, jnp.ones((rows, inner), dtype)) / (4 * count)
 
 
-def layer_seconds(dtype: Any) -> tuple[float, float]:
-    """Seconds of a layer with next to no weights, and of a step with no layers."""
-    few, many = (_tiny_step(layers, dtype) for layers in (2, 18))
-    layer = max(many - few, 0.0) / 16
-    return layer, max(few - 2 * layer, 0.0)
+def kernel_costs(device: Device, dtype: Any) -> tuple[float, float]:
+    """Seconds of a kernel, and of a step beside its kernels: what steps of small models take longer
+    than the device's other costs say.
+    """
+    (few, predicted_few), (many, predicted_many) = (_small_step(device, n, dtype) for n in (2, 10))
+    kernels = Device.attention_kernels + Device.mlp_kernels
+    kernel = max(many - few - (predicted_many - predicted_few), 0.0) / (8 * kernels)
+    rest = few - predicted_few - (2 * kernels + Device.pass_kernels) * kernel
+    return kernel, max(rest, 0.0)
 
 
-def _tiny_step(layers: int, dtype: Any) -> float:
-    sizes = {"embed_dim": 32, "mlp_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16}
-    config = ModelConfig(vocab_size=64, num_layers=layers, max_len=256, **sizes)
+def _small_step(device: Device, layers: int, dtype: Any) -> tuple[float, float]:
+    """Seconds of a step of a model of so many layers, measured and as `device` predicts."""
+    inner, outer = _SMALL
+    sizes = {"embed_dim": inner, "mlp_dim": outer, "num_heads": 8, "num_kv_heads": 4}
+    config = ModelConfig(vocab_size=64, head_dim=64, num_layers=layers, max_len=256, **sizes)
     decoder = Decoder(random_model(config, make_mesh(1, 1), seed=0, dtype=dtype))
-    return min(
-        decoder.profile(prompt_len=8, max_new_tokens=8, repeats=200)["step"] for _ in range(3)
-    )
+    size = {"prompt_len": 8, "max_new_tokens": 8}
+    measured = min(decoder.profile(**size, repeats=20)["step"] for _ in range(4))
+    costs = step_costs(decoder, device, entries=decoder.capacity(sum(size.values())))
+    return measured, sum(cost.seconds for cost in costs.values())
 
 
 def score_seconds(dtype: Any) -> float:
