@@ -384,9 +384,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _plan_pair(args: argparse.Namespace) -> int:
-    from easyspec_jax import planning
+    from easyspec_jax import plan_command
 
-    return planning.run(args)
+    return plan_command.run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:
