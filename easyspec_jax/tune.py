@@ -272,12 +272,6 @@ def search(
     return sorted(found.values(), key=promise, reverse=True)
 
 
-def finalists(candidates: Sequence[Candidate], num: int) -> list[Candidate]:
-    """The first `num` candidates and the first uniform one."""
-    uniform = [c for c in candidates if c.kind == "uniform"][:1]
-    return [*candidates[:num], *(c for c in uniform if c not in candidates[:num])]
-
-
 def verify(
     base: Model,
     draft: Model,
@@ -306,6 +300,30 @@ def verify(
         acceptance_rate=sum(s.nodes_accepted for s in stats) / max(tried, 1),
         identical=sum(same) if same is not None else None,
     )
+
+
+def verify_best(
+    base: Model,
+    draft: Model,
+    candidates: Sequence[Candidate],
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]] | None,
+    *,
+    num_verified: int,
+    progress: bool = False,
+    **options: Any,
+) -> list[Candidate]:
+    """The first `num_verified` candidates and the first uniform one, verified; the best first.
+
+    Args:
+      options: of `verify`.
+    """
+    finalists = list(candidates[:num_verified])
+    uniform = [c for c in candidates if c.kind == "uniform"][:1]
+    finalists += [c for c in uniform if c not in finalists]
+    bar = tqdm(finalists, "decoding", disable=not progress, leave=False)
+    verified = [verify(base, draft, c, prompts, expected, **options) for c in bar]
+    return sorted(verified, key=lambda c: (-c.speed(c.tokens_per_step), -c.predicted))
 
 
 def tune(
@@ -352,18 +370,19 @@ def tune(
     scorer = Scorer(draft, windows, num_draft_tokens, temperature, base_scores)
     costs = measure_sensitivity(scorer, largest, progress)
     candidates = search(scorer, costs, k, step_seconds=step_seconds, progress=progress)
-    expected = None
-    if temperature == 0:
-        expected = [t.tokens[0, t.counted].tolist() for t in greedy]
-    options = {
-        "num_draft_tokens": num_draft_tokens,
-        "max_new_tokens": max_new_tokens,
-        "eos_ids": eos_ids,
-        "sampling": Sampling(temperature=temperature),
-    }
-    bar = tqdm(finalists(candidates, num_verified), "verified", disable=not progress, leave=False)
-    verified = [verify(base, draft, c, prompts, expected, **options) for c in bar]
-    verified.sort(key=lambda c: (-c.speed(c.tokens_per_step), -c.predicted))
+    verified = verify_best(
+        base,
+        draft,
+        candidates,
+        prompts,
+        [t.tokens[0, t.counted].tolist() for t in greedy] if temperature == 0 else None,
+        num_verified=num_verified,
+        progress=progress,
+        num_draft_tokens=num_draft_tokens,
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        sampling=Sampling(temperature=temperature),
+    )
     return Tuning(
         partition=verified[0].partition,
         candidates=tuple(verified),
