@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -26,22 +26,52 @@ def cheapest_partitions(
         A partition costs the sum over its layers.
     """
     num_layers, largest = costs.shape
+    # blocks[first][size - 1]: the cost of the block of `size` layers that begins with layer `first`
+    blocks = [
+        np.cumsum(
+            [costs[first + place, place] for place in range(min(largest, num_layers - first))]
+        )
+        for first in range(num_layers)
+    ]
     # best[end]: (cost, partition) of the first `end` layers in the number of blocks so far
     best: list[list[tuple[float, Partition]]] = [[(0.0, ())]] + [[] for _ in range(num_layers)]
     found = {}
     for num in range(1, min(max_blocks, num_layers) + 1):
         longer: list[list[tuple[float, Partition]]] = [[]]
         for end in range(1, num_layers + 1):
-            ways, block = [], 0.0
+            ways = []
             for size in range(1, min(largest, end) + 1):
                 first = end - size
-                block = float(sum(costs[first + place, place] for place in range(size)))
+                block = float(blocks[first][size - 1])
                 ways += [(cost + block, (*sizes, size)) for cost, sizes in best[first]]
             longer.append(heapq.nsmallest(keep, ways))
         best = longer
         if best[num_layers]:
             found[num] = best[num_layers]
     return found
+
+
+def fastest_partitions(
+    costs: np.ndarray, max_blocks: int, seconds: Callable[[Partition], float]
+) -> list[Partition]:
+    """Cheap partitions that no other one beats in both cost and time, the fastest first; of those
+    that are cheapest for some number of blocks and some largest size.
+
+    Args:
+      costs: as for `cheapest_partitions`.
+      seconds: predicted for a partition.
+    """
+    cost_of = {
+        partition: cost
+        for largest in range(1, costs.shape[1] + 1)
+        for ways in cheapest_partitions(costs[:, :largest], max_blocks).values()
+        for cost, partition in ways
+    }
+    front: list[Partition] = []
+    for partition in sorted(cost_of, key=lambda p: (seconds(p), cost_of[p])):
+        if not front or cost_of[partition] < cost_of[front[-1]]:
+            front.append(partition)
+    return front
 
 
 def neighbours(partition: Partition, max_group_size: int) -> Iterator[Partition]:

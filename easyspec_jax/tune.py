@@ -30,11 +30,13 @@ from easyspec_jax.partitions import (
     Partition,
     cheapest_partitions,
     expected_tokens,
+    fastest_partitions,
     interpolate,
     neighbours,
     uniform_partitions,
 )
 from easyspec_jax.passes import (
+    Text,
     Window,
     answer,
     make_window,
@@ -49,7 +51,7 @@ from easyspec_jax.sharding import on_mesh, replicate
 # partition, on the machine that is tuned for; only ratios count.
 StepSeconds = Callable[[Partition], float]
 
-KEEP = 6  # partitions that are rescored for each number of blocks, with a time for steps: 2
+KEEP = 6  # cheapest partitions that are rescored
 ROUNDS = 4  # times that boundaries are moved
 SENSITIVITY_TEXTS = 8
 
@@ -169,6 +171,22 @@ class Scorer:
         ]
 
 
+def make_scorer(
+    base: Model,
+    draft: Model,
+    texts: Sequence[Text],
+    num_draft_tokens: int,
+    temperature: float = 0.0,
+) -> Scorer:
+    """A scorer on texts that `base` wrote."""
+    room = max(text.end - text.start for text in texts)
+    windows = [make_window(draft, text, room) for text in texts]
+    base_scores = None
+    if temperature > 0:
+        base_scores = [_tempered(base, make_window(base, t, room), temperature) for t in texts]
+    return Scorer(draft, windows, num_draft_tokens, temperature, base_scores)
+
+
 def _mean(rows: Sequence[np.ndarray]) -> float:
     return float(np.concatenate(rows).mean(dtype=np.float64))
 
@@ -234,7 +252,8 @@ def search(
     """Candidates of at most `max_blocks` blocks, the most promising first: the cheapest by `costs`
     (f[L, S], blocks of at most S layers), the same with boundaries moved, and uniform ones.
 
-    Without `step_seconds` those with `max_blocks` blocks, where more blocks cost nothing.
+    Without `step_seconds` those with `max_blocks` blocks, as fewer are never more accurate; with it
+    those that none beats in both cost and time.
     """
     num_layers, largest = costs.shape
     found: dict[Partition, Candidate] = {}
@@ -255,12 +274,13 @@ def search(
 
     for partition in uniform_partitions(num_layers, max_blocks, largest):
         consider(partition, "uniform")
-    keep = KEEP if step_seconds is None else 2
-    cheapest = cheapest_partitions(costs, max_blocks, keep)
-    numbers = [max(cheapest)] if step_seconds is None and cheapest else list(cheapest)
-    for num in numbers:
-        for _, partition in cheapest[num]:
-            consider(partition, "sum")
+    if step_seconds is None:
+        cheapest = cheapest_partitions(costs, max_blocks, KEEP)
+        good = [partition for _, partition in cheapest[max(cheapest)]]
+    else:
+        good = fastest_partitions(costs, max_blocks, step_seconds)
+    for partition in good:
+        consider(partition, "sum")
     best = max(found.values(), key=promise)
     for _ in range(ROUNDS):
         near = [consider(p, "moved") for p in neighbours(best.partition, largest)]
@@ -362,12 +382,7 @@ def tune(
         draft.config.num_layers, attention_steps, max_group_size, step_seconds is not None
     )
     greedy = write_texts(base, prompts, max_new_tokens, eos_ids)
-    room = max(text.end - text.start for text in greedy)
-    windows = [make_window(draft, text, room) for text in greedy]
-    base_scores = None
-    if temperature > 0:
-        base_scores = [_tempered(base, make_window(base, t, room), temperature) for t in greedy]
-    scorer = Scorer(draft, windows, num_draft_tokens, temperature, base_scores)
+    scorer = make_scorer(base, draft, greedy, num_draft_tokens, temperature)
     costs = measure_sensitivity(scorer, largest, progress)
     candidates = search(scorer, costs, k, step_seconds=step_seconds, progress=progress)
     verified = verify_best(
@@ -389,7 +404,7 @@ def tune(
         exact_acceptance=scorer.exact_acceptance,
         sensitivity=costs,
         num_prompts=len(greedy),
-        num_tokens=sum(w.size for w in windows),
+        num_tokens=sum(w.size for w in scorer.windows),
     )
 
 
@@ -416,7 +431,7 @@ def check_options(
             f"{k} attention steps with at most {most} layers at once cover {most * k} of the "
             f"draft's {num_layers} layers: allow {-(-num_layers // most)} steps or larger groups"
         )
-    even = 4 if timed else -(-num_layers // k)
+    even = max(-(-num_layers // k), 4 if timed else 1)
     return int(k), min(int(most), 3 * even, num_layers)
 
 

@@ -26,7 +26,7 @@ from records import append, commit, machine, without_places
 import easyspec_jax as es
 from easyspec_jax import tune
 from easyspec_jax.partitions import Partition, uniform_partitions
-from easyspec_jax.passes import answer, make_window, regroup, write_texts
+from easyspec_jax.passes import answer, regroup, write_texts
 from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
 
 Record = dict[str, Any]
@@ -46,9 +46,7 @@ class Bench:
         self.options = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids}
         texts = write_texts(self.base, tuning, **self.options)
         self.expected = [text.tokens[0, text.counted].tolist() for text in texts]
-        room = max(text.end - text.start for text in texts)
-        windows = [make_window(self.draft, text, room) for text in texts]
-        self.scorer = tune.Scorer(self.draft, windows, args.num_draft_tokens)
+        self.scorer = tune.make_scorer(self.base, self.draft, texts, args.num_draft_tokens)
         self.num_layers = self.draft.config.num_layers
         largest = min(3 * -(-self.num_layers // min(args.attention_steps)), self.num_layers)
         self.costs = tune.measure_sensitivity(self.scorer, largest, progress=True)

@@ -19,6 +19,7 @@ from easyspec_jax.loop import Specs
 from easyspec_jax.partitions import (
     cheapest_partitions,
     expected_tokens,
+    fastest_partitions,
     interpolate,
     neighbours,
     uniform_partitions,
@@ -136,6 +137,15 @@ def test_the_cheapest_partitions_are_those_of_brute_force():
     assert cheapest_partitions(costs, 1) == {}  # no block has 7 layers
 
 
+def test_partitions_that_none_beats_in_cost_and_time():
+    costs = np.array([[0, 9, 9], [0, 4, 9], [0, 1, 2], [0, 1, 3]], float)
+    # each layer beyond two in a block takes another turn
+    found = fastest_partitions(costs, 4, lambda p: sum(-(-size // 2) for size in p))
+    # in 2, 3 and 4 turns; (1, 3), the cheapest of 2 blocks, takes 3 turns, as (1, 1, 2) does
+    assert found == [(2, 2), (1, 1, 2), (1, 1, 1, 1)]
+    assert fastest_partitions(costs, 2, len) == [(1, 3)]
+
+
 def test_neighbours_and_uniform_partitions_by_hand():
     assert list(neighbours((1, 2, 3), 4)) == [(2, 1, 3), (1, 1, 4), (1, 3, 2)]
     assert list(neighbours((1, 2, 3), 3)) == [(2, 1, 3), (1, 3, 2)]
@@ -167,9 +177,7 @@ def test_expected_tokens_by_hand():
 @functools.cache
 def scorer(gamma=3):
     m = MODEL((1, 1))
-    texts = passes.write_texts(m, PROMPTS, 16)
-    room = max(text.end - text.start for text in texts)
-    return tune.Scorer(m, [passes.make_window(m, text, room) for text in texts], gamma)
+    return tune.make_scorer(m, m, passes.write_texts(m, PROMPTS, 16), gamma)
 
 
 def test_scores_are_of_the_exact_model_and_fall_with_groups():
@@ -243,6 +251,7 @@ def test_with_a_time_for_steps_speed_decides():
     dear = tune.search(s, costs, 5, step_seconds=lambda partition: 10.0 ** len(partition))
     assert dear[0].partition == (5,) and dear[0].step_seconds == 10.0
     assert dear[0].speed(3.0) == 0.3
+    assert fastest_partitions(costs + 1.0, 5, lambda p: max(p))[0] == (1,) * 5
     few = tune.search(s, costs, 4)
     assert {len(c.partition) for c in few if c.kind != "uniform"} == {4}
 
