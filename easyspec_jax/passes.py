@@ -52,10 +52,11 @@ def answer(
     eos_ids: Sequence[int] = (),
     sampling: Sampling = Sampling(),  # noqa: B008
 ) -> Iterator[Generation]:
-    """Answer all prompts, `BATCH` at a time; options as for `Decoder.generate`."""
+    """Answer all prompts, at most `BATCH` at a time; options as for `Decoder.generate`."""
     options = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "sampling": sampling}
-    for first in range(0, len(prompts), BATCH):
-        yield decoder.generate(prompts[first : first + BATCH], seed=first, **options)
+    size = -(-len(prompts) // -(-len(prompts) // BATCH))  # even batches compile once
+    for first in range(0, len(prompts), size):
+        yield decoder.generate(prompts[first : first + size], seed=first, **options)
 
 
 def write_texts(

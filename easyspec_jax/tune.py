@@ -122,13 +122,13 @@ class Scorer:
             _log_probs(draft, w, exact, recent=self.recent, specs=Specs.of((draft, w)))
             for w in self.windows
         ]
-        self.first = [found[1] for found in self._run(exact, len(self.windows))]
+        self.first = [accepted for _, accepted in self._run(exact, self._all)]
         self._known: dict[Partition, tuple[float, float, float]] = {}
 
     def score(self, partition: Partition) -> tuple[float, float, float]:
         """Divergence (nats), acceptance of a parallel pass and predicted tokens per step."""
         if partition not in self._known:
-            found = self._run(staleness(partition), len(self.windows))
+            found = self._run(staleness(partition), self._all)
             promised = [
                 expected_tokens(first, later, self.num_draft_tokens)
                 for first, (_, later) in zip(self.first, found, strict=True)
@@ -143,31 +143,35 @@ class Scorer:
         return self._known[partition]
 
     def divergence(self, stale: np.ndarray, num_texts: int) -> float:
-        """Mean divergence (nats) from the exact draft with stale layers (i32[L]), over the first
-        texts.
+        """Mean divergence (nats) from the exact draft with stale layers (i32[L]), over so many of
+        the texts, evenly spread.
         """
-        return _mean([kl for kl, _ in self._run(stale, num_texts)])
+        texts = self._all[:: -(-len(self._all) // num_texts)]
+        return _mean([kl for kl, _ in self._run(stale, texts)])
 
     @property
     def exact_acceptance(self) -> float:
         """Of tokens that the exact draft proposes."""
         return _mean(self.first)
 
-    def _run(self, stale: np.ndarray, num_texts: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Divergence and acceptance, f[n] each, of every answer token of the first texts."""
+    @property
+    def _all(self) -> range:
+        return range(len(self.windows))
+
+    def _run(self, stale: np.ndarray, texts: range) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Divergence and acceptance, f[n] each, of every answer token of these texts."""
         mesh = self.draft.layout.mesh
         stale = replicate(np.asarray(stale, np.int32), mesh)
         temperature = replicate(np.float32(self.temperature), mesh)
         found = []
         # All are started before the first is waited for.
-        for window, exact, base in zip(self.windows, self.exact, self.base, strict=True):
-            if len(found) == num_texts:
-                break
-            args = (self.draft, window, stale, exact, base, temperature)
+        for i in texts:
+            args = (self.draft, self.windows[i], stale, self.exact[i], self.base[i], temperature)
             found.append(_judge(*args, recent=self.recent, specs=Specs.of(args)))
+        sizes = [self.windows[i].size for i in texts]
         return [
-            (np.asarray(kl)[: w.size], np.asarray(accepted)[: w.size])
-            for w, (kl, accepted) in zip(self.windows, found, strict=False)
+            (np.asarray(kl)[:n], np.asarray(accepted)[:n])
+            for n, (kl, accepted) in zip(sizes, found, strict=True)
         ]
 
 

@@ -244,6 +244,32 @@ def test_uniform_partitions_are_verified_too_and_text_is_autoregressions():
     assert out.stats.tokens_per_step == tokens[0]
 
 
+@pytest.mark.slow
+def test_several_devices_tune_as_one():
+    found = [
+        tune.tune(
+            *(MODEL(shape),) * 2, PROMPTS, attention_steps=3, num_draft_tokens=3,
+            max_new_tokens=16, num_verified=2,
+        )
+        for shape in ((1, 1), (2, 4))
+    ]  # fmt: skip
+    one, many = ([(c.partition, c.tokens_per_step) for c in f.candidates] for f in found)
+    assert one == many and all(c.identical == 3 for f in found for c in f.candidates)
+    one, many = (f.sensitivity for f in found)
+    np.testing.assert_allclose(one, many, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_tuning_above_temperature_zero():
+    m, stranger = MODEL((1, 1)), model((1, 1), seed=3, layout="tensor")
+    options = {"attention_steps": 2, "num_draft_tokens": 2, "max_new_tokens": 8, "num_verified": 1}
+    found = tune.tune(m, m, PROMPTS, temperature=0.8, **options)
+    assert found.exact_acceptance == pytest.approx(1)
+    assert all(c.identical is None and c.tokens_per_step > 1 for c in found.candidates)
+    found = tune.tune(m, stranger, PROMPTS, temperature=0.8, **options)
+    assert 0 < found.exact_acceptance < 0.9
+
+
 def test_with_a_time_for_steps_speed_decides():
     s, costs = scorer(), np.zeros((5, 5))
     free = tune.search(s, costs, 5, step_seconds=lambda partition: 1.0)
