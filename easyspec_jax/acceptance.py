@@ -51,7 +51,7 @@ class Acceptance:
         self, partition: Sequence[int], num_draft_tokens: int, tree_width: int = 1
     ) -> float:
         """Expected tokens of a step, the base's own included; in [1, γ + 1]."""
-        return expected_tokens(*self.rates(partition, tree_width), num_draft_tokens)
+        return chain_tokens(*self.rates(partition, tree_width), num_draft_tokens)
 
 
 def mean_staleness(partition: Sequence[int]) -> float:
@@ -59,7 +59,7 @@ def mean_staleness(partition: Sequence[int]) -> float:
     return sum(size * (size - 1) / 2 for size in partition) / sum(partition)
 
 
-def expected_tokens(first: float, later: float, num_draft_tokens: int) -> float:
+def chain_tokens(first: float, later: float, num_draft_tokens: int) -> float:
     """Tokens of a step whose levels are accepted with these chances, and the base's own."""
     if num_draft_tokens == 0:
         return 1.0
@@ -110,11 +110,11 @@ def fit_acceptance(rows: Sequence[Any], where: str = "the records") -> Acceptanc
     chains = {row["group_size"]: row for row in arms if row["tree_width"] == 1}
     if 1 not in chains:
         raise ValueError(f"{where} has no arm of group size 1 and width 1 at temperature 0")
-    rate = _solve(lambda a, n: expected_tokens(a, a, n), chains[1])
+    rate = _solve(lambda a, n: chain_tokens(a, a, n), chains[1])
     losses, exponents = [], []
     for size, row in chains.items():
         if size > 1 and rate > 0:
-            fuzzy = _solve(lambda b, n: expected_tokens(rate, b, n), row)
+            fuzzy = _solve(lambda b, n: chain_tokens(rate, b, n), row)
             stale = mean_staleness(make_partition(2 + 6 * size, size))
             losses.append((1 - fuzzy / rate) / stale)
     loss = min(max(sum(losses) / len(losses), 0.0), 1.0) if losses else Acceptance.stale_loss
@@ -134,7 +134,7 @@ def _exponent(row: dict[str, Any], rate: float, loss: float) -> float | None:
         return None
 
     def tokens(missed, n):
-        return expected_tokens(*(1 - (1 - a) * (1 - missed) for a in chain), n)
+        return chain_tokens(*(1 - (1 - a) * (1 - missed) for a in chain), n)
 
     missed = 1 - _solve(tokens, row)
     return -math.log(max(missed, 1e-3)) / math.log(width)

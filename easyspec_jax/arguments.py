@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+from typing import Any
 
+from easyspec_jax.config import ModelConfig
 from easyspec_jax.device import PRESETS
+from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.sharding import LAYER, LAYOUTS, TENSOR, LayoutRules
+from easyspec_jax.tuned import TUNED, read_partition
 
 DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
 MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}
@@ -46,6 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
     plan.set_defaults(command="plan")
     _add_plan(plan)
 
+    tune = commands.add_parser("tune", help="find a partition of a draft's layers that fits it")
+    tune.set_defaults(command="tune")
+    _add_tune(tune)
+    _add_machine(tune)
+
     demo = commands.add_parser("demo", help="fetch a small model and watch it draft for itself")
     demo.set_defaults(command="demo")
     demo.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
@@ -66,8 +75,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--candidates", choices=("sampled", "best"), help=kinds)
     early = "stop drafting once even its likeliest path is less probable (default: never)"
     add("--min-draft-probability", type=float, metavar="P", help=early)
-    sizes = "draft layers that run at once, or the sizes of all groups (default: as --layer)"
-    add("--group-size", type=_group_size, metavar="N|N,N,..", help=sizes)
+    sizes = "draft layers that run at once, all groups' sizes, or what `easyspec tune` found"
+    sizes += " (default: as --layer)"
+    add("--group-size", type=_group_size, metavar="N|N,N,..|tuned", help=sizes)
     _add_draft_layout(add)
     add("--no-calibrate", action="store_true", default=None, help="leave the draft's cache fuzzy")
     what = "what runs at once (default attention)"
@@ -115,6 +125,33 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=types)
     add("--top", type=int, default=10, metavar="N", help="choices to show (default 10)")
     add("--json", action="store_true", help="all of it as one JSON document")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--draft", required=True, metavar="CKPT", help="its layers are grouped; the result is kept")
+    add("--base", metavar="CKPT", help="that drafts are made for (default: the draft itself)")
+    prompts = 'texts like those to come: one a line, or JSON lines with a "prompt" (.jsonl)'
+    add("--prompts", required=True, metavar="FILE", help=prompts)
+    add("--num-prompts", type=int, metavar="N", help="only the first N of them (default: all)")
+    add("--chat", action="store_true", help="put each into the chat template")
+    steps = "groups that may run one after another (default: as many as in groups of --layer)"
+    add("--attention-steps", type=int, metavar="K", help=steps)
+    add("--layer", type=int, metavar="N", help="devices for the layers of a group")
+    add("--tensor", type=int, metavar="N", help="devices to tune on, here (default: all)")
+    kinds = "kind of device to predict times for, as for plan: weighs tokens against them"
+    add("--device", metavar="NAME|FILE", help=kinds)
+    add("--num-devices", type=int, metavar="N", help="how many of them")
+    add("--num-draft-tokens", type=int, default=5, metavar="N", help="per step (default 5)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="of each answer (default 64)")
+    warm = "of the text to be drafted (default 0, greedy)"
+    add("--temperature", type=float, default=0.0, metavar="T", help=warm)
+    last = "partitions that are decoded with before one is chosen (default 5)"
+    add("--verify", type=int, default=5, metavar="N", help=last)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on CPU, "
+        "else bfloat16")  # fmt: skip
+    add("--dry-run", action="store_true", help="find and print, but write nothing")
+    add("--json", action="store_true", help="all figures as JSON on standard output's last line")
 
 
 def _add_draft_layout(add) -> None:
@@ -186,11 +223,29 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,2,4") from None
 
 
-def _group_size(text: str) -> int | tuple[int, ...]:
+def partition_of(
+    group_size: int | tuple[int, ...] | str,
+    path: str,
+    config: ModelConfig,
+    metadata: dict[str, Any],
+) -> tuple[int, ...]:
+    """The partition that --group-size means for the checkpoint `path`.
+
+    Raises:
+      ValueError: it does not fit the model, or the checkpoint was not tuned.
+    """
+    if group_size == TUNED:
+        return read_partition(path, config.num_layers, metadata.get("weights"))
+    return make_partition(config.num_layers, group_size)
+
+
+def _group_size(text: str) -> int | tuple[int, ...] | str:
+    if text == TUNED:
+        return text
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number nor sizes like 1,2,3,1"
+            f"{text!r} is neither a number nor sizes like 1,2,3,1 nor tuned"
         ) from None
     return sizes if len(sizes) > 1 else sizes[0]

@@ -44,6 +44,7 @@ from easyspec_jax.sharding import (
     make_layout,
     make_mesh,
 )
+from easyspec_jax.tuned import PARTITION_FILE, TUNED, read_partition
 
 FORMAT = 1
 # {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null,
@@ -137,7 +138,7 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
         folder = pathlib.Path(temp) / "checkpoint"
         folder.mkdir()
         for file in pathlib.Path(like).iterdir():
-            if file.is_file():
+            if file.is_file() and file.name != PARTITION_FILE:  # found for those weights
                 shutil.copy(file, folder)
         separate = jax.jit(functools.partial(separate_block, layout=model.layout))
         index, crc = 0, 0
@@ -162,7 +163,7 @@ def load_model(
     path: str | os.PathLike,
     mesh: Mesh | None = None,
     *,
-    group_size: int | Sequence[int] = 1,
+    group_size: int | Sequence[int] | str = 1,
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
 ) -> Model:
@@ -173,18 +174,20 @@ def load_model(
       path: a folder written by `convert`.
       mesh: from `make_mesh`; default: one over all devices.
       group_size: layers per group for layer-parallel drafting, or an explicit partition (layers per
-        block, in order).
+        block, in order), or "tuned": the partition that `easyspec tune` left in the folder.
       dtype: of weights and cache; default float32 on CPU, bfloat16 elsewhere.
       layout: "tensor" splits everything over all devices; "layer" puts the layers of a group side
         by side on the axis "layer" and splits heads over "tensor"; "replicated" splits nothing; or
         `LayoutRules`. Default: "tensor" for group_size 1, else "layer".
 
     Raises:
-      ValueError: no checkpoint there, a bad partition or layout, or more than the devices hold;
-        nothing is allocated then. Or a part of the checkpoint is damaged.
+      ValueError: no checkpoint there, a bad partition (or no "tuned" one) or layout, or more than
+        the devices hold; nothing is allocated then. Or a part of the checkpoint is damaged.
       OSError: a file cannot be read.
     """
     config, metadata = read_metadata(path)
+    if isinstance(group_size, str) and group_size == TUNED:
+        group_size = read_partition(path, config.num_layers, metadata.get("weights"))
     folder = pathlib.Path(path).absolute()
     stored = {p.relative_to(folder).as_posix() for p in folder.glob("layers/*")}
     if stored != {layer_name(i) for i in range(config.num_layers)} or not (folder / TOP).is_dir():

@@ -1,4 +1,4 @@
-"""The command line: `easyspec generate | chat | info | plan | demo`.
+"""The command line: `easyspec generate | chat | info | plan | tune | demo`.
 
 Thin: it reads arguments, loads, prints. Only here does the package set jax options, in `configure`.
 """
@@ -20,12 +20,12 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout, make_parser
+from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout, make_parser, partition_of
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.distributed import check_agreement, is_lost_peer
 from easyspec_jax.memory import check_memory
 from easyspec_jax.report import Clock, print_report
-from easyspec_jax.request import make_request
+from easyspec_jax.request import check_tokenizers, make_request
 from easyspec_jax.text import (
     Conversation,
     TextPrinter,
@@ -43,8 +43,10 @@ _DRAFT_OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its status: 1 after an error of one sentence, 130 interrupted."""
     args = make_parser().parse_args(argv)
-    commands = {"generate": _generate, "chat": _chat, "demo": _demo}
-    commands |= {"info": _info, "plan": _plan_pair}
+    commands = {
+        "generate": _generate, "chat": _chat, "info": _info, "plan": _plan_pair, "tune": _tune,
+        "demo": _demo,
+    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
@@ -218,17 +220,10 @@ def _check_positive(args: argparse.Namespace, name: str) -> None:
 
 def _check_draft(args: argparse.Namespace, base_tokenizer: str | None) -> None:
     config, metadata = read_metadata(args.draft)
-    es.make_partition(config.num_layers, _draft_groups(args))
-    tokenizer = metadata.get("tokenizer")
-    if None not in (base_tokenizer, tokenizer) and base_tokenizer != tokenizer:
-        raise ValueError(
-            "base and draft have different tokenizers: ordinary tokens have other ids, "
-            "so a draft could never be accepted; use a draft of the same family"
-        )
-
-
-def _draft_groups(args: argparse.Namespace) -> int | tuple[int, ...]:
-    return args.layer if args.group_size is None else args.group_size
+    groups = args.layer if args.group_size is None else args.group_size
+    # From here on a partition: what is read from a file is read once, and compared by processes.
+    args.group_size = partition_of(groups, args.draft, config, metadata)
+    check_tokenizers(base_tokenizer, metadata.get("tokenizer"))
 
 
 def _plan(args: argparse.Namespace, setup: _Setup, tokens: int) -> None:
@@ -254,7 +249,7 @@ def _decoder(args: argparse.Namespace, load: Callable[..., es.Model]) -> es.Deco
     if args.draft is None:
         return es.Decoder(base)
     layout = draft_layout(args)
-    draft = load(args.draft, group_size=_draft_groups(args), dtype=args.dtype, layout=layout)
+    draft = load(args.draft, group_size=args.group_size, dtype=args.dtype, layout=layout)
     drafter = es.LayerParallelDrafter(
         draft,
         calibrate=not args.no_calibrate,
@@ -387,6 +382,12 @@ def _plan_pair(args: argparse.Namespace) -> int:
     from easyspec_jax import plan_command
 
     return plan_command.run(args)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from easyspec_jax import tune_command
+
+    return tune_command.run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:

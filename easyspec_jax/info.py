@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 import easyspec_jax as es
-from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout
+from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout, partition_of
 from easyspec_jax.checkpoint import METADATA_FILE, read_metadata
 from easyspec_jax.memory import check_memory, listed
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     if args.device_memory is not None and not 0 < args.device_memory < math.inf:
         raise ValueError(f"--device-memory must be a size above 0, got {args.device_memory:g}")
     c, metadata = read_config(args.checkpoint)
-    draft = None if args.draft is None else read_config(args.draft)[0]
+    draft, extra = (None, metadata) if args.draft is None else read_config(args.draft)
     small = c if draft is None else draft
     mesh, rules = es.make_mesh(args.layer, args.tensor), draft_layout(args)
-    partition = es.make_partition(small.num_layers, args.group_size)
+    partition = partition_of(args.group_size, args.draft or args.checkpoint, small, extra)
     rows = describe(args.checkpoint, c, metadata)
     if draft is not None:
         rows["draft"] = f"{_dimensions(draft)}; {count_parameters(draft):,} parameters"
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = args.max_len or min(c.context, DEFAULT_SESSION)
     if not 2 <= tokens <= c.context:
         raise ValueError(f"--max-len must be in 2 .. {c.context}, the base's context, got {tokens}")
-    pairs = {dtype: _decoder(args, c, draft, mesh, rules, dtype) for dtype in DTYPES}
+    pairs = {dtype: _decoder(args, c, draft, mesh, partition, dtype) for dtype in DTYPES}
     budgets = {
         dtype: pair.memory(args.batch, 1, max_new_tokens=tokens - 1)
         for dtype, pair in pairs.items()
@@ -144,12 +144,13 @@ def _splits(layout: Any) -> str:
     return ", ".join(parts) or "whole on every device"
 
 
-def _decoder(args, base, draft, mesh, rules, dtype) -> es.Decoder:
+def _decoder(args, base, draft, mesh, partition, dtype) -> es.Decoder:
     """The pair as shapes; the base alone where there is no draft."""
     model = es.abstract_model(base, mesh, dtype=dtype)
     if draft is None:
         return es.Decoder(model)
-    small = es.abstract_model(draft, mesh, group_size=args.group_size, dtype=dtype, layout=rules)
+    rules = draft_layout(args)
+    small = es.abstract_model(draft, mesh, group_size=partition, dtype=dtype, layout=rules)
     return es.Decoder(
         model,
         es.LayerParallelDrafter(small),

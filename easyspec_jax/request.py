@@ -164,14 +164,23 @@ def check_pair(
         _check_draft(base, draft)
 
 
-def _check_draft(base: Model, draft: Model) -> None:
-    if draft.layout.mesh != base.layout.mesh:
-        raise ValueError("base and draft are on different meshes: load both with the same mesh")
-    if None not in (base.tokenizer, draft.tokenizer) and base.tokenizer != draft.tokenizer:
+def check_tokenizers(base: str | None, draft: str | None) -> None:
+    """Refuse tokenizers that are known (by their hashes) to differ.
+
+    Raises:
+      ValueError: they do.
+    """
+    if None not in (base, draft) and base != draft:
         raise ValueError(
             "base and draft have different tokenizers: ordinary tokens have other ids, "
             "so a draft could never be accepted; use a draft of the same family"
         )
+
+
+def _check_draft(base: Model, draft: Model) -> None:
+    if draft.layout.mesh != base.layout.mesh:
+        raise ValueError("base and draft are on different meshes: load both with the same mesh")
+    check_tokenizers(base.tokenizer, draft.tokenizer)
     ours, theirs = draft.config.context, base.config.context
     if ours < theirs:
         warnings.warn(

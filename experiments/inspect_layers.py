@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-import easyspec_jax as es
 from easyspec_jax.cache import KVCache, abstract_cache, zeros
 from easyspec_jax.layer_parallel import PARALLEL, draft_runner
 from easyspec_jax.model import (
@@ -32,22 +31,9 @@ from easyspec_jax.model import (
     rms_norm,
     run_layer,
 )
+from easyspec_jax.passes import Text, compare_distributions, regroup
 
 Record = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Tokens to run a model on: a prompt, the model's own words, which count, and padding."""
-
-    tokens: np.ndarray  # i32[1, T]
-    start: int  # of the model's own words
-    end: int
-
-    @property
-    def counted(self) -> slice:
-        """The positions that figures are taken over."""
-        return slice(self.start, self.end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,38 +43,6 @@ class Pass:
     states: np.ndarray  # f[L + 1, T, D], before the first layer and after each
     log_probs: np.ndarray  # f64[T, V], of the next token
     cache: KVCache  # with the text's T entries behind those that it had
-
-
-def write_texts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Text]:
-    """Every prompt with the model's greedy answer, all padded to one length; answers count."""
-    answers = es.Decoder(model).generate(prompts, max_new_tokens=max_new_tokens).tokens
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    texts = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = np.zeros((1, length), np.int32)
-        end = len(prompt) + len(answer)
-        tokens[0, :end] = [*prompt, *answer]
-        texts.append(Text(tokens, len(prompt), end))
-    return texts
-
-
-def regroup(model: Model, group_size: int | Sequence[int]) -> Model:
-    """The same weights in other groups; on one device nothing is stacked, so nothing is copied.
-
-    Raises:
-      ValueError: a model on several devices.
-    """
-    if model.layout.mesh.size > 1:
-        raise ValueError(f"regroup needs a model on one device, not {model.layout.mesh.size}")
-    attention = [w for block in model.params.blocks for w in block.attention]
-    mlp = [w for block in model.params.blocks for w in block.mlp]
-    partition = es.make_partition(model.config.num_layers, group_size)
-    ends = np.cumsum(partition)
-    blocks = tuple(
-        Block(attention=tuple(attention[end - size : end]), mlp=tuple(mlp[end - size : end]))
-        for size, end in zip(partition, ends, strict=True)
-    )
-    return model.replace(params=model.params.replace(blocks=blocks), partition=partition)
 
 
 def recording(run_block: RunBlock, states: list) -> RunBlock:
@@ -200,18 +154,6 @@ def stale_similarity(
         for name, value in zip(found, values, strict=True):
             found[name].append(float(value.mean()))
     return found
-
-
-def compare_distributions(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
-    """Means over positions of log-probabilities [n, V]: Kullback-Leibler divergence of q from p
-    (nats), how often both have the same likeliest token, and the sum of min(p, q), which is the
-    chance that a token drawn from q is accepted by p at temperature 1.
-    """
-    return {
-        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
-        "argmax_agreement": float((p.argmax(-1) == q.argmax(-1)).mean()),
-        "overlap": float(np.exp(np.minimum(p, q)).sum(-1).mean()),
-    }
 
 
 def measure_group(

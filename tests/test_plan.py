@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import easyspec_jax as es
 from easyspec_jax.acceptance import (
     Acceptance,
-    expected_tokens,
+    chain_tokens,
     fit_acceptance,
     mean_staleness,
     read_acceptance,
@@ -173,10 +173,10 @@ def test_files_that_describe_no_device_are_refused(tmp_path, text, reason):
         read_device("b300")
 
 
-def test_expected_tokens_by_hand():
-    assert expected_tokens(0.5, 0.9, 0) == 1.0
-    assert expected_tokens(0.5, 0.25, 1) == 1.5
-    assert expected_tokens(0.5, 0.25, 3) == pytest.approx(1 + 0.5 * (1 + 0.25 + 0.0625))
+def test_chain_tokens_by_hand():
+    assert chain_tokens(0.5, 0.9, 0) == 1.0
+    assert chain_tokens(0.5, 0.25, 1) == 1.5
+    assert chain_tokens(0.5, 0.25, 3) == pytest.approx(1 + 0.5 * (1 + 0.25 + 0.0625))
     assert mean_staleness((1, 1, 1)) == 0.0
     assert mean_staleness((1, 4, 1)) == 1.0
     half = Acceptance(rate=0.8, stale_loss=0.5, sibling=0.5)

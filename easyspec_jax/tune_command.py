@@ -1,0 +1,257 @@
+"""`easyspec tune`: find a partition of a draft's layers on prompts of one's own, keep it beside the
+draft's checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import easyspec_jax as es
+from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.device import read_device
+from easyspec_jax.plan import Layout, Planner
+from easyspec_jax.request import check_tokenizers, make_request
+from easyspec_jax.sharding import LAYOUTS
+from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
+from easyspec_jax.tune import Candidate, StepSeconds, Tuning, check_options, tune
+from easyspec_jax.tuned import PARTITION_FILE, read_partition, write_partition
+
+_POSITIVE = ("num_prompts", "layer", "num_devices", "num_draft_tokens", "max_new_tokens", "verify")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune as `args` say, print what was found and keep it; 1 if a text in float32 was not
+    autoregression's.
+    """
+    _check_numbers(args)
+    base_path = args.base or args.draft
+    (config, about), (base_config, base_about) = map(read_metadata, (args.draft, base_path))
+    check_tokenizers(base_about.get("tokenizer"), about.get("tokenizer"))
+    step_seconds = predict_times(args, base_config, config)
+    steps = _attention_steps(args, config.num_layers)
+    # A group larger than --layer takes turns, which only a predicted time can weigh.
+    most = args.layer if step_seconds is None else None
+    check_options(config.num_layers, steps, most, step_seconds is not None)
+    sampling = es.Sampling(temperature=args.temperature)
+    if not args.dry_run and not os.access(args.draft, os.W_OK):
+        raise ValueError(f"{args.draft} cannot be written to: --dry-run shows the result alone")
+    eos_ids = stop_ids(read_generation_config(base_path), base_config)
+    prompts = _encode(args, base_path)
+    make_request(base_config, prompts, args.max_new_tokens, sampling, eos_ids)
+    mesh = es.make_mesh(1, args.tensor)
+    base = es.load_model(base_path, mesh, dtype=args.dtype, layout="tensor")
+    draft = base
+    if base_path != args.draft:
+        draft = es.load_model(args.draft, mesh, dtype=args.dtype, layout="tensor")
+    found = tune(
+        base,
+        draft,
+        prompts,
+        attention_steps=steps,
+        max_group_size=most,
+        step_seconds=step_seconds,
+        num_draft_tokens=args.num_draft_tokens,
+        max_new_tokens=args.max_new_tokens,
+        num_verified=args.verify,
+        eos_ids=eos_ids,
+        temperature=args.temperature,
+        progress=True,
+    )
+    record = make_record(args, found, steps, about, base_about)
+    different = [c for c in found.candidates if c.identical not in (None, found.num_prompts)]
+    _print(found)
+    for c in different:
+        print(f"{shown(c.partition)}: {found.num_prompts - c.identical} of {found.num_prompts} "
+              "answers differ from autoregression's", file=sys.stderr)  # fmt: skip
+    if not args.dry_run:
+        _keep(args.draft, config.num_layers, found, record)
+    if args.json:
+        print(json.dumps({"partition": list(found.partition)} | record))
+    return int(bool(different) and base.dtype == jnp.float32)  # else near-ties may break
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in _POSITIVE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def predict_times(
+    args: argparse.Namespace, base: es.ModelConfig, draft: es.ModelConfig
+) -> StepSeconds | None:
+    """The predicted time of a step by partition on the devices of --device; None without it.
+
+    Raises:
+      ValueError: an unknown device, or a number of them that --layer does not divide.
+    """
+    if args.device is None:
+        if args.num_devices is not None:
+            raise ValueError("--num-devices needs --device: for which kind times are predicted")
+        return None
+    layer = args.layer or args.num_devices or 1
+    devices = args.num_devices or layer
+    if devices % layer:
+        raise ValueError(f"--layer {layer} does not divide --num-devices {devices}")
+    planner = Planner(base=base, draft=draft, device=read_device(args.device))
+    place = Layout(layer=layer, tensor=devices // layer, draft="groups", rules=LAYOUTS["layer"])
+
+    def seconds(partition):
+        layout = dataclasses.replace(place, group_size=partition)
+        return planner.price(layout, args.num_draft_tokens).cost.seconds
+
+    return seconds
+
+
+def _attention_steps(args: argparse.Namespace, num_layers: int) -> int | None:
+    """K: as asked for, else as many blocks as uniform groups of --layer have."""
+    if args.attention_steps is not None:
+        return args.attention_steps
+    if args.device is not None:
+        return None
+    if args.layer is None:
+        raise ValueError("tune needs --attention-steps or --layer: how much may run at once")
+    return len(es.make_partition(num_layers, args.layer))
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: a line each, or of a .jsonl file the field "prompt" of each line's
+    object; empty lines are skipped.
+
+    Raises:
+      ValueError: no such file, not one prompt, or a line that holds none.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no file of prompts at {file}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8") from None
+    # Not splitlines: it also breaks at separators that may stand inside a prompt.
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if file.suffix == ".jsonl":
+        prompts = [_prompt_of(line, f"{file}, line {i}") for i, line in lines]
+    else:
+        prompts = [line.removesuffix("\r") for _, line in lines]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompts")
+    return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        found = None
+    prompt = found.get("prompt") if isinstance(found, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f'{where}: not a JSON object with a text "prompt" that is not blank')
+    return prompt
+
+
+def _encode(args: argparse.Namespace, base: str) -> list[list[int]]:
+    """Token ids of the prompts that `args` ask for."""
+    texts = read_prompts(args.prompts)
+    if args.num_prompts is not None and args.num_prompts > len(texts):
+        raise ValueError(
+            f"--num-prompts asks for {args.num_prompts}, but {args.prompts} has {len(texts)}"
+        )
+    tokenizer = Tokenizer(base)
+    texts = texts[: args.num_prompts]
+    if args.chat:
+        texts = [tokenizer.render([{"role": "user", "content": text}]) for text in texts]
+    return [tokenizer.encode(text, add_special_tokens=not args.chat) for text in texts]
+
+
+def make_record(
+    args: argparse.Namespace,
+    found: Tuning,
+    attention_steps: int | None,
+    draft: dict[str, Any],
+    base: dict[str, Any],
+) -> dict[str, Any]:
+    """What is kept of a tuning beside its partition, in what JSON can hold; names, no places.
+
+    Args:
+      draft, base: metadata of the checkpoints.
+    """
+    options = ("num_draft_tokens", "max_new_tokens", "temperature", "chat", "layer", "device",
+               "num_devices")  # fmt: skip
+    return {
+        "tuned_for": {
+            "base": _name(args.base or args.draft),
+            "base_weights": base.get("weights"),
+            "draft": _name(args.draft),
+            "draft_weights": draft.get("weights"),
+            "prompts": pathlib.Path(args.prompts).name,
+            "num_prompts": found.num_prompts,
+            "num_tokens": found.num_tokens,
+            "attention_steps": attention_steps,
+            **{name: getattr(args, name) for name in options},
+        },
+        "exact_acceptance": found.exact_acceptance,
+        "candidates": [dataclasses.asdict(c) for c in found.candidates],
+        "version": es.__version__,
+        "jax": jax.__version__,
+    }
+
+
+def _name(path: str) -> str:
+    return pathlib.Path(path).resolve().name
+
+
+def shown(partition: tuple[int, ...]) -> str:
+    """A partition as --group-size takes it."""
+    return ",".join(map(str, partition))
+
+
+def _print(found: Tuning) -> None:
+    """A table of what was verified, the best first."""
+    print(f"{found.num_prompts} prompts, {found.num_tokens} tokens; tokens per step")
+    timed = found.candidates[0].step_seconds is not None
+    print(f"{'steps':>5}{'predicted':>11}{'decoded':>9}{'ms a step':>11}  partition" if timed
+          else f"{'steps':>5}{'predicted':>11}{'decoded':>9}  partition")  # fmt: skip
+    for c in found.candidates:
+        time = f"{1e3 * c.step_seconds:>11.3f}" if c.step_seconds is not None else ""
+        print(
+            f"{c.attention_steps:>5}{c.predicted:>11.3f}{c.tokens_per_step:>9.3f}{time}  "
+            f"{shown(c.partition)}{' (uniform)' if c.kind == 'uniform' else ''}"
+        )
+    best = found.candidates[0]
+    uniform = next((c for c in found.candidates if c.kind == "uniform"), None)
+    print(f"best: {shown(best.partition)}, {_gain(best, uniform)}")
+
+
+def _gain(best: Candidate, uniform: Candidate | None) -> str:
+    if uniform is None:
+        return "and no uniform one has so few groups"
+    if best is uniform:
+        return "the uniform one: nothing that was tried is better"
+    tokens = best.tokens_per_step / uniform.tokens_per_step
+    gain = f"{tokens:.3f} times the tokens per step of the best uniform one"
+    if best.step_seconds is None:
+        return gain
+    speed = best.speed(best.tokens_per_step) / uniform.speed(uniform.tokens_per_step)
+    return f"{gain}, {speed:.3f} times its predicted speed"
+
+
+def _keep(path: str, num_layers: int, found: Tuning, record: dict[str, Any]) -> None:
+    """Write the file; say what it replaces."""
+    replaced = ""
+    if (pathlib.Path(path) / PARTITION_FILE).exists():
+        try:
+            replaced = f", which replaces {shown(read_partition(path, num_layers))}"
+        except ValueError:
+            replaced = ", which replaces a damaged one"
+    file = write_partition(path, found.partition, record)
+    print(f"written to {file}{replaced}; use it with --group-size tuned")
