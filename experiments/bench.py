@@ -356,6 +356,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     def numbers(text):
         return [int(n) for n in text.split(",")]
 
+    def group_sizes(text):
+        return [n if n == "tuned" else int(n) for n in text.split(",")]
+
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -373,7 +376,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--chat", action="store_true", help="each prompt is a user's message")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--num-draft-tokens", type=int, default=5)
-    p.add_argument("--group-size", type=numbers, default=[4], metavar="S[,S]")
+    sizes = 'numbers; "tuned" is what `easyspec tune` has found for the draft'
+    p.add_argument("--group-size", type=group_sizes, default=[4], metavar="S[,S]", help=sizes)
     p.add_argument("--tree-width", type=numbers, default=[1], metavar="W[,W]")
     p.add_argument("--min-draft-probability", type=float, help="stop drafting early")
     p.add_argument("--temperature", type=float, default=0.0)

@@ -15,6 +15,8 @@ from decoders import PROMPTS, all_logits, model
 
 import easyspec_jax as es
 from easyspec_jax import cli, passes, tune, tune_command, tuned
+from easyspec_jax.arguments import make_parser
+from easyspec_jax.device import PRESETS
 from easyspec_jax.loop import Specs
 from easyspec_jax.partitions import (
     cheapest_partitions,
@@ -24,6 +26,8 @@ from easyspec_jax.partitions import (
     neighbours,
     uniform_partitions,
 )
+from easyspec_jax.plan import Layout, Planner
+from easyspec_jax.sharding import LAYOUTS
 
 MODEL = functools.partial(model, layout="tensor")
 
@@ -392,6 +396,27 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     assert status == 0 and f", which replaces {shown}; use it" in out
 
 
+def test_times_of_partitions_are_the_planners():
+    words = ["tune", "--draft", "d", "--prompts", "p", "--device", "h100", "--num-devices", "8"]
+    config = es.ModelConfig(
+        vocab_size=32000, embed_dim=2048, mlp_dim=8192, num_layers=9, num_heads=32, num_kv_heads=8,
+        head_dim=64,
+    )  # fmt: skip
+
+    def times(*options):
+        args = make_parser().parse_args([*words, *options])
+        return tune_command.predict_times(args, config, config)
+
+    seconds = times("--layer", "4")
+    assert seconds((1, 4, 4)) < seconds((1, 3, 4, 1)) < seconds((1,) * 9)
+    assert seconds((5, 3, 1)) > seconds((4, 4, 1))  # five layers on four devices take two turns
+    planner = Planner(base=config, draft=config, device=PRESETS["h100"])
+    place = {"layer": 4, "tensor": 2, "draft": "groups", "rules": LAYOUTS["layer"]}
+    choice = planner.price(Layout(**place, group_size=(1, 4, 4)), 5)
+    assert seconds((1, 4, 4)) == choice.cost.seconds
+    assert times()((1, 8)) < seconds((1, 8))  # all eight side by side
+
+
 def test_a_saved_model_does_not_take_a_partition_along(pair):
     draft = pair / "draft"
     tuned.write_partition(draft, (5,), {})
@@ -421,7 +446,9 @@ def test_a_saved_model_does_not_take_a_partition_along(pair):
         (("--layer", 2, "--draft", "hf-draft"), "is not a converted checkpoint"),
         (("--layer", 2, "--base", "mute", "--chat"), "mute has no chat template"),
         (("--layer", 2, "--temperature", -1), "temperature must be"),
-        (("--device", "h100"), "--device: times cannot be predicted yet"),
+        (("--device", "b300"), "unknown device 'b300'"),
+        (("--layer", 2, "--num-devices", 4), "--num-devices needs --device"),
+        (("--device", "h100", "--layer", 3, "--num-devices", 8), "--layer 3 does not divide"),
     ],
 )
 def test_the_command_refuses_before_weights_are_loaded(
