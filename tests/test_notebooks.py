@@ -24,6 +24,7 @@ FIGURES = {
     "03_where_time_goes": {"phases.png", "collectives.png"},
     "04_losslessness": {"losslessness.png", "near_ties.png"},
     "05_your_own_pair": {"your_own_pair.png"},
+    "06_plan_and_tune": {"predicted_and_measured.png"},
 }
 sys.path.insert(0, str(EXPERIMENTS))  # scripts, no package
 tiny_pair = importlib.import_module("tiny_pair")
