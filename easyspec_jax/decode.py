@@ -291,6 +291,7 @@ class Decoder:
         if self.drafter is not None:
             options = self._options(request.sampling, shape)
             draft = self.drafter.abstract_state(len(request.rows), size, options)
+            draft = jax.tree.map(lambda x: x if _is_placed(x) else shape(x), draft)
         values = jax.tree.map(shape, self._host_values(request, size))
         return loop.DecodeState(cache=self._abstract_cache(request, size), draft=draft, **values)
 
@@ -339,7 +340,8 @@ class Decoder:
             return None
         if kept is not None:
             return self.drafter.resume(kept.draft, options)
-        return self.drafter.init(batch, size, options)
+        state = self.drafter.init(batch, size, options)
+        return jax.tree.map(lambda x: x if _is_placed(x) else self._put(x), state)
 
     def _put(self, x):
         """x on every device of the mesh."""
@@ -422,3 +424,8 @@ class Decoder:
             session.stats = make_stats(counters)
             new += ids
             yield Piece(ids, min(int(out.num_accepted[0]), len(ids)))
+
+
+def _is_placed(x: Any) -> bool:
+    """Whether an array (or its shape) is on a mesh already."""
+    return isinstance(getattr(x, "sharding", None), NamedSharding)

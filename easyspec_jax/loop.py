@@ -71,9 +71,8 @@ def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Em
     root = window(state.tokens, state.length - 1, 1)[:, 0]
     cache = state.cache.rollback(state.length - 1)
     if drafter is None:
-        proposal, draft, judge = no_proposal(state.length.shape[0]), None, verify_in_one_pass
+        proposal, draft = no_proposal(state.length.shape[0]), None
     else:
-        judge = drafter.verify
         width = state.num_draft_tokens + 1
         recent = window(state.tokens, state.absorbed, width)
         new = jnp.where(state.done, 0, state.length - state.absorbed)
@@ -81,7 +80,10 @@ def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Em
             state.draft, cache, recent, state.absorbed, new, draft_key
         )
     with jax.named_scope("verify"):
-        scores, cache, aux = judge(base, cache, root, proposal)
+        if drafter is None:
+            scores, cache, aux = verify_in_one_pass(base, cache, root, proposal)
+        else:
+            scores, cache, aux = drafter.verify(base, cache, root, proposal, draft)
         verdict = verify(scores, proposal, state.filters, verify_key)
         if not proposal.is_chain:
             cache = cache.keep(state.length, verdict.path)

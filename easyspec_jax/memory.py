@@ -85,7 +85,9 @@ def decode_budget(
     drafts = drafter.models() if drafter is not None else ()
     budget = {"base weights": device_bytes(base.params)}
     if drafter is not None:
-        budget["draft weights"] = device_bytes(drafter)
+        shared = {id(x) for x in jax.tree.leaves(base)}  # what drafts with the base's own layers
+        own = [x for x in jax.tree.leaves(drafter) if id(x) not in shared]
+        budget["draft weights"] = device_bytes(own)
     budget["base cache"] = device_bytes(state.cache)
     if drafter is not None:
         budget["draft cache"] = device_bytes(state.draft)

@@ -45,14 +45,15 @@ def _calibrate(base, drafter, state):
 def _verify(base, drafter, state):
     cache = state.cache.rollback(state.length - 1)
     if drafter is None:
-        proposal, judge = loop.no_proposal(state.length.shape[0]), verify_in_one_pass
+        proposal = loop.no_proposal(state.length.shape[0])
+        scores, cache, _ = verify_in_one_pass(base, cache, state.tokens[:, 0], proposal)
     else:
         shapes = jax.eval_shape(lambda: _proposal(drafter, state, state.draft)[0])
         proposal = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if proposal.levels is not None:  # the largest of its sizes
             proposal = proposal.replace(levels=jnp.int32(proposal.depth))
-        judge = drafter.verify
-    scores, cache, _ = judge(base, cache, state.tokens[:, 0], proposal)
+        root = state.tokens[:, 0]
+        scores, cache, _ = drafter.verify(base, cache, root, proposal, state.draft)
     verdict = verify(scores, proposal, state.filters, state.key)
     return _use(state.replace(cache=cache), verdict.next_token[:, None])
 

@@ -160,6 +160,8 @@ def check_pair(
         raise ValueError(
             f"a drafter is needed, LayerParallelDrafter(draft) say, got {type(drafter).__name__}"
         )
+    if drafter is not None:
+        drafter.check(base, num_draft_tokens, tree_width)
     for draft in drafter.models() if drafter is not None else ():
         _check_draft(base, draft)
 

@@ -106,9 +106,9 @@ class AgreeingDrafter(es.LayerParallelDrafter):
     acceptance: jax.Array = struct.field(kw_only=True)  # f32[], a
     seed: jax.Array = struct.field(kw_only=True)  # i32[]
 
-    def verify(self, base, base_cache, root, proposal):
+    def verify(self, base, base_cache, root, proposal, state):
         """The base's pass over all nodes, whose logits then agree or disagree as drawn."""
-        scores, cache, aux = super().verify(base, base_cache, root, proposal)
+        scores, cache, aux = super().verify(base, base_cache, root, proposal, state)
         u = draws(self.seed, base_cache.length, proposal.tokens.shape[1])
         return agree(scores, proposal, u < self.acceptance), cache, aux
 

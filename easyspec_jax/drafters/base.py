@@ -34,18 +34,27 @@ class DraftOptions:
 
 
 class Drafter(Protocol):
-    """A way of drafting. `verify` and `observe` have the defaults of `DrafterBase`."""
+    """A way of drafting. `check`, `verify`, `observe` and `report` have the defaults of
+    `DrafterBase`.
+    """
+
+    def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
+        """Raise a ValueError of one sentence where it cannot draft γ levels of w nodes for this
+        base.
+        """
 
     def models(self) -> tuple[Model, ...]:
         """The models it runs, for checks against the base."""
 
     def init(self, batch: int, max_len: int, options: DraftOptions) -> Any:
-        """An empty state for `batch` rows of at most `max_len` tokens, allocated on the drafter's
-        mesh; its field `options` holds the options.
+        """An empty state for `batch` rows of at most `max_len` tokens; its field `options` holds
+        the options. What is not on the base's mesh is put there, the same on every device.
         """
 
     def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> Any:
-        """Shapes and shardings of what `init` allocates, for the memory budget."""
+        """Shapes and shardings of what `init` allocates, for the memory budget. Raises a
+        ValueError of one sentence where there can be no such state.
+        """
 
     def resume(self, state: Any, options: DraftOptions) -> Any:
         """The state of an earlier request, with all it absorbed, under other options."""
@@ -70,10 +79,10 @@ class Drafter(Protocol):
         """
 
     def verify(
-        self, base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
+        self, base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal, state: Any
     ) -> tuple[jax.Array, KVCache, Any]:
         """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node, the written cache,
-        and anything for `observe`.
+        and anything for `observe`; `state` is what `propose` left.
 
         The root's entry is that at base_cache.length and node i's the one i + 1 behind it: there
         the loop looks for the accepted path.
@@ -132,12 +141,17 @@ def verification_sizes(depth: int) -> tuple[int, ...]:
 class DrafterBase:
     """The hooks most drafters leave alone."""
 
+    def check(self, base, num_draft_tokens, tree_width):
+        """Any base, depth and width will do."""
+        del base, num_draft_tokens, tree_width
+
     def models(self):
         """No model of its own."""
         return ()
 
-    def verify(self, base, base_cache, root, proposal):
+    def verify(self, base, base_cache, root, proposal, state):
         """One base pass over the root and all nodes."""
+        del state
         return verify_in_one_pass(base, base_cache, root, proposal)
 
     def observe(self, state, verdict, aux):
