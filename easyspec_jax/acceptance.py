@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from easyspec_jax.config import is_number
+from easyspec_jax.config import is_integer, is_number
 from easyspec_jax.layer_parallel import make_partition
 
 
@@ -30,7 +30,7 @@ class Acceptance:
     """
 
     rate: float = 0.8  # a chain's token of the exact draft is accepted
-    stale_loss: float = 0.05  # share of `rate` lost per layer that a mean attention reads back
+    stale_loss: float = 0.05  # share of that lost by each layer that the mean attention reads back
     sibling: float = 0.3  # a tree of width w misses w ** -sibling times as often as a chain
 
     def __post_init__(self):
@@ -43,7 +43,7 @@ class Acceptance:
         """Chances that a level behind an accepted one brings an accepted token: the first, exact
         level, and the others.
         """
-        fuzzy = self.rate * max(1 - self.stale_loss * mean_staleness(partition), 0.0)
+        fuzzy = self.rate * (1 - self.stale_loss) ** mean_staleness(partition)
         missed = tree_width**-self.sibling
         return 1 - (1 - self.rate) * missed, 1 - (1 - fuzzy) * missed
 
@@ -66,9 +66,12 @@ def chain_tokens(first: float, later: float, num_draft_tokens: int) -> float:
     return 1 + first * sum(later**i for i in range(num_draft_tokens))
 
 
-def read_acceptance(text: str) -> Acceptance:
+def read_acceptance(text: str, num_layers: int) -> Acceptance:
     """Acceptance from a number (the exact draft's rate), a JSON object of its fields, or the
     records that `experiments/acceptance.py` writes, to which it is fitted.
+
+    Args:
+      num_layers: of the draft that the records are of.
 
     Raises:
       ValueError: none of these.
@@ -80,72 +83,106 @@ def read_acceptance(text: str) -> Acceptance:
         if not path.is_file():
             reason = error if "rate" in str(error) else "neither a number nor a file"
             raise ValueError(f"acceptance {text!r}: {reason}") from None
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        try:
-            rows = [json.loads(path.read_text("utf-8"))]
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no JSON") from error
+    rows = _read_json(path)
     names = {field.name for field in dataclasses.fields(Acceptance)}
     if len(rows) == 1 and isinstance(rows[0], dict) and rows[0].keys() <= names:
         return Acceptance(**rows[0])
-    return fit_acceptance(rows, str(path))
+    return fit_acceptance(rows, num_layers, str(path))
 
 
-def fit_acceptance(rows: Sequence[Any], where: str = "the records") -> Acceptance:
-    """The rates that give the tokens per step of measured arms at temperature 0.
+def _read_json(path: pathlib.Path) -> list[Any]:
+    """The document of a file, or one for each of its lines."""
+    try:
+        text = path.read_text("utf-8")
+        try:
+            return [json.loads(text)]
+        except json.JSONDecodeError:
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:  # of UTF-8 and of JSON, both ValueErrors
+        raise ValueError(f"{path} is no JSON") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arm:
+    """One measured way to draft."""
+
+    group_size: int
+    tree_width: int
+    num_draft_tokens: int
+    tokens_per_step: float
+
+
+def fit_acceptance(rows: Sequence[Any], num_layers: int, where: str = "the records") -> Acceptance:
+    """The rates that give the tokens per step of one run's arms at temperature 0.
 
     Args:
-      rows: a header with options and the number of layers is not needed; arms have group_size,
-        tree_width, calibrate, temperature and tokens_per_step; γ is read off their depths.
+      rows: a header, and arms with group_size, tree_width, calibrate, temperature, tokens_per_step
+        and tried_per_depth, whose length is γ. Arms that are not calibrated do not count.
+      num_layers: of the draft.
 
     Raises:
-      ValueError: no arm of an exact chain to start from.
+      ValueError: rows of another kind, of several runs, or no exact chain to start from.
     """
-    arms = [row for row in rows if isinstance(row, dict) and "tokens_per_step" in row]
-    arms = [
-        row for row in arms if row.get("temperature") == 0 and row.get("calibrate") is not False
-    ]
-    chains = {row["group_size"]: row for row in arms if row["tree_width"] == 1}
-    if 1 not in chains:
+    arms = _read_arms(rows, where)
+    exact = next((a for a in arms if a.group_size == a.tree_width == 1), None)
+    if exact is None:
         raise ValueError(f"{where} has no arm of group size 1 and width 1 at temperature 0")
-    rate = _solve(lambda a, n: chain_tokens(a, a, n), chains[1])
+    rate = _solve(lambda a, n: chain_tokens(a, a, n), exact)
     losses, exponents = [], []
-    for size, row in chains.items():
-        if size > 1 and rate > 0:
-            fuzzy = _solve(lambda b, n: chain_tokens(rate, b, n), row)
-            stale = mean_staleness(make_partition(2 + 6 * size, size))
-            losses.append((1 - fuzzy / rate) / stale)
-    loss = min(max(sum(losses) / len(losses), 0.0), 1.0) if losses else Acceptance.stale_loss
-    for row in (row for row in arms if row["tree_width"] > 1):
-        exponents.append(_exponent(row, rate, loss))
-    known = [value for value in exponents if value is not None]
-    sibling = max(sum(known) / len(known), 0.0) if known else Acceptance.sibling
+    for arm in (a for a in arms if a.tree_width == 1 and a.group_size > 1 and rate > 0):
+        fuzzy = _solve(lambda b, n: chain_tokens(rate, b, n), arm)
+        stale = mean_staleness(make_partition(num_layers, arm.group_size))
+        if stale > 0:
+            losses.append(1 - min(fuzzy / rate, 1.0) ** (1 / stale))
+    loss = sum(losses) / len(losses) if losses else Acceptance.stale_loss
+    for arm in (a for a in arms if a.tree_width > 1):
+        partition = make_partition(num_layers, arm.group_size)
+        chain = Acceptance(rate=rate, stale_loss=loss, sibling=0.0).rates(partition)
+        exponents += _exponent(arm, chain)
+    sibling = max(sum(exponents) / len(exponents), 0.0) if exponents else Acceptance.sibling
     return Acceptance(rate=rate, stale_loss=loss, sibling=sibling)
 
 
-def _exponent(row: dict[str, Any], rate: float, loss: float) -> float | None:
-    """`sibling` as one tree has it; None where its chain leaves nothing to win."""
-    size, width = row["group_size"], row["tree_width"]
-    partition = make_partition(2 + 6 * size, size)
-    chain = Acceptance(rate=rate, stale_loss=loss, sibling=0.0).rates(partition)
+def _read_arms(rows: Sequence[Any], where: str) -> list[_Arm]:
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{where}: not a JSON object on every line")
+    if sum("options" in row for row in rows) > 1:
+        raise ValueError(f"{where} holds several runs: give one of them")
+    arms = []
+    for row in rows:
+        if row.get("temperature") != 0 or row.get("calibrate") is False:
+            continue
+        counts = (row.get("group_size"), row.get("tree_width"))
+        depths, tokens = row.get("tried_per_depth"), row.get("tokens_per_step")
+        if (
+            not all(is_integer(n) and n > 0 for n in counts)
+            or not isinstance(depths, list)
+            or not is_number(tokens)
+        ):
+            raise ValueError(
+                f"{where}: an arm needs group_size, tree_width, tried_per_depth and tokens_per_step"
+            )
+        arms.append(_Arm(*counts, len(depths), float(tokens)))
+    return arms
+
+
+def _exponent(arm: _Arm, chain: tuple[float, float]) -> list[float]:
+    """`sibling` as one tree has it; nothing where its chain leaves nothing to win."""
     if chain[1] > 0.99:
-        return None
+        return []
 
-    def tokens(missed, n):
-        return chain_tokens(*(1 - (1 - a) * (1 - missed) for a in chain), n)
+    def tokens(won, n):
+        return chain_tokens(*(1 - (1 - a) * (1 - won) for a in chain), n)
 
-    missed = 1 - _solve(tokens, row)
-    return -math.log(max(missed, 1e-3)) / math.log(width)
+    missed = max(1 - _solve(tokens, arm), 1e-3)
+    return [-math.log(missed) / math.log(arm.tree_width)]
 
 
-def _solve(tokens: Any, row: dict[str, Any]) -> float:
+def _solve(tokens: Any, arm: _Arm) -> float:
     """The x in [0, 1] with `tokens(x, γ)` = the arm's tokens per step; `tokens` rises in x."""
     low, high = 0.0, 1.0
-    depth = len(row["tried_per_depth"])
     for _ in range(50):
         middle = (low + high) / 2
-        below = tokens(middle, depth) < row["tokens_per_step"]
+        below = tokens(middle, arm.num_draft_tokens) < arm.tokens_per_step
         low, high = (middle, high) if below else (low, middle)
     return (low + high) / 2

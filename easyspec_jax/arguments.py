@@ -10,11 +10,10 @@ from typing import Any
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.device import PRESETS
 from easyspec_jax.layer_parallel import make_partition
-from easyspec_jax.sharding import LAYER, LAYOUTS, TENSOR, LayoutRules
+from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
 from easyspec_jax.tuned import TUNED, read_partition
 
 DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
-MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -119,9 +118,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--tree-width", type=_numbers, metavar="N,N,..", help="those to consider")
     add("--group-size", type=_numbers, metavar="N,N,..", help="those to consider")
     add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
-    room = f"tokens of each, prompt and answer (default {DEFAULT_SESSION})"
-    add("--max-len", type=int, default=DEFAULT_SESSION, metavar="N", help=room)
-    types = "of weights (default bfloat16; with --measure float32 on CPU)"
+    room = f"tokens of each, prompt and answer (default: the context, at most {DEFAULT_SESSION})"
+    add("--max-len", type=int, metavar="N", help=room)
+    budget = "GiB of each device that a program may use (default: the device's)"
+    add("--device-memory", type=float, metavar="GIB", help=budget)
+    types = "with --measure: of the weights (default float32 on CPU, else bfloat16)"
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=types)
     add("--top", type=int, default=10, metavar="N", help="choices to show (default 10)")
     add("--json", action="store_true", help="all of it as one JSON document")
@@ -221,6 +222,19 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,2,4") from None
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse whole numbers (or lists of them) below 1 among these options, where they are given.
+
+    Raises:
+      ValueError: naming the first.
+    """
+    for name in names:
+        value = getattr(args, name, None)
+        least = min(value) if isinstance(value, list) else value
+        if least is not None and least < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {least}")
 
 
 def partition_of(

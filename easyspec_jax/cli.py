@@ -20,7 +20,13 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout, make_parser, partition_of
+from easyspec_jax.arguments import (
+    DEFAULT_SESSION,
+    check_positive,
+    draft_layout,
+    make_parser,
+    partition_of,
+)
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.distributed import check_agreement, is_lost_peer
 from easyspec_jax.memory import check_memory
@@ -94,6 +100,8 @@ def configure(args: argparse.Namespace) -> None:
     devices = getattr(args, "cpu_devices", None)
     if args.command == "info":  # shapes only: as many devices as the mesh wants, none of them real
         devices = max(args.layer, 1) * max(args.tensor or 1, 1)
+    if args.command == "plan" and not args.measure:  # shapes only, no mesh at all
+        devices = 1
     if devices is not None:
         if devices < 1:
             raise ValueError(f"--cpu-devices must be at least 1, got {devices}")
@@ -198,8 +206,7 @@ def _check(args: argparse.Namespace) -> _Setup:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "num_draft_tokens", "tree_width", "max_len"):
-        _check_positive(args, name)
+    check_positive(args, "max_new_tokens", "num_draft_tokens", "tree_width", "max_len")
     least = args.min_draft_probability
     if least is not None and not 0 <= least <= 1:
         raise ValueError(f"--min-draft-probability must be between 0 and 1, got {least}")
@@ -210,12 +217,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
     given = [name for name in _DRAFT_OPTIONS if getattr(args, name) is not None]
     if args.draft is None and given:
         raise ValueError(f"--{given[0].replace('_', '-')} needs --draft")
-
-
-def _check_positive(args: argparse.Namespace, name: str) -> None:
-    value = getattr(args, name, None)
-    if value is not None and value < 1:
-        raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def _check_draft(args: argparse.Namespace, base_tokenizer: str | None) -> None:
@@ -393,7 +394,7 @@ def _tune(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from easyspec_jax import demo
 
-    _check_positive(args, "max_new_tokens")
+    check_positive(args, "max_new_tokens")
     return demo.run(args, cache_root())
 
 

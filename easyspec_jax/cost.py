@@ -23,6 +23,7 @@ from easyspec_jax.model import Block, Model
 
 PHASES = ("calibrate", "draft", "verify", "commit")
 _COLLECTIVE_LAUNCHES = 2  # of a host that launches a collective itself
+_OWNER_KERNELS = 4  # keys and values of a slot: read, stacked, and each written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +145,14 @@ class Pass:
 
     def _to_owners(self) -> Cost:
         """New entries of a slot's layers, from their copies to the devices that own the layers."""
-        layout, c = self.model.layout, self.model.config
+        layout, c, device = self.model.layout, self.model.config, self.device
+        cost = _overlapped(Cost(kernels=_OWNER_KERNELS * device.kernel), device)
         if layout.group not in layout.copy.kv:
-            return Cost()
-        size = 2 * layout.group_devices * c.num_kv_heads * c.head_dim * self.rows * self._itemsize
-        seconds = self.device.all_gather(size / layout.num_head_shards, layout.group_devices)
-        return _launched(Cost(collectives=seconds), self.device)
+            return cost
+        size = 2 * c.num_kv_heads * c.head_dim * self.rows * self._itemsize
+        shares = self._devices(layout.kv)
+        seconds = device.all_gather(size / shares, layout.group_devices)
+        return cost + _launched(Cost(collectives=seconds), device)
 
     def _devices(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.model.layout.mesh.shape[axis] for axis in axes)
@@ -218,9 +221,3 @@ def step_costs(
         "draft": run(drafter.draft, width, width, drafter.parallel) * (gamma - 1),
         "verify": run(decoder.base, nodes, nodes),
     }
-
-
-def block_seconds(model: Model, device: Device, *, rows: int = 1, entries: int) -> dict[int, float]:
-    """Seconds of one drafting pass through a block of each size that `model` has."""
-    one = Pass(model, device, rows, rows, 1, entries, "attention")
-    return {len(block.mlp): one.block(block).seconds for block in model.params.blocks}

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 import easyspec_jax as es
-from easyspec_jax.arguments import DEFAULT_SESSION, draft_layout, partition_of
+from easyspec_jax.arguments import DEFAULT_SESSION, check_positive, draft_layout, partition_of
 from easyspec_jax.checkpoint import METADATA_FILE, read_metadata
 from easyspec_jax.memory import check_memory, listed
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
@@ -31,10 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is, how the mesh and the groups of `args` would split it, and what
     it takes on each device, with the draft where there is one.
     """
-    for name in ("num_draft_tokens", "tree_width", "batch", "max_len"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_positive(args, "num_draft_tokens", "tree_width", "batch", "max_len")
     if args.device_memory is not None and not 0 < args.device_memory < math.inf:
         raise ValueError(f"--device-memory must be a size above 0, got {args.device_memory:g}")
     c, metadata = read_config(args.checkpoint)

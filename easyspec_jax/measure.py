@@ -1,4 +1,4 @@
-"""A `Device` filled in by micro-benchmarks of the machine at hand, in about half a minute.
+"""A `Device` filled in by micro-benchmarks of the machine at hand, in some ten seconds.
 
 Products are timed in compiled loops over more weights than any cache holds. What a layer costs
 beside its products is seen by decoding with a small model of few and of many layers, so that it is
@@ -52,6 +52,7 @@ def measure_device(dtype: Any = None, *, weight_bytes: int | None = None) -> Dev
     collective, hop, link = collective_costs() if jax.device_count() > 1 else (0.0, 0.0, math.inf)
     device = Device(
         name=first.device_kind,
+        dtype=dtype.name,
         bandwidth=1 / products[0][1],
         flops=2 * rows / dtype.itemsize / slowest,
         memory=float(stats.get("bytes_limit", math.inf)),
@@ -165,11 +166,11 @@ def logit_seconds() -> float:
 
 def collective_costs() -> tuple[float, float, float]:
     """Seconds of a small all-reduce between two devices, of each further device, and bytes a second
-    of a large one.
+    of a large one; with two devices nothing is known of a third.
     """
     every = jax.device_count()
     two = _all_reduce_seconds(2, 16)
-    most = _all_reduce_seconds(every, 16)
+    most = two if every == 2 else _all_reduce_seconds(every, 16)
     large = 2**22
     sent = 2 * (every - 1) / every * large
     link = sent / max(_all_reduce_seconds(every, large // 4) - most, 1e-9)

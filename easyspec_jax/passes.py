@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from easyspec_jax.cache import KVCache, abstract_cache, zeros
 from easyspec_jax.config import Sampling
 from easyspec_jax.decode import Decoder, Generation
+from easyspec_jax.drafters.layer_parallel import fit_vocab
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.loop import Specs
 from easyspec_jax.model import Block, Model, Placement, RunBlock, attention, forward, logits, mlp
@@ -166,9 +167,11 @@ def _absorb(model: Model, tokens: jax.Array, cache: KVCache, *, specs: Specs) ->
     return on_mesh(run, model.layout.mesh, in_specs, cache_specs)(model, tokens, cache)
 
 
-def stale_log_probs(model: Model, window: Window, stale: jax.Array, recent: int) -> jax.Array:
-    """Log-probabilities f[1, N, V] of the next token in a pass with stale layers; traceable, over
-    local shards.
+def stale_log_probs(
+    model: Model, window: Window, stale: jax.Array, recent: int, vocab_size: int
+) -> jax.Array:
+    """Log-probabilities f[1, N, V] of the next token in a pass with stale layers, over the V ids of
+    the base, as drafts have them; traceable, over local shards.
 
     Every token is run as if it had been drafted: it sees exact entries of the text before it, but
     of the last `recent` tokens, itself included, the entries that this pass makes. recent = 1 is
@@ -191,7 +194,7 @@ def stale_log_probs(model: Model, window: Window, stale: jax.Array, recent: int)
     cache = window.cache.rollback(jnp.full_like(window.start, behind))
     run = stale_runner(model, stale)
     hidden, _ = forward(model, window.tokens, cache, placement=placement, run_block=run)
-    return jax.nn.log_softmax(logits(model, hidden), axis=-1)
+    return jax.nn.log_softmax(fit_vocab(logits(model, hidden), vocab_size), axis=-1)
 
 
 def stale_runner(model: Model, stale: jax.Array) -> RunBlock:

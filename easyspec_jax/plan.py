@@ -20,12 +20,13 @@ from easyspec_jax.cost import Cost, step_costs, total
 from easyspec_jax.decode import Decoder
 from easyspec_jax.device import Device
 from easyspec_jax.drafters import LayerParallelDrafter
-from easyspec_jax.sharding import LAYER, LAYOUTS, TENSOR, LayoutRules
+from easyspec_jax.layer_parallel import make_partition
+from easyspec_jax.memory import listed
+from easyspec_jax.sharding import LAYER, LAYOUTS, MLPS, TENSOR, LayoutRules
 
 GAMMAS = (1, 2, 3, 4, 5, 6, 8)
 WIDTHS = (1, 2, 4, 8)
 GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8)
-_MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "whole": ()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,10 @@ class Layout:
     @property
     def mlp(self) -> str:
         """What the draft's MLPs are split over, as `--draft-mlp` has it."""
-        split = next(name for name, axes in _MLPS.items() if axes == self.rules.mlp)
-        return "replicated" if split == "whole" else split
+        return next(name for name, axes in MLPS.items() if axes == self.rules.mlp)
 
     def options(self) -> str:
-        """The same for `easyspec generate`."""
+        """The same for `easyspec generate`, without γ and w."""
         if self.draft == "none":
             return f"--layer {self.layer} --tensor {self.tensor}"
         size = self.group_size
@@ -87,6 +87,13 @@ class Choice:
         """Of a whole step."""
         return total(self.phases.values())
 
+    def options(self) -> str:
+        """The choice for `easyspec generate`."""
+        text = self.layout.options()
+        if self.num_draft_tokens:
+            text += f" --num-draft-tokens {self.num_draft_tokens}"
+        return text + (f" --tree-width {self.tree_width}" if self.tree_width > 1 else "")
+
     @property
     def drafting(self) -> float:
         """Seconds of a step that draft."""
@@ -106,7 +113,7 @@ class Choice:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the choice, its phases and terms in seconds, what it brings."""
         layout = self.layout
-        values: dict[str, Any] = {"draft": layout.draft, "options": layout.options()}
+        values: dict[str, Any] = {"draft": layout.draft, "options": self.options()}
         values |= {"layer": layout.layer, "tensor": layout.tensor}
         if self.num_draft_tokens:
             values |= {
@@ -156,27 +163,26 @@ class Planner:
     """A pair on devices of a kind: prices any choice.
 
     Args:
-      device: one of the devices, all alike.
-      dtype: of weights and caches; a device's constants hold for the type they were taken in.
+      device: one of the devices, all alike; weights and caches have the type it holds for.
       batch: rows decoded together.
-      max_len: tokens of each row, prompt and answer; attention reads caches of that capacity.
+      max_len: tokens of each row, prompt and answer, at most the base's context; attention reads
+        caches of the capacity that a decoder gives them.
     """
 
     base: ModelConfig
     draft: ModelConfig
     device: Device
     acceptance: Acceptance = Acceptance()  # noqa: RUF009
-    dtype: str = "bfloat16"
     batch: int = 1
     max_len: int = 2048
 
     def decoder(self, layout: Layout, num_draft_tokens: int = 0, tree_width: int = 1) -> Decoder:
         """The pair as shapes."""
         mesh = (layout.layer, layout.tensor)
-        base = _shapes(self.base, mesh, self.dtype, 1, LAYOUTS["tensor"])
+        base = _shapes(self.base, mesh, self.device.dtype, 1, LAYOUTS["tensor"])
         if not num_draft_tokens:
             return Decoder(base)
-        draft = _shapes(self.draft, mesh, self.dtype, layout.group_size, layout.rules)
+        draft = _shapes(self.draft, mesh, self.device.dtype, layout.group_size, layout.rules)
         counts = {"num_draft_tokens": num_draft_tokens, "tree_width": tree_width}
         return Decoder(base, LayerParallelDrafter(draft), **counts)
 
@@ -191,8 +197,8 @@ class Planner:
         this layout.
         """
         decoder = self.decoder(layout, num_draft_tokens, tree_width)
-        options = {"batch": self.batch, "entries": self.max_len, "known": known}
-        phases = step_costs(decoder, self.device, **options)
+        entries = decoder.capacity(self._tokens)
+        phases = step_costs(decoder, self.device, batch=self.batch, entries=entries, known=known)
         brings = 1.0
         if num_draft_tokens:
             partition = decoder.drafter.draft.partition
@@ -205,13 +211,22 @@ class Planner:
             tokens_per_step=brings,
         )
 
+    @property
+    def _tokens(self) -> int:
+        return min(self.max_len, self.base.context)
+
+    def memory(
+        self, layout: Layout, num_draft_tokens: int = 0, tree_width: int = 1
+    ) -> dict[str, int]:
+        """Bytes on each device, by name."""
+        decoder = self.decoder(layout, num_draft_tokens, tree_width)
+        return decoder.memory(self.batch, 1, max_new_tokens=self._tokens - 1)
+
     def fitting(self, layout: Layout, counts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Those (γ, w) whose weights, caches and scratch a device has the memory for."""
-        tokens = min(self.max_len, self.base.context)
 
         def fits(count):
-            needed = self.decoder(layout, *count).memory(self.batch, 1, max_new_tokens=tokens - 1)
-            return sum(needed.values()) <= self.device.memory
+            return sum(self.memory(layout, *count).values()) <= self.device.memory
 
         counts = sorted(counts, key=lambda count: count[0] * count[1])
         if fits(counts[-1]):
@@ -232,7 +247,7 @@ class Planner:
           ValueError: not even autoregression fits into the memory of so many devices.
         """
         found, refused = [], 0
-        for layout in layouts(num_devices, group_sizes):
+        for layout in layouts(num_devices, group_sizes, self.draft.num_layers):
             counts = [(0, 1)]
             if layout.draft != "none":
                 counts = [(gamma, width) for gamma in num_draft_tokens for width in tree_widths]
@@ -242,19 +257,24 @@ class Planner:
         found.sort(key=lambda choice: choice.token_seconds)
         plain = next((choice for choice in found if not choice.num_draft_tokens), None)
         if plain is None:
+            needed = self.memory(Layout(layer=1, tensor=num_devices, draft="none"))
             raise ValueError(
-                f"the base does not fit into {num_devices} devices of "
-                f"{self.device.memory / 1e9:.0f} GB: use more devices"
+                f"the base needs {sum(needed.values()) / 2**30:.2f} GiB on each of {num_devices} "
+                f"devices ({listed(needed)}), but a program may use "
+                f"{self.device.memory / 2**30:.2f} GiB there: use more devices, or a smaller batch"
             )
         return Plan(choices=tuple(found), autoregression=plain, refused=refused)
 
 
-def layouts(num_devices: int, group_sizes: Sequence[int] = GROUP_SIZES) -> Iterator[Layout]:
-    """Every way to place a pair on all devices, or on half of them, a quarter, ...
+def layouts(num_devices: int, group_sizes: Sequence[int], num_layers: int) -> Iterator[Layout]:
+    """Every way to place a base and a draft of so many layers on all devices, or on half of them, a
+    quarter, ...
 
     Groups of layers stand side by side on 2 devices or more; group size 1 asks for a draft in
     tensor parallelism of every degree, and on one device.
     """
+    same = {make_partition(num_layers, size): size for size in sorted(group_sizes, reverse=True)}
+    group_sizes = sorted(same.values())
     devices = num_devices
     while devices >= 1:
         yield Layout(layer=1, tensor=devices, draft="none")
@@ -276,8 +296,8 @@ def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[La
     if layer == 1:
         return
     for size in (size for size in group_sizes if size > 1):
-        for name, mlp in _MLPS.items():
-            if name == "whole" and tensor == 1:  # the same as over "tensor"
+        for name, mlp in MLPS.items():
+            if name == "replicated" and tensor == 1:  # the same as over "tensor"
                 continue
             for exact in ("turns", "copy"):
                 rules = dataclasses.replace(LAYOUTS["layer"], mlp=mlp, exact=exact)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
 import jax
 
 from easyspec_jax.acceptance import Acceptance, read_acceptance
+from easyspec_jax.arguments import DEFAULT_SESSION, check_positive
 from easyspec_jax.cost import PHASES
 from easyspec_jax.device import Device, read_device
 from easyspec_jax.info import read_config
 from easyspec_jax.measure import measure_device
 from easyspec_jax.plan import Choice, Plan, Planner
+from easyspec_jax.request import check_tokenizers
 
+MAX_BATCH = 1024
 KINDS = ("one device", "tensor parallel", "groups")
 _TERMS = {
     "weights": "products with weights",
@@ -30,29 +35,22 @@ _TERMS = {
 def run(args: argparse.Namespace) -> int:
     """Plan as the arguments say and print the outcome."""
     _check(args)
-    base, draft = (read_config(path)[0] for path in (args.base, args.draft))
-    if not 2 <= args.max_len <= base.context:
+    (base, about), (draft, other) = (read_config(path) for path in (args.base, args.draft))
+    check_tokenizers(about.get("tokenizer"), other.get("tokenizer"))
+    max_len = min(base.context, DEFAULT_SESSION) if args.max_len is None else args.max_len
+    if not 2 <= max_len <= base.context:
         limit = f"2 .. {base.context}, the base's context"
-        raise ValueError(f"--max-len must be in {limit}, got {args.max_len}")
-    acceptance = Acceptance() if args.acceptance is None else read_acceptance(args.acceptance)
-    num_devices, dtype = args.num_devices, args.dtype
-    if args.measure:
-        print("measuring this machine ...", file=sys.stderr)
-        device = measure_device(dtype)
-        num_devices = num_devices or jax.device_count()
-        dtype = dtype or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-    else:
-        collective = None if args.collective_us is None else 1e-6 * args.collective_us
-        kernel = None if args.kernel_us is None else 1e-6 * args.kernel_us
-        device = read_device(args.device, kernel=kernel, collective=collective)
+        raise ValueError(f"--max-len must be in {limit}, got {max_len}")
+    acceptance = Acceptance()
+    if args.acceptance is not None:
+        acceptance = read_acceptance(args.acceptance, draft.num_layers)
     planner = Planner(
         base=base,
         draft=draft,
-        device=device,
+        device=_find_device(args),
         acceptance=acceptance,
-        dtype=dtype or "bfloat16",
         batch=args.batch,
-        max_len=args.max_len,
+        max_len=max_len,
     )
     choices = {
         "num_draft_tokens": args.num_draft_tokens,
@@ -60,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         "group_sizes": args.group_size,
     }
     given = {name: values for name, values in choices.items() if values is not None}
-    plan = planner.plan(num_devices or 1, **given)
+    num_devices = args.num_devices or (jax.device_count() if args.measure else 1)
+    plan = planner.plan(num_devices, **given)
     if args.json:
         print(json.dumps(document(planner, plan, args.top)))
     else:
@@ -68,23 +67,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _find_device(args: argparse.Namespace) -> Device:
+    """The device that the arguments name, or this machine's."""
+    if args.measure:
+        there = jax.device_count()
+        if (args.num_devices or 1) > there:
+            raise ValueError(
+                f"--measure finds {there} devices here, so it cannot say what {args.num_devices} "
+                "exchange: name a --device"
+            )
+        print("measuring this machine ...", file=sys.stderr)
+        device = measure_device(args.dtype)
+    else:
+        costs = {"kernel": args.kernel_us, "collective": args.collective_us}
+        seconds = {name: None if us is None else 1e-6 * us for name, us in costs.items()}
+        device = read_device(args.device, **seconds)
+    if args.device_memory is None:
+        return device
+    return dataclasses.replace(device, memory=args.device_memory * 2**30)
+
+
 def _check(args: argparse.Namespace) -> None:
     if args.measure == (args.device is not None):
         raise ValueError("name a --device, or --measure this machine: one of the two")
     if args.measure and (args.kernel_us is not None or args.collective_us is not None):
         raise ValueError("--kernel-us and --collective-us change a --device, not what is measured")
-    for name in ("num_devices", "batch", "top"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("num_draft_tokens", "tree_width", "group_size"):
-        values = getattr(args, name)
-        if values is not None and min(values) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {min(values)}")
+    if args.dtype is not None and not args.measure:
+        raise ValueError("--dtype needs --measure: a --device holds for one type of weights")
+    names = ("num_devices", "batch", "top", "num_draft_tokens", "tree_width", "group_size")
+    check_positive(args, *names)
+    if args.batch > MAX_BATCH:
+        raise ValueError(f"--batch must be at most {MAX_BATCH}, got {args.batch}")
     for name in ("kernel_us", "collective_us"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1e6:
             raise ValueError(f"--{name.replace('_', '-')} must be microseconds, got {value:g}")
+    if args.device_memory is not None and not 0 < args.device_memory < math.inf:
+        raise ValueError(f"--device-memory must be a size above 0, got {args.device_memory:g}")
 
 
 def document(planner: Planner, plan: Plan, top: int) -> dict[str, Any]:
@@ -93,7 +112,6 @@ def document(planner: Planner, plan: Plan, top: int) -> dict[str, Any]:
     return {
         "device": planner.device.as_dict(),
         "acceptance": vars(planner.acceptance),
-        "dtype": planner.dtype,
         "batch": planner.batch,
         "max_len": planner.max_len,
         "considered": len(plan.choices),
@@ -164,7 +182,7 @@ def describe(device: Device) -> str:
 def _describe_acceptance(acceptance: Acceptance) -> str:
     lost, width = acceptance.stale_loss, acceptance.sibling
     return (
-        f"{acceptance.rate:.2f} of the exact draft's tokens, {lost:.1%} of them lost per layer "
+        f"{acceptance.rate:.2f} of the exact draft's tokens, {lost:.1%} lost by each layer "
         f"read back, misses of a tree w ** -{width:.2f} of a chain's"
     )
 
@@ -186,7 +204,7 @@ def _choice_row(rank: str, choice: Choice, plain: Choice) -> str:
         f"{choice.tokens_per_step:.2f}",
         *(f"{1e3 * seconds:.2f}" for seconds in numbers),
         f"{plain.token_seconds / choice.token_seconds:.2f}x",
-        choice.layout.options(),
+        choice.options(),
     )
 
 

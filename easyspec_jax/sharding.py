@@ -107,6 +107,8 @@ LAYOUTS = {
     ),  # all devices do the same: a draft on one
 }
 
+MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}  # devices that share them
+
 
 def layout_rules(layout: str | LayoutRules | None, partition: tuple[int, ...]) -> LayoutRules:
     """The rules that a `layout` argument means; None: "layer" for a model in groups, else "tensor".

@@ -25,6 +25,7 @@ from easyspec_jax.config import Sampling, is_integer
 from easyspec_jax.decode import Decoder
 from easyspec_jax.drafters import LayerParallelDrafter
 from easyspec_jax.loop import Specs
+from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
 from easyspec_jax.partitions import (
     Partition,
@@ -102,6 +103,8 @@ class Scorer:
         num_draft_tokens: int,
         temperature: float = 0.0,
         base_log_probs: Sequence[jax.Array] | None = None,
+        *,
+        vocab_size: int,
     ):
         """Predict for answers that the base has written.
 
@@ -110,6 +113,7 @@ class Scorer:
           windows: of its texts.
           temperature: above 0 acceptance is the overlap with `base_log_probs` (f[1, N, V] of each
             text, after temperature), else agreement with the base's tokens.
+          vocab_size: V of the base.
         """
         self.draft, self.windows = draft, list(windows)
         self.num_draft_tokens, self.temperature = num_draft_tokens, temperature
@@ -119,7 +123,14 @@ class Scorer:
         num_layers = draft.config.num_layers
         exact = np.zeros((num_layers,), np.int32)
         self.exact = [
-            _log_probs(draft, w, exact, recent=self.recent, specs=Specs.of((draft, w)))
+            _log_probs(
+                draft,
+                w,
+                exact,
+                recent=self.recent,
+                vocab_size=vocab_size,
+                specs=Specs.of((draft, w)),
+            )
             for w in self.windows
         ]
         self.first = [accepted for _, accepted in self._run(exact, self._all)]
@@ -184,21 +195,26 @@ def make_scorer(
 ) -> Scorer:
     """A scorer on texts that `base` wrote."""
     room = max(text.end - text.start for text in texts)
-    windows = [make_window(draft, text, room) for text in texts]
+    first = make_window(draft, texts[0], room)
+    scores = 4 * room * base.config.vocab_size * (2 if temperature > 0 else 1)
+    needed = (len(texts) - 1) * device_bytes(first) + (len(texts) + 1) * scores
+    check_memory(draft.layout.mesh, {"calibration texts": needed})
+    windows = [first, *(make_window(draft, text, room) for text in texts[1:])]
     base_scores = None
     if temperature > 0:
         base_scores = [_tempered(base, make_window(base, t, room), temperature) for t in texts]
-    return Scorer(draft, windows, num_draft_tokens, temperature, base_scores)
+    vocab_size = base.config.vocab_size
+    return Scorer(draft, windows, num_draft_tokens, temperature, base_scores, vocab_size=vocab_size)
 
 
 def _mean(rows: Sequence[np.ndarray]) -> float:
     return float(np.concatenate(rows).mean(dtype=np.float64))
 
 
-@functools.partial(jax.jit, static_argnames=("recent", "specs"))
-def _log_probs(draft, window, stale, *, recent, specs):
+@functools.partial(jax.jit, static_argnames=("recent", "vocab_size", "specs"))
+def _log_probs(draft, window, stale, *, recent, vocab_size, specs):
     """`stale_log_probs` on the draft's mesh."""
-    run = functools.partial(stale_log_probs, recent=recent)
+    run = functools.partial(stale_log_probs, recent=recent, vocab_size=vocab_size)
     everywhere = jax.sharding.PartitionSpec()
     mesh, in_specs = draft.layout.mesh, (*specs.tree, everywhere)
     return on_mesh(run, mesh, in_specs, everywhere)(draft, window, stale)
@@ -209,14 +225,14 @@ def _judge(draft, window, stale, exact, base, temperature, *, recent, specs):
     """Divergence from `exact` and acceptance, f[N] each, of a pass with stale layers."""
 
     def run(draft, window, stale, exact, base, temperature):
-        q = stale_log_probs(draft, window, stale, recent)
-        kl = (jnp.exp(exact) * (exact - q)).sum(axis=-1)
+        q = stale_log_probs(draft, window, stale, recent, exact.shape[-1])
+        # An id that the draft has not: -inf on both sides.
+        kl = jnp.where(exact > -jnp.inf, jnp.exp(exact) * (exact - q), 0.0).sum(axis=-1)
         if base is None:
             accepted = q.argmax(axis=-1).astype(jnp.int32) == window.answer
         else:
             q = jax.nn.log_softmax(q / temperature.astype(q.dtype), axis=-1)
-            size = min(q.shape[-1], base.shape[-1])  # ids that only one of them has: never accepted
-            accepted = jnp.exp(jnp.minimum(q[..., :size], base[..., :size])).sum(axis=-1)
+            accepted = jnp.exp(jnp.minimum(q, base)).sum(axis=-1)
         return kl[0], accepted[0]
 
     everywhere = jax.sharding.PartitionSpec()
@@ -442,5 +458,6 @@ def check_options(
 def _tempered(base: Model, window: Window, temperature: float) -> jax.Array:
     """The base's log-probabilities f[1, N, V] at this temperature."""
     exact = np.zeros((base.config.num_layers,), np.int32)
-    scores = _log_probs(base, window, exact, recent=1, specs=Specs.of((base, window)))
+    options = {"recent": 1, "vocab_size": base.config.vocab_size}
+    scores = _log_probs(base, window, exact, **options, specs=Specs.of((base, window)))
     return jax.nn.log_softmax(scores / temperature, axis=-1)

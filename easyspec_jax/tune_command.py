@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import easyspec_jax as es
+from easyspec_jax.arguments import check_positive
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.device import read_device
 from easyspec_jax.plan import Layout, Planner
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Tune as `args` say, print what was found and keep it; 1 if a text in float32 was not
     autoregression's.
     """
-    _check_numbers(args)
+    check_positive(args, *_POSITIVE)
     base_path = args.base or args.draft
     (config, about), (base_config, base_about) = map(read_metadata, (args.draft, base_path))
     check_tokenizers(base_about.get("tokenizer"), about.get("tokenizer"))
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     most = args.layer if step_seconds is None else None
     check_options(config.num_layers, steps, most, step_seconds is not None)
     sampling = es.Sampling(temperature=args.temperature)
-    if not args.dry_run and not os.access(args.draft, os.W_OK):
-        raise ValueError(f"{args.draft} cannot be written to: --dry-run shows the result alone")
+    there = pathlib.Path(args.draft) / PARTITION_FILE
+    if not args.dry_run and (not os.access(args.draft, os.W_OK) or there.is_dir()):
+        raise ValueError(f"{there} cannot be written: --dry-run shows the result alone")
     eos_ids = stop_ids(read_generation_config(base_path), base_config)
     prompts = _encode(args, base_path)
     make_request(base_config, prompts, args.max_new_tokens, sampling, eos_ids)
@@ -72,18 +74,14 @@ def run(args: argparse.Namespace) -> int:
     for c in different:
         print(f"{shown(c.partition)}: {found.num_prompts - c.identical} of {found.num_prompts} "
               "answers differ from autoregression's", file=sys.stderr)  # fmt: skip
-    if not args.dry_run:
+    failed = bool(different) and base.dtype == jnp.float32  # else near-ties may break
+    if failed:
+        print("nothing is written: that should not happen in float32", file=sys.stderr)
+    elif not args.dry_run:
         _keep(args.draft, config.num_layers, found, record)
     if args.json:
         print(json.dumps({"partition": list(found.partition)} | record))
-    return int(bool(different) and base.dtype == jnp.float32)  # else near-ties may break
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name in _POSITIVE:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return int(failed)
 
 
 def predict_times(
@@ -185,8 +183,7 @@ def make_record(
     Args:
       draft, base: metadata of the checkpoints.
     """
-    options = ("num_draft_tokens", "max_new_tokens", "temperature", "chat", "layer", "device",
-               "num_devices")  # fmt: skip
+    options = ("num_draft_tokens", "max_new_tokens", "temperature", "chat", "layer", "num_devices")
     return {
         "tuned_for": {
             "base": _name(args.base or args.draft),
@@ -198,6 +195,7 @@ def make_record(
             "num_tokens": found.num_tokens,
             "attention_steps": attention_steps,
             **{name: getattr(args, name) for name in options},
+            "device": None if args.device is None else read_device(args.device).name,
         },
         "exact_acceptance": found.exact_acceptance,
         "candidates": [dataclasses.asdict(c) for c in found.candidates],
@@ -230,6 +228,7 @@ def _print(found: Tuning) -> None:
     best = found.candidates[0]
     uniform = next((c for c in found.candidates if c.kind == "uniform"), None)
     print(f"best: {shown(best.partition)}, {_gain(best, uniform)}")
+    print(f"with --layer {max(best.partition)} every group runs at once")
 
 
 def _gain(best: Candidate, uniform: Candidate | None) -> str:

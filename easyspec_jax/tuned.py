@@ -27,13 +27,15 @@ def read_partition(
     """
     file = pathlib.Path(path) / PARTITION_FILE
     again = f"run `easyspec tune --draft {path}` again"
+    if not file.parent.is_dir():
+        raise ValueError(f"tuned groups are kept beside a converted checkpoint, and {path} is none")
     if not file.is_file():
         raise ValueError(
             f"{path} was not tuned: it has no {PARTITION_FILE}; run `easyspec tune --draft {path}`"
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):  # of UTF-8 and of JSON, both ValueErrors
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("partition"), list):
         raise ValueError(f"{file} is damaged: {again}")

@@ -2,13 +2,14 @@
 
     python experiments/tuned.py --base CKPT --draft CKPT --set text=FILE --attention-steps 3,4,5 \
         --tuning-per-set 16 --held-out-per-set 16 --num-draft-tokens 3 --out FILE
-    python experiments/tuned.py --table FILE
+    python experiments/tuned.py --table FILE [--base CKPT --draft CKPT --device h100 --layer 4
+        --num-devices 8]
 
 For each number of attention steps, the uniform partition with as many (or, where there is none, the
 most below) and a tuned one; with --fit also one whose groups are no larger than the uniform one's,
 so that it fits the same devices. All decode the same held-out prompts. Every prompt's tokens and
-steps are kept, so that other comparisons, at equal predicted time, say, can be made later. Nothing
-here is a timing.
+steps are kept; with a device, --table also compares at equal predicted time of a step there.
+Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from records import append, commit, machine, without_places
 
 import easyspec_jax as es
 from easyspec_jax import tune
+from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.partitions import Partition, uniform_partitions
 from easyspec_jax.passes import answer, regroup, write_texts
 from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
+from easyspec_jax.tune import StepSeconds
+from easyspec_jax.tune_command import predict_times
 
 Record = dict[str, Any]
 RESAMPLES = 10_000
@@ -166,6 +170,35 @@ def format_results(header: Record, arms: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def format_times(arms: list[Record], seconds: StepSeconds) -> str:
+    """A Markdown table at equal predicted time: each uniform partition and, of the tuned ones whose
+    steps take no longer, that which gave most on the tuning prompts.
+    """
+    lines = [
+        "| uniform | step, ms | tuned, no slower | step, ms | tokens per step, ratio | speed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    decoded = [arm for arm in arms if arm["arm"] != "layers"]
+    time = {tune_name(arm): seconds(tuple(arm["partition"])) for arm in decoded}
+    for uniform in (arm for arm in decoded if arm["arm"] == "uniform"):
+        most = 1.001 * time[tune_name(uniform)]
+        able = [a for a in decoded if a["arm"] != "uniform" and time[tune_name(a)] <= most]
+        if not able:
+            continue
+        best = max(able, key=lambda arm: arm["tuning"]["verified"][0]["tokens_per_step"])
+        ratio = compare(best, uniform)["ratio"]
+        both = [time[tune_name(arm)] for arm in (uniform, best)]
+        cells = [
+            tune_name(uniform),
+            f"{1e3 * both[0]:.3f}",
+            tune_name(best),
+            f"{1e3 * both[1]:.3f}",
+        ]
+        cells += [_interval(*ratio), f"{ratio[0] * both[0] / both[1]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tune_name(arm: Record) -> str:
     """Its partition, as --group-size takes it."""
     return ",".join(map(str, arm["partition"]))
@@ -209,6 +242,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--verify", type=int, default=3, help="decoded with before one is chosen")
     p.add_argument("--out", type=pathlib.Path, help="JSONL file of the results")
     p.add_argument("--table", type=pathlib.Path, help="only print the tables of this JSONL file")
+    p.add_argument("--device", help="with --table: as for easyspec plan, to compare equal times")
+    p.add_argument("--num-devices", type=int, help="how many of them")
+    p.add_argument("--layer", type=int, help="of them for the layers of a group")
     args = p.parse_args(argv)
     if not args.table and not all((args.base, args.draft, args.set, args.out)):
         p.error("--base, --draft, --set and --out are needed, or --table")
@@ -219,14 +255,24 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, append to the file and print a table; or print a file's."""
     args = parse(argv)
     if args.table:
-        print("\n\n".join(format_results(*run) for run in read_results(args.table)))
+        runs = read_results(args.table)
+        print("\n\n".join(format_results(*run) for run in runs))
+        if args.device:
+            configs = [read_metadata(path)[0] for path in (args.base, args.draft)]
+            seconds = predict_times(args, *configs)
+            names = [pathlib.Path(path).name for path in (args.base, args.draft)]
+            for header, arms in runs:
+                if [header["options"][name] for name in ("base", "draft")] == names:
+                    args.num_draft_tokens = header["options"]["num_draft_tokens"]
+                    print("\n" + format_times(arms, seconds))
         return
     num, limit = args.tuning_per_set, args.max_prompt_tokens
     total = num + args.held_out_per_set
     sets = read_prompts(Tokenizer(args.base), args.set, total, limit, chat=args.chat)
     tuning = [ids for found in sets.values() for ids in found[:num]]
     held_out = [ids for found in sets.values() for ids in found[num:]]
-    options = without_places({k: v for k, v in vars(args).items() if k != "table"})
+    own = ("table", "device", "num_devices", "layer")
+    options = without_places({k: v for k, v in vars(args).items() if k not in own})
     header = {
         "machine": machine(),
         "commit": commit(),

@@ -21,10 +21,10 @@ from easyspec_jax.acceptance import (
     read_acceptance,
 )
 from easyspec_jax.arguments import draft_layout, make_parser
-from easyspec_jax.cost import Pass, step_costs, total
+from easyspec_jax.cost import Pass, step_costs
 from easyspec_jax.device import PRESETS, Device, read_device
 from easyspec_jax.measure import collective_costs, logit_seconds, product_costs, score_seconds
-from easyspec_jax.plan import Layout, Planner, abstract_mesh, layouts
+from easyspec_jax.plan import Choice, Layout, Planner, abstract_mesh, layouts
 from easyspec_jax.sharding import LAYOUTS
 from easyspec_jax.traffic import collectives
 
@@ -64,15 +64,28 @@ def pair(layout, *, mesh, partition=(1, 4, 3, 1), gamma=3, width=2):
 )
 def test_collectives_are_those_of_the_compiled_program(layout, partition):
     """With one second for each collective, whatever its bytes, seconds count them."""
-    want = collections.Counter(
-        one.phase for one in collectives(pair(layout, mesh=es.make_mesh(4, 2), partition=partition))
-    )
+    found = collectives(pair(layout, mesh=es.make_mesh(4, 2), partition=partition))
+    want = collections.Counter(one.phase for one in found)
     decoder = pair(layout, mesh=abstract_mesh(4, 2), partition=partition)
     costs = step_costs(decoder, device(collective=1.0), entries=64)
     assert costs["calibrate"].seconds == want["calibrate"]
     assert costs["draft"].seconds == 2 * want["draft"]
     assert costs["verify"].seconds == want["verify"]
     assert want["verify"] > 0
+    # and with a second for each byte that a device receives, those bytes
+    alone = [f"block_{i}" for i, size in enumerate(partition) if size == 1]
+    received = dict.fromkeys(want, 0.0)
+    for one in found:
+        n = 4 if one.kind == "all-to-all" else 8
+        if layout not in ("tensor", "layer") and one.phase != "verify" and one.part in alone:
+            n = 2  # heads over "tensor", MLPs whole
+        times = 2 if one.kind == "all-reduce" else 1
+        received[one.phase] += times * (n - 1) / n * one.bytes
+    costs = step_costs(decoder, device(link=1.0), entries=64)
+    if layout != "layer":  # whose layers alone sum over two devices and over eight
+        assert costs["calibrate"].seconds == pytest.approx(received["calibrate"])
+        assert costs["draft"].seconds == pytest.approx(2 * received["draft"])
+        assert costs["verify"].seconds == pytest.approx(received["verify"])
 
 
 def test_a_pass_by_hand():
@@ -131,6 +144,9 @@ def test_products_are_read_off_the_roofline_or_what_was_measured():
     assert measured.product(10, rows=1, itemsize=4) == 15.0
     assert measured.product(10, rows=2, itemsize=4, count=2) == 15.0 + 12.0
     assert measured.product(10, rows=7, itemsize=4) == 10 * 14.0 + 7.0
+    noisy = device(products=((64, 1.02, 5.0), (128, 1.0, 0.0)))
+    assert noisy.product(10, rows=128, itemsize=4) == noisy.product(10, rows=4000, itemsize=4) == 10
+    assert device(products=((4, 1.0, 0.0),)).product(10, rows=9, itemsize=4) == 10.0
 
 
 def test_collectives_by_hand():
@@ -158,6 +174,12 @@ def test_devices_are_read_from_files(tmp_path):
         ('{"name": "x", "bandwidth": 1}', "describes no device"),
         ('{"name": "x", "bandwidth": 1, "flops": 1, "colour": 2}', "unknown fields: colour"),
         ('{"name": "x", "bandwidth": "fast", "flops": 1}', "bandwidth must be a number"),
+        (
+            '{"name": "x", "bandwidth": 1' + "0" * 400 + ', "flops": 1}',
+            "bandwidth must be a number",
+        ),
+        ('{"name": "x", "bandwidth": 1, "flops": 1, "dtype": "int4"}', "dtype of a device must"),
+        ("[" * 10**5, "no JSON"),
         ('{"name": "x", "bandwidth": 0, "flops": 1}', "bandwidth of a device must be above 0"),
         ('{"name": "x", "bandwidth": 1, "flops": 1, "kernel": -1}', "kernel of a device"),
         ('{"name": "x", "bandwidth": 1, "flops": 1, "products": [[1]]}', "products must be"),
@@ -181,6 +203,7 @@ def test_chain_tokens_by_hand():
     assert mean_staleness((1, 4, 1)) == 1.0
     half = Acceptance(rate=0.8, stale_loss=0.5, sibling=0.5)
     assert half.rates((1, 4, 1)) == pytest.approx((0.8, 0.4))
+    assert half.rates((2, 4, 1, 1)) == pytest.approx((0.8, 0.8 * 0.5 ** (7 / 8)))
     assert half.rates((1, 4, 1), 4) == pytest.approx((0.9, 0.7))
     assert Acceptance(rate=1.0).tokens_per_step((1,), 5) == 6.0
     assert Acceptance(rate=0.0).tokens_per_step((1,), 5) == 1.0
@@ -189,50 +212,95 @@ def test_chain_tokens_by_hand():
 @settings(max_examples=25, deadline=None)
 @given(
     rate=st.floats(0.05, 0.95), loss=st.floats(0.0, 0.3), sibling=st.floats(0.05, 0.8),
-    gamma=st.integers(2, 8),
+    gamma=st.integers(2, 8), num_layers=st.integers(5, 40),
 )  # fmt: skip
-def test_acceptance_is_found_again_from_what_it_predicts(rate, loss, sibling, gamma):
-    """Up to the difference between long models and those with two layers outside groups."""
+def test_acceptance_is_found_again_from_what_it_predicts(rate, loss, sibling, gamma, num_layers):
     true = Acceptance(rate=rate, stale_loss=loss, sibling=sibling)
-    rows = [{"options": {}}]
-    for size in (1, 2, 4):
-        for width in (1, 4):
-            partition = es.make_partition(2 + 6 * size, size)
-            rows.append(
-                {
-                    "temperature": 0.0, "tree_width": width, "group_size": size, "calibrate": True,
-                    "tokens_per_step": true.tokens_per_step(partition, gamma, width),
-                    "tried_per_depth": [1] * gamma,
-                }
-            )  # fmt: skip
-    found = fit_acceptance(rows)
+    found = fit_acceptance([{"options": {}}, *arms(true, gamma, num_layers)], num_layers)
     assert found.rate == pytest.approx(rate, abs=1e-6)
     assert found.stale_loss == pytest.approx(loss, abs=1e-4)
     assert found.sibling == pytest.approx(sibling, abs=1e-3)
 
 
+def arms(true, gamma, num_layers):
+    """What `experiments/acceptance.py` would record of a pair with these rates."""
+    return [
+        {
+            "temperature": 0.0, "tree_width": width, "group_size": size, "calibrate": True,
+            "tried_per_depth": [1] * gamma,
+            "tokens_per_step": true.tokens_per_step(
+                es.make_partition(num_layers, size), gamma, width
+            ),
+        }
+        for size in (1, 2, 4)
+        for width in (1, 4)
+    ]  # fmt: skip
+
+
+def test_what_groups_cost_a_small_model_is_about_what_was_measured():
+    """SmolLM2 drafting for itself, γ 5, group sizes 2, 4, 6; the fit knows 2 and 4."""
+
+    def partition(size):
+        return es.make_partition(30, size)
+
+    measured = {1: 6.0, 2: 4.71, 4: 3.75, 6: 3.31}
+    rows = [
+        {
+            "temperature": 0, "tree_width": 1, "group_size": size, "calibrate": None,
+            "tried_per_depth": [9] * 5, "tokens_per_step": measured[size],
+        }
+        for size in (1, 2, 4)
+    ]  # fmt: skip
+    found = fit_acceptance(rows, 30)
+    for size, tokens in measured.items():
+        assert found.tokens_per_step(partition(size), 5) == pytest.approx(tokens, rel=0.12)
+
+
 def test_acceptance_is_read_as_number_object_or_records(tmp_path):
-    assert read_acceptance("0.7") == Acceptance(rate=0.7)
+    assert read_acceptance("0.7", 9) == Acceptance(rate=0.7)
     file = tmp_path / "a.json"
     file.write_text('{\n"rate": 0.6,\n"sibling": 0.2\n}')
-    assert read_acceptance(str(file)) == Acceptance(rate=0.6, sibling=0.2)
+    assert read_acceptance(str(file), 9) == Acceptance(rate=0.6, sibling=0.2)
     for text, reason in (("1.5", "rate must be in 0 .. 1"), ("high", "neither a number nor a")):
         with pytest.raises(ValueError, match=reason):
-            read_acceptance(text)
-    for text, reason in (("{", "no JSON"), ('{"speed": 1}\n{}', "no arm of group size 1")):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=reason):
-            read_acceptance(str(file))
+            read_acceptance(text, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "no JSON"),
+        ("[" * 10**5, "no JSON"),
+        ('{"speed": 1}\n{}', "no arm of group size 1"),
+        ('{"rate": 0.5}\n[1]', "not a JSON object on every line"),
+        ('{"options": {}}\n{"options": {}}', "holds several runs"),
+        ('{"temperature": 0, "group_size": 1}', "an arm needs group_size, tree_width"),
+        ('{"temperature": 0, "group_size": [1], "tree_width": 1}', "an arm needs group_size"),
+        (
+            '{"temperature": 0, "group_size": 1, "tree_width": 1, "tried_per_depth": [1], '
+            '"tokens_per_step": null}',
+            "an arm needs",
+        ),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path, text, reason):
+    file = tmp_path / "a.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_acceptance(str(file), 9)
 
 
 def test_options_of_a_layout_are_read_back_as_it():
     """What the planner prints is what `easyspec generate` makes of it."""
     seen = set()
-    for layout in layouts(8):
+    for layout in layouts(8, (1, 2, 3, 4, 8), 32):
         if layout.draft == "none":
             continue
-        words = ["generate", "x", "--base", "b", "--draft", "d", *layout.options().split()]
+        costs = {"num_draft_tokens": 3, "tree_width": 2, "phases": {}, "tokens_per_step": 1.0}
+        options = Choice(layout=layout, **costs).options()
+        words = ["generate", "x", "--base", "b", "--draft", "d", *options.split()]
         args = make_parser().parse_args(words)
+        assert (args.num_draft_tokens, args.tree_width) == (3, 2)
         assert (args.layer, args.tensor) == (layout.layer, layout.tensor)
         assert args.group_size == layout.group_size
         rules = draft_layout(args)
@@ -245,16 +313,20 @@ def test_options_of_a_layout_are_read_back_as_it():
     assert {layout.devices for layout in seen} == {1, 2, 4, 8}
 
 
+def test_group_sizes_that_come_to_the_same_groups_are_one_choice():
+    sizes = {layout.group_size for layout in layouts(4, (1, 2, 3, 4, 5, 8), 6)}
+    assert sizes == {1, 2, 3, 4}
+
+
 def test_a_plan_is_ranked_and_holds_autoregression():
     planner = Planner(base=BASE, draft=DRAFT, device=PRESETS["h100"], max_len=128)
     plan = planner.plan(4, num_draft_tokens=(2, 4), tree_widths=(1, 2), group_sizes=(1, 2, 3))
     times = [choice.token_seconds for choice in plan.choices]
     assert times == sorted(times) and plan.refused == 0
-    assert plan.best.token_seconds <= plan.autoregression.token_seconds
     assert plan.autoregression.tokens_per_step == 1.0
-    for choice in plan.choices[:20]:
-        assert total(choice.phases.values()).seconds == pytest.approx(choice.cost.seconds)
-        assert choice.token_seconds * choice.tokens_per_step == pytest.approx(choice.cost.seconds)
+    one, *_ = plan.choices
+    again = planner.price(one.layout, one.num_draft_tokens, one.tree_width)
+    assert again == one  # passes that were priced before change nothing
     never = dataclasses.replace(planner, acceptance=Acceptance(rate=0.0))
     assert never.plan(2, group_sizes=(1, 2)).best.layout.draft == "none"
 
@@ -265,7 +337,8 @@ def test_what_does_not_fit_is_left_out():
     one = Layout(layer=1, tensor=2, draft="one device", rules=LAYOUTS["replicated"])
     assert planner.fitting(one, counts) == []
     assert planner.fitting(dataclasses.replace(one, tensor=4), counts) == counts
-    with pytest.raises(ValueError, match="does not fit into 1 devices of 80 GB"):
+    needed = r"the base needs 132.* GiB on each of 1 devices \(base weights 131.42, base cache"
+    with pytest.raises(ValueError, match=needed + ".*may use 55.88 GiB there"):
         planner.plan(1, num_draft_tokens=(5,), tree_widths=(1,), group_sizes=(1,))
 
 
@@ -277,7 +350,9 @@ def test_launch_bound_devices_want_the_papers_layout():
     eager = Planner(base=LARGE, draft=SMALL, device=PRESETS["a100-eager"]).plan(8, **chain)
     best = eager.best.layout
     assert (best.draft, best.draft_devices, best.devices) == ("groups", 1, 8)
-    assert best.group_size in (4, 5)
+    assert best.group_size in (4, 5, 6)
+    of_four = next(c for c in eager.choices if c.layout.group_size == 4)
+    assert of_four.token_seconds < 1.01 * eager.best.token_seconds
     assert eager.best.bound == "kernels"
     assert eager.autoregression.layout.devices == 8
     one, sharded = (eager.fastest(kind).token_seconds for kind in ("one device", "tensor parallel"))
@@ -295,8 +370,8 @@ def test_launch_bound_devices_want_the_papers_layout():
 def test_micro_benchmarks_give_positive_costs():
     float32 = jax.numpy.dtype("float32")
     per_byte, beside = product_costs(2, float32, 2**20)
-    assert 0 < per_byte < 1 and beside >= 0
-    assert 0 <= score_seconds(float32) < 1 and 0 <= logit_seconds() < 1
+    assert 1e-14 < per_byte < 1e-6 and 0 <= beside < 1
+    assert 0 <= score_seconds(float32) < 1e-5 and 0 <= logit_seconds() < 1e-5
     two, hop, link = collective_costs()
     assert two > 0 and hop >= 0 and link > 0
 
@@ -329,9 +404,6 @@ def test_the_command_prints_a_plan(configs, easyspec):
     first = document["choices"][0]
     phases = [sum(terms.values()) for terms in first["phases"].values()]
     assert sum(phases) == pytest.approx(first["step_seconds"])
-    assert document["speedup"] == pytest.approx(
-        document["autoregression"]["token_seconds"] / times[0]
-    )
     assert Device(**{**document["device"], "products": ()}) == PRESETS["h200"]
 
 
@@ -347,6 +419,10 @@ def test_the_command_prints_a_plan(configs, easyspec):
         (["--device", "h100", "--kernel-us", "nan"], "--kernel-us must be microseconds"),
         (["--device", "h100", "--acceptance", "2"], "rate must be in 0 .. 1"),
         (["--device", "h100", "--max-len", "5000"], "--max-len must be in 2 .. 4096"),
+        (["--device", "h100", "--dtype", "float32"], "--dtype needs --measure"),
+        (["--device", "h100", "--device-memory", "-1"], "--device-memory must be a size above 0"),
+        (["--device", "h100", "--batch", "100000"], "--batch must be at most 1024"),
+        (["--measure", "--num-devices", "9"], "--measure finds 8 devices here"),
     ],
 )
 def test_the_command_refuses(configs, easyspec, options, reason):

@@ -135,7 +135,7 @@ class LayerParallelDrafter(DrafterBase):
         origin, fuzzy = cache.length, draft_runner(self.parallel)
 
         def grow(tree, depth, hidden):
-            scores = _fit_vocab(logits(self.draft, hidden), options.vocab_size)
+            scores = fit_vocab(logits(self.draft, hidden), options.vocab_size)
             return trees.grow(tree, depth, scores, options.filters, keys[depth], least)
 
         def level(carry):
@@ -157,7 +157,7 @@ class LayerParallelDrafter(DrafterBase):
         return tree.proposal(None if least is None else levels), cache
 
 
-def _fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:
+def fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:
     """Draft scores [B, m, V'] over the base's V ids: cut, or padded with -inf; ids the draft lacks
     are never drafted.
     """
