@@ -14,6 +14,7 @@ from easyspec_jax.sharding import LAYER, LAYOUTS, TENSOR, LayoutRules
 from easyspec_jax.tuned import TUNED, read_partition
 
 DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
+DRAFTERS = ("layer-parallel", "prompt-lookup", "early-exit", "polybasic")
 MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}
 
 
@@ -69,6 +70,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
     add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
+    _add_drafter(add)
     add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
     add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
     kinds = "draft tokens at temperature > 0: drawn (default), or the likeliest"
@@ -86,6 +88,20 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=dtypes, help="default: float32 on CPU, else bfloat16")
     _add_mesh(parser)
     _add_machine(parser)
+
+
+def _add_drafter(add) -> None:
+    how = "a draft model (default with --draft), the text itself, the base's own early layers, or "
+    how += "a chain of base, middle and draft"
+    add("--drafter", choices=DRAFTERS, help=how)
+    add("--max-ngram", type=int, metavar="N", help="prompt-lookup: tokens looked up (default 3)")
+    few = "early-exit: layers to leave at (default: a few)"
+    add("--exits", type=_exits, metavar="N,N,..", help=few)
+    add("--middle", metavar="CKPT", help="polybasic: checkpoint between base and draft")
+    copy = "polybasic: a copy of the base in so many bits instead"
+    add("--middle-bits", type=int, choices=(4, 8), help=copy)
+    room = "polybasic: tokens the middle collects for the base, at least (default 8)"
+    add("--mu", type=int, metavar="N", help=room)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +237,10 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,2,4") from None
+
+
+def _exits(text: str) -> tuple[int, ...]:
+    return tuple(_numbers(text))
 
 
 def partition_of(
