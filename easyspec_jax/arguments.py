@@ -71,7 +71,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
     add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
     _add_drafter(add)
-    add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
+    levels = "drafted per step (default 5; polybasic: mu + 5)"
+    add("--num-draft-tokens", type=int, metavar="N", help=levels)
     add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
     kinds = "draft tokens at temperature > 0: drawn (default), or the likeliest"
     add("--candidates", choices=("sampled", "best"), help=kinds)
@@ -100,8 +101,8 @@ def _add_drafter(add) -> None:
     add("--middle", metavar="CKPT", help="polybasic: checkpoint between base and draft")
     copy = "polybasic: a copy of the base in so many bits instead"
     add("--middle-bits", type=int, choices=(4, 8), help=copy)
-    room = "polybasic: tokens the middle collects for the base, at least (default 8)"
-    add("--mu", type=int, metavar="N", help=room)
+    least = "polybasic: tokens the middle collects for the base, at least (default 8)"
+    add("--mu", type=int, metavar="N", help=least)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

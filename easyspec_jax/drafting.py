@@ -13,6 +13,9 @@ from easyspec_jax.arguments import draft_layout, partition_of
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.request import check_tokenizers
 
+DEPTH = 5  # draft tokens of a step by default; polybasic's: for each pass of the middle
+NGRAM = 3  # last tokens that are looked up by default, at most
+MU = 8  # tokens that the middle collects for the base by default
 GROUP = 128  # weights that share a scale in a quantised copy of the base
 
 _ALL = ("num_draft_tokens", "show_draft")
@@ -31,11 +34,12 @@ class _Kind:
 
 
 _KINDS = {
-    "layer-parallel": _Kind((*_LAYERS, "tree_width", "min_draft_probability"), (("draft",),)),
+    "layer-parallel": _Kind((*_LAYERS, "min_draft_probability", "tree_width"), (("draft",),)),
     "prompt-lookup": _Kind(("max_ngram", "tree_width")),
-    "early-exit": _Kind(("exits",)),
+    "early-exit": _Kind(("exits", "min_draft_probability")),
     "polybasic": _Kind(
-        (*_LAYERS, "middle", "middle_bits", "mu"), (("draft",), ("middle", "middle_bits"))
+        (*_LAYERS, "middle", "middle_bits", "mu", "min_draft_probability"),
+        (("draft",), ("middle", "middle_bits")),
     ),
 }
 _OPTIONS = tuple(dict.fromkeys(name for kind in _KINDS.values() for name in (*_ALL, *kind.takes)))
@@ -108,10 +112,11 @@ def make_decoder(args: argparse.Namespace, load: Callable[..., es.Model]) -> es.
     }
     if args.drafter is None:
         return es.Decoder(base)
+    depth = DEPTH if args.drafter != "polybasic" else (args.mu or MU) + DEPTH
     return es.Decoder(
         base,
         makers[args.drafter](args, base, load),
-        num_draft_tokens=args.num_draft_tokens or 5,
+        num_draft_tokens=args.num_draft_tokens or depth,
         tree_width=args.tree_width or 1,
         min_draft_probability=args.min_draft_probability,
     )
@@ -130,7 +135,7 @@ def _layer_parallel(args, base, load):
 
 
 def _prompt_lookup(args, base, load):
-    return es.PromptLookupDrafter(**_given(max_ngram=args.max_ngram))
+    return es.PromptLookupDrafter(max_ngram=args.max_ngram or NGRAM)
 
 
 def _early_exit(args, base, load):
@@ -146,10 +151,4 @@ def _polybasic(args, base, load):
         from easyspec_jax.quantize import quantize_weights
 
         middle = quantize_weights(base, bits=args.middle_bits, group_size=GROUP)
-    drafter = _layer_parallel(args, base, load)
-    return es.PolybasicDrafter(middle, drafter, **_given(mu=args.mu))
-
-
-def _given(**options):
-    """Those that are not None: the rest is the drafter's own default."""
-    return {name: value for name, value in options.items() if value is not None}
+    return es.PolybasicDrafter(middle, _layer_parallel(args, base, load), mu=args.mu or MU)

@@ -37,11 +37,16 @@ def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
     """Autoregression and the speculative arms asked for, in each group size and tree width."""
     decoders = {}
     for name, full, drafter in _drafters(args, base):
-        own = {"min_draft_probability": args.min_draft_probability} if name in LAYERED else {}
+        depth = args.num_draft_tokens + (args.mu if name == "polybasic" else 0)
+        least = None if name == "prompt-lookup" else args.min_draft_probability
         for width in [1] if name in CHAINS else args.tree_width:
             several = name not in CHAINS and len(args.tree_width) > 1
             decoders[full + (f", width {width}" if several else "")] = es.Decoder(
-                base, drafter, num_draft_tokens=args.num_draft_tokens, tree_width=width, **own
+                base,
+                drafter,
+                num_draft_tokens=depth,
+                tree_width=width,
+                min_draft_probability=least,
             )
     sampling = es.Sampling(temperature=args.temperature)
 

@@ -254,6 +254,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     def numbers(text):
         return [int(n) for n in text.split(",")]
 
+    def layers(text):
+        return tuple(numbers(text))
+
     def group_sizes(text):
         return [n if n == "tuned" else int(n) for n in text.split(",")]
 
@@ -283,10 +286,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tree-width", type=numbers, default=[1], metavar="W[,W]")
     p.add_argument("--min-draft-probability", type=float, help="stop a draft model early")
     p.add_argument("--max-ngram", type=int, default=3, help="of the arm prompt-lookup")
-    p.add_argument("--exits", type=numbers, metavar="L,L,..", help="layers, of the arm early-exit")
+    p.add_argument("--exits", type=layers, metavar="L,L,..", help="layers, of the arm early-exit")
     p.add_argument("--middle", help="converted checkpoint, of the arm polybasic")
     p.add_argument("--middle-bits", type=int, choices=(4, 8), help="or the base in so many bits")
-    p.add_argument("--mu", type=int, default=8, help="of the arm polybasic")
+    more = "of the arm polybasic, which drafts --num-draft-tokens for each pass of the middle"
+    p.add_argument("--mu", type=int, default=8, help=more)
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--seed", type=int, default=0)
     default = "autoregression,exact,uncalibrated,calibrated"

@@ -171,7 +171,9 @@ def test_other_drafters_are_arms(tiny, monkeypatch):
     assert {name: arm.decoder.tree_width for name, arm in arms.items()} == {
         "early-exit": 1, "prompt-lookup, width 1": 1, "prompt-lookup, width 2": 2, "polybasic": 1,
     }  # fmt: skip
-    assert made["early-exit"] == ([base.config], {"exits": [1, 2]})
+    depths = [arm.decoder.num_draft_tokens for arm in arms.values()]
+    assert depths == [2, 2, 2, 2 + 4]  # beside polybasic's buffer
+    assert made["early-exit"] == ([base.config], {"exits": (1, 2)})
     (config, lightest), options = made["polybasic"]
     assert (config.num_layers, options) == (3, {"mu": 4})
     assert isinstance(lightest, es.LayerParallelDrafter) and set(lightest.draft.partition) == {1}

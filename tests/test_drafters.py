@@ -1,7 +1,10 @@
 """What every way of drafting owes the decoding loop: the same tests for all of them."""
 
+import dataclasses
 import functools
 import itertools
+import math
+from collections.abc import Callable
 
 import pytest
 from decoders import CONFIG, NEW, PROMPTS, autoregressive, joined, model
@@ -10,25 +13,41 @@ from hypothesis import strategies as st
 
 import easyspec_jax as es
 
-# By name: what makes the drafter for a base, and a (γ, w) of each shape that it can draft.
-DRAFTERS = {
-    "prompt-lookup": (lambda base: es.PromptLookupDrafter(), [(4, 1), (3, 2)]),
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to draft."""
+
+    make: Callable[[es.Model], es.drafters.Drafter]  # for a base
+    shapes: tuple[tuple[int, int], ...]  # (γ, w) to try, a chain first
+    batches: bool = True  # whether it drafts for several rows at once
+
+
+WAYS = {
+    "prompt-lookup": Way(lambda base: es.PromptLookupDrafter(), ((4, 1), (3, 2))),
 }
-CHAINS = [(name, shapes[0]) for name, (_, shapes) in DRAFTERS.items()]
-SHAPES = [(name, shape) for name, (_, shapes) in DRAFTERS.items() for shape in shapes]
+CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
+SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
+BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
 REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
 
 
 @functools.cache
 def drafting(name, shape, mesh_shape=(1, 1)):
     base = model(mesh_shape)
-    return es.Decoder(base, DRAFTERS[name][0](base), num_draft_tokens=shape[0], tree_width=shape[1])
+    return es.Decoder(base, WAYS[name].make(base), num_draft_tokens=shape[0], tree_width=shape[1])
+
+
+def answers(name, decoder, prompts, **options):
+    """The new tokens of every prompt, and the statistics of each call."""
+    batches = [prompts] if WAYS[name].batches else [[p] for p in prompts]
+    outs = [decoder.generate(batch, **options) for batch in batches]
+    return [tokens for out in outs for tokens in out.tokens], [out.stats for out in outs]
 
 
 @functools.cache
-def expected(prompts, **options):
-    prompts = [list(p) for p in prompts]
-    return autoregressive().generate(prompts, max_new_tokens=NEW, **options).tokens
+def expected(prompts):
+    return autoregressive().generate(list(map(list, prompts)), max_new_tokens=NEW).tokens
 
 
 def frozen(prompts):
@@ -38,14 +57,15 @@ def frozen(prompts):
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
-    decoder = drafting(name, shape, mesh_shape)
+    decoder, accepted = drafting(name, shape, mesh_shape), 0
     for prompts in (PROMPTS, REPETITIVE):
-        out = decoder.generate(prompts, max_new_tokens=NEW)
-        assert out.tokens == expected(frozen(prompts))
-        assert out.stats.emitted == NEW * len(prompts)
-        assert out.stats.nodes_accepted <= out.stats.nodes_drafted
-        assert out.stats.nodes_drafted <= shape[0] * shape[1] * out.stats.steps
-    assert out.stats.nodes_accepted > 0  # or nothing was tested
+        tokens, counted = answers(name, decoder, prompts, max_new_tokens=NEW)
+        assert tokens == expected(frozen(prompts))
+        assert sum(stats.emitted for stats in counted) == NEW * len(prompts)
+        for stats in counted:
+            assert stats.nodes_accepted <= stats.nodes_drafted <= stats.steps * math.prod(shape)
+            accepted += stats.nodes_accepted
+    assert accepted > 0  # or nothing was tested
 
 
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
@@ -57,8 +77,10 @@ def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
 )
 def test_greedy_text_is_autoregressions_whatever_is_asked(name, shape, prompts, new, eos):
     options = {"max_new_tokens": new, "eos_ids": eos}
-    want, got = (d.generate(prompts, **options) for d in (autoregressive(), drafting(name, shape)))
-    assert got.tokens == want.tokens and got.stats.emitted == want.stats.emitted
+    want = autoregressive().generate(prompts, **options).tokens
+    tokens, counted = answers(name, drafting(name, shape), prompts, **options)
+    assert tokens == want
+    assert sum(stats.emitted for stats in counted) == sum(map(len, want))
 
 
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
@@ -71,7 +93,7 @@ def test_every_place_to_stop(name, shape):
         assert sum(out.stats.accepted_per_depth) <= out.stats.emitted == len(out.tokens[0])
 
 
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(("name", "shape"), BATCHED)
 def test_finished_rows_never_change(name, shape):
     decoder, whole = drafting(name, shape), expected(frozen(REPETITIVE))
     eos = whole[0][3]

@@ -34,8 +34,8 @@ def others(monkeypatch):
         seen.append(("early-exit", exits))
         return es.PromptLookupDrafter()
 
-    def polybasic(middle, drafter, **options):
-        seen.append(("polybasic", type(drafter).__name__, middle.config.num_layers, options))
+    def polybasic(middle, drafter, *, mu):
+        seen.append(("polybasic", type(drafter).__name__, middle.config.num_layers, mu))
         return es.PromptLookupDrafter()
 
     def quantize_weights(model, *, bits, group_size):
@@ -100,12 +100,14 @@ def test_early_exit_gets_its_exits(easyspec, others):
 def test_polybasic_gets_its_models(easyspec, others):
     _, want, _ = generate(easyspec)
     how = ("--drafter", "polybasic", "--draft", "draft")
-    status, out, err = generate(easyspec, *how, "--middle", "draft", "--mu", 4)
-    assert (status, out) == (0, want), err
-    assert others == [("polybasic", "LayerParallelDrafter", 5, {"mu": 4})] * 2
+    status, out, err = generate(easyspec, *how, "--middle", "draft", "--mu", 4, "--json")
+    text, _, stats = out.strip().rpartition("\n")
+    assert (status, text + "\n") == (0, want), err
+    assert len(json.loads(stats)["accepted_histogram"]) == 4 + 5 + 1
+    assert others == [("polybasic", "LayerParallelDrafter", 5, 4)] * 2
     others.clear()
     assert generate(easyspec, *how, "--middle-bits", 4)[:2] == (0, want)
-    of_base = ("polybasic", "LayerParallelDrafter", 3, {})
+    of_base = ("polybasic", "LayerParallelDrafter", 3, 8)
     assert others == [of_base, ("quantised", 4, 128), of_base]  # planned without a copy, then made
 
 
@@ -164,6 +166,7 @@ POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
         ((*POLYBASIC, "--middle", "foreign"), "have different tokenizers"),
         ((*POLYBASIC, "--middle-bits", 4, "--mu", 0), "--mu must be at least 1, got 0"),
         ((*POLYBASIC, "--middle-bits", 4, "--exits", "1"), "polybasic does not take --exits"),
+        ((*POLYBASIC, "--middle-bits", 4, "--tree-width", 2), "does not take --tree-width"),
     ],
 )
 def test_refusals_are_one_sentence_before_weights_are_loaded(
