@@ -140,12 +140,13 @@ def test_a_run_prints_and_keeps_what_it_measured(tiny, capsys):
 
 
 def test_prompt_lookup_needs_no_draft(tiny, capsys):
-    arms = ("--arms", "autoregression,prompt-lookup", "--max-ngram", "2", "--phases", "0")
+    arms = ("--arms", "autoregression,prompt-lookup", "--max-ngram", "2")
     bench.main(arguments(tiny, *arms, draft=None))
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     alone, lookup = document["arms"].values()
     assert (lookup["identical"], lookup["tokens"]) == (2, 16)
     assert alone["base_passes_per_token"] == 1.0 >= lookup["base_passes_per_token"] > 0
+    assert set(lookup["phase_ms"]) == {"step", "calibrate", "draft", "verify", "commit"}
     per_step = document["sets"]["text"]
     assert per_step == {n: a["tokens_per_step"] for n, a in document["arms"].items()}
 

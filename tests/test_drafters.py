@@ -29,6 +29,8 @@ WAYS = {
 CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
 SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
 BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
+STREAMS = [(name, shape, es.Sampling()) for name, shape in CHAINS]
+STREAMS += [(n, way.shapes[-1], es.Sampling(temperature=0.9, top_k=30)) for n, way in WAYS.items()]
 REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
 
 
@@ -110,8 +112,7 @@ def test_the_end_of_the_context_stops(name, shape):
     assert out.tokens == autoregressive().generate(prompt, max_new_tokens=50).tokens
 
 
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
-@pytest.mark.parametrize("s", [es.Sampling(), es.Sampling(temperature=0.9, top_k=30)], ids=str)
+@pytest.mark.parametrize(("name", "shape", "s"), STREAMS)
 def test_a_stream_is_what_generate_gives(name, shape, s):
     decoder, session = drafting(name, shape), es.Session()
     options = {"max_new_tokens": NEW, "sampling": s, "seed": 3}
