@@ -146,7 +146,7 @@ def test_prompt_lookup_needs_no_draft(tiny, capsys):
     alone, lookup = document["arms"].values()
     assert (lookup["identical"], lookup["tokens"]) == (2, 16)
     assert alone["base_passes_per_token"] == 1.0 >= lookup["base_passes_per_token"] > 0
-    assert set(lookup["phase_ms"]) == {"step", "calibrate", "draft", "verify", "commit"}
+    assert set(lookup["phase_ms"]) == {"prefill", "step", "calibrate", "draft", "verify", "commit"}
     per_step = document["sets"]["text"]
     assert per_step == {n: a["tokens_per_step"] for n, a in document["arms"].items()}
 

@@ -177,8 +177,8 @@ def test_a_text_that_repeats_itself_takes_few_steps():
     ends = [p + t for p, t in zip(prompts, loops, strict=True)]
     out = looking_up().generate(ends, max_new_tokens=20)
     assert out.tokens == autoregressive().generate(ends, max_new_tokens=20).tokens
-    assert set(out.tokens[0]) == set(ends[0][-3:]) == {32, 38}
-    assert out.stats.rows[0].steps == 20 / (3 + 1)
+    said = any(ends[0][i : i + 20] == out.tokens[0] for i in range(len(ends[0])))
+    assert said and out.stats.rows[0].steps == 20 / (3 + 1)
     assert out.stats.nodes_drafted <= 9 * out.stats.steps
 
 
