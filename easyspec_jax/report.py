@@ -78,12 +78,15 @@ def print_report(args: argparse.Namespace, session: Session, clock: Clock) -> No
 
 
 def _plain(report: dict[str, Any]) -> dict[str, Any]:
-    """A drafter's counters as Python's numbers and lists."""
-    return jax.tree.map(lambda x: np.asarray(x).tolist(), report)
+    """A drafter's counters as Python's numbers and lists, in their order."""
+    return {
+        name: _plain(value) if isinstance(value, dict) else np.asarray(value).tolist()
+        for name, value in report.items()
+    }
 
 
 def _listed(report: dict[str, Any]) -> str:
-    """Names and values in one line."""
+    """Names and values in one line, without those that hold nothing."""
 
     def shown(value):
         if isinstance(value, dict):
@@ -92,7 +95,8 @@ def _listed(report: dict[str, Any]) -> str:
             return " ".join(map(shown, value))
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    return ", ".join(f"{name.replace('_', ' ')} {shown(v)}" for name, v in report.items())
+    held = {name: value for name, value in report.items() if value not in ({}, [])}
+    return ", ".join(f"{name.replace('_', ' ')} {shown(v)}" for name, v in held.items())
 
 
 def _describe(stats: Stats, clock: Clock, speed: float | None) -> list[str]:
