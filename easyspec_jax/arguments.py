@@ -14,6 +14,7 @@ from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
 from easyspec_jax.tuned import TUNED, read_partition
 
 DEFAULT_SESSION = 2048  # tokens that a chat has room for, where the base's context is longer
+DRAFTERS = ("layer-parallel", "prompt-lookup", "early-exit", "polybasic")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -68,7 +69,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
     add("--draft", metavar="CKPT", help="that of the draft (default: none, autoregression)")
-    add("--num-draft-tokens", type=int, metavar="N", help="drafted per step (default 5)")
+    _add_drafter(add)
+    levels = "drafted per step (default 5; polybasic: mu + 5)"
+    add("--num-draft-tokens", type=int, metavar="N", help=levels)
     add("--tree-width", type=int, metavar="N", help="draft tokens at each depth (default 1)")
     kinds = "draft tokens at temperature > 0: drawn (default), or the likeliest"
     add("--candidates", choices=("sampled", "best"), help=kinds)
@@ -85,6 +88,20 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=dtypes, help="default: float32 on CPU, else bfloat16")
     _add_mesh(parser)
     _add_machine(parser)
+
+
+def _add_drafter(add) -> None:
+    how = "a draft model (default with --draft), the text itself, the base's own early layers, or "
+    how += "a chain of base, middle and draft"
+    add("--drafter", choices=DRAFTERS, help=how)
+    add("--max-ngram", type=int, metavar="N", help="prompt-lookup: tokens looked up (default 3)")
+    few = "early-exit: layers to leave at (default: a few)"
+    add("--exits", type=_exits, metavar="N,N,..", help=few)
+    add("--middle", metavar="CKPT", help="polybasic: checkpoint between base and draft")
+    copy = "polybasic: a copy of the base in so many bits instead"
+    add("--middle-bits", type=int, choices=(4, 8), help=copy)
+    least = "polybasic: tokens the middle collects for the base, at least (default 8)"
+    add("--mu", type=int, metavar="N", help=least)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +239,10 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 1,2,4") from None
+
+
+def _exits(text: str) -> tuple[int, ...]:
+    return tuple(_numbers(text))
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

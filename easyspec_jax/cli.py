@@ -14,24 +14,19 @@ import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.arguments import (
-    DEFAULT_SESSION,
-    check_positive,
-    draft_layout,
-    make_parser,
-    partition_of,
-)
+from easyspec_jax.arguments import DEFAULT_SESSION, check_positive, make_parser
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.distributed import check_agreement, is_lost_peer
+from easyspec_jax.drafting import check_drafter, make_decoder
 from easyspec_jax.memory import check_memory
 from easyspec_jax.report import Clock, print_report
-from easyspec_jax.request import check_tokenizers, make_request
+from easyspec_jax.request import make_request
 from easyspec_jax.text import (
     Conversation,
     TextPrinter,
@@ -39,11 +34,6 @@ from easyspec_jax.text import (
     read_generation_config,
     stop_ids,
 )
-
-_DRAFT_OPTIONS = (
-    "num_draft_tokens", "tree_width", "candidates", "min_draft_probability", "group_size",
-    "draft_layout", "draft_mlp", "exact_pass", "no_calibrate", "parallel", "show_draft",
-)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,8 +178,7 @@ def _check(args: argparse.Namespace) -> _Setup:
     _check_arguments(args)
     config, metadata = read_metadata(args.base)
     mesh = es.make_mesh(args.layer, args.tensor)
-    if args.draft is not None:
-        _check_draft(args, metadata.get("tokenizer"))
+    check_drafter(args, metadata.get("tokenizer"))
     generation = read_generation_config(args.base)
     sampling = choose_sampling(args, generation)
     tokenizer = Tokenizer(args.base)
@@ -206,25 +195,11 @@ def _check(args: argparse.Namespace) -> _Setup:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    check_positive(args, "max_new_tokens", "num_draft_tokens", "tree_width", "max_len")
-    least = args.min_draft_probability
-    if least is not None and not 0 <= least <= 1:
-        raise ValueError(f"--min-draft-probability must be between 0 and 1, got {least}")
+    check_positive(args, "max_new_tokens", "max_len")
     if "" in args.stop:
         raise ValueError("--stop needs a text that is not empty")
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
-    given = [name for name in _DRAFT_OPTIONS if getattr(args, name) is not None]
-    if args.draft is None and given:
-        raise ValueError(f"--{given[0].replace('_', '-')} needs --draft")
-
-
-def _check_draft(args: argparse.Namespace, base_tokenizer: str | None) -> None:
-    config, metadata = read_metadata(args.draft)
-    groups = args.layer if args.group_size is None else args.group_size
-    # From here on a partition: what is read from a file is read once, and compared by processes.
-    args.group_size = partition_of(groups, args.draft, config, metadata)
-    check_tokenizers(base_tokenizer, metadata.get("tokenizer"))
 
 
 def _plan(args: argparse.Namespace, setup: _Setup, tokens: int) -> None:
@@ -233,37 +208,15 @@ def _plan(args: argparse.Namespace, setup: _Setup, tokens: int) -> None:
     def plan(path, **options):
         return es.abstract_model(read_metadata(path)[0], setup.mesh, **options)
 
-    decoder = _decoder(args, plan)
+    decoder = make_decoder(args, plan)
     budget = decoder.memory(max_new_tokens=tokens - 1, prompt_len=1, sampling=setup.sampling)
     check_memory(setup.mesh, budget)
 
 
 def _load(args: argparse.Namespace, setup: _Setup) -> _Engine:
     began = time.perf_counter()
-    decoder = _decoder(args, functools.partial(es.load_model, mesh=setup.mesh))
+    decoder = make_decoder(args, functools.partial(es.load_model, mesh=setup.mesh))
     return _Engine(decoder=decoder, setup=setup, load_seconds=time.perf_counter() - began)
-
-
-def _decoder(args: argparse.Namespace, load: Callable[..., es.Model]) -> es.Decoder:
-    """The pair, of models that `load(path, **options)` brings."""
-    base = load(args.base, dtype=args.dtype)
-    if args.draft is None:
-        return es.Decoder(base)
-    layout = draft_layout(args)
-    draft = load(args.draft, group_size=args.group_size, dtype=args.dtype, layout=layout)
-    drafter = es.LayerParallelDrafter(
-        draft,
-        calibrate=not args.no_calibrate,
-        parallel=args.parallel or "attention",
-        candidates=args.candidates or "sampled",
-    )
-    return es.Decoder(
-        base,
-        drafter,
-        num_draft_tokens=args.num_draft_tokens or 5,
-        tree_width=args.tree_width or 1,
-        min_draft_probability=args.min_draft_probability,
-    )
 
 
 def choose_sampling(args: argparse.Namespace, generation: dict[str, Any]) -> es.Sampling:
@@ -301,7 +254,7 @@ def _generate(args: argparse.Namespace) -> int:
     session, clock = es.Session(), Clock(engine.load_seconds)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "session": session}
     engine.answer(args, ids, clock, **options)
-    print_report(args, session.stats, clock)
+    print_report(args, session, clock)
     return 0
 
 
@@ -317,9 +270,10 @@ def _prepare(args: argparse.Namespace) -> tuple[_Setup, list[int], tuple]:
     # The decoder's own check, but before there is one.
     make_request(setup.config, [ids], args.max_new_tokens, setup.sampling, setup.eos_ids, args.seed)
     _plan(args, setup, len(ids) + args.max_new_tokens)
-    own = {"process_id", "base", "draft", "stats", "cpu_devices"}
+    own = {"process_id", "base", "draft", "middle", "stats", "cpu_devices"}
     options = {name: value for name, value in vars(args).items() if name not in own}
-    models = [read_metadata(path) for path in (args.base, args.draft) if path is not None]
+    paths = (args.base, args.draft, args.middle)
+    models = [read_metadata(path) for path in paths if path is not None]
     return setup, ids, (ids, options, models, setup.sampling, setup.eos_ids)
 
 
@@ -352,7 +306,7 @@ def _chat(args: argparse.Namespace) -> int:
             talk.withdraw()
             continue
         talk.answer(new, text, eos_ids=setup.eos_ids)
-        print_report(args, session.stats, clock)
+        print_report(args, session, clock)
         clock, seed = Clock(0.0), seed + 1  # else every answer would draw the same random numbers
     return 0
 

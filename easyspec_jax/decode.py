@@ -68,6 +68,14 @@ class Session:
         self._owner: Decoder | None = None
         self._turn: object = None  # of the request it serves now
 
+    @property
+    def drafter_report(self) -> dict[str, Any]:
+        """The drafter's own counters, as `Generation.drafter_report`; {} before a first step."""
+        state = self._state
+        if state is None or state.draft is None:
+            return {}
+        return self._owner.drafter.report(state.draft)
+
 
 class Decoder:
     """Lossless decoding of `base`, alone or ahead of a drafter."""

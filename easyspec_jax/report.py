@@ -7,9 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
+from easyspec_jax.decode import Session
 from easyspec_jax.stats import Stats
 
 
@@ -44,11 +47,14 @@ class Clock:
             self.compiling += seconds
 
 
-def print_report(args: argparse.Namespace, stats: Stats, clock: Clock) -> None:
-    """Print the statistics of one answer."""
+def print_report(args: argparse.Namespace, session: Session, clock: Clock) -> None:
+    """Print the statistics of the last answer of a session."""
+    stats, own = session.stats, _plain(session.drafter_report)
     speed = clock.later_tokens / (clock.total - clock.first) if clock.later_tokens else None
     if args.stats:
-        print("\n".join(_describe(stats, clock, speed)), file=sys.stderr)
+        lines = _describe(stats, clock, speed)
+        lines[-1:-1] = [_listed(own)] if own else []  # the clock comes last
+        print("\n".join(lines), file=sys.stderr)
     if args.json:
         values = {
             "tokens": stats.emitted,
@@ -66,7 +72,31 @@ def print_report(args: argparse.Namespace, stats: Stats, clock: Clock) -> None:
             "total_seconds": clock.total,
             "tokens_per_second": speed,
         }
+        if own:
+            values["drafter_report"] = own
         print(json.dumps(values), flush=True)
+
+
+def _plain(report: dict[str, Any]) -> dict[str, Any]:
+    """A drafter's counters as Python's numbers and lists, in their order."""
+    return {
+        name: _plain(value) if isinstance(value, dict) else np.asarray(value).tolist()
+        for name, value in report.items()
+    }
+
+
+def _listed(report: dict[str, Any]) -> str:
+    """Names and values in one line, without those that hold nothing."""
+
+    def shown(value):
+        if isinstance(value, dict):
+            return " ".join(f"{name}:{shown(v)}" for name, v in value.items())
+        if isinstance(value, list | tuple):
+            return " ".join(map(shown, value))
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    held = {name: value for name, value in report.items() if value not in ({}, [])}
+    return ", ".join(f"{name.replace('_', ' ')} {shown(v)}" for name, v in held.items())
 
 
 def _describe(stats: Stats, clock: Clock, speed: float | None) -> list[str]:

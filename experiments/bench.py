@@ -4,7 +4,8 @@
         --group-size 4 --tree-width 1,4 --arms autoregression,exact,calibrated --out FILE
 
 Arms are autoregression, the speculative ones exact, calibrated and uncalibrated (the draft layer
-after layer, or in groups with and without calibration), and transformers' generate and assisted
+after layer, or in groups with and without calibration), prompt-lookup, early-exit and polybasic
+(whose draft runs layer after layer), and transformers' generate and assisted
 generation in float32 (transformers, assisted, assisted-constant; with --base-hf and --draft-hf).
 Every arm answers a prompt before any sees the next one, after a warm-up that compiles; none stops
 before --max-new-tokens. A speed-up
@@ -16,141 +17,24 @@ stdout is one JSON document. An error stops the run.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
+from arms import ARMS, NEED_DRAFT, PEERS, Arm, check_peers, own_arms, peer_arms
 from ceiling import device_bandwidth, streamed_bytes, top_gap
 from prompt_sets import FILES, read_prompts
 from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
-from easyspec_jax.decode import PREFILL_CHUNKS
 from easyspec_jax.demo import divergence
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.text import Tokenizer
-
-SPECULATIVE = ("exact", "calibrated", "uncalibrated")
-PEERS = ("transformers", "assisted", "assisted-constant")
-ARMS = ("autoregression", *SPECULATIVE, *PEERS)
-Answer = tuple[list[int], es.Stats | None]
-
-
-@dataclasses.dataclass
-class Arm:
-    """One way to decode."""
-
-    run: Callable[[list[int], int], Answer]  # prompt, seed -> new tokens and statistics
-    decoder: es.Decoder | None = None  # None: not ours
-    compile_seconds: float = 0.0
-
-    def shape(self, ids: list[int], max_new_tokens: int) -> tuple[int, ...]:
-        """Prompts of equal shape share their compiled programs; a peer compiles nothing."""
-        if self.decoder is None:
-            return (len(ids),)
-        chunk = next((c for c in PREFILL_CHUNKS if c >= len(ids) - 1), PREFILL_CHUNKS[-1])
-        return self.decoder.capacity(len(ids) + max_new_tokens), chunk
-
-
-def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
-    """Autoregression and the speculative arms asked for, in each group size and tree width."""
-    sizes = {"exact": [1], "calibrated": args.group_size, "uncalibrated": args.group_size}
-    decoders, drafts = {}, {}
-    for name in args.arms:
-        if name == "autoregression":
-            decoders[name] = es.Decoder(base)
-        for size in sizes.get(name, []):
-            if size not in drafts:
-                drafts[size] = es.load_model(
-                    args.draft, base.layout.mesh, group_size=size, dtype=base.dtype
-                )
-            drafter = es.LayerParallelDrafter(drafts[size], calibrate=name != "uncalibrated")
-            for width in args.tree_width:
-                full = name + (f", group {size}" if len(sizes[name]) > 1 else "")
-                full += f", width {width}" if len(args.tree_width) > 1 else ""
-                decoders[full] = es.Decoder(
-                    base,
-                    drafter,
-                    num_draft_tokens=args.num_draft_tokens,
-                    tree_width=width,
-                    min_draft_probability=args.min_draft_probability,
-                )
-    sampling = es.Sampling(temperature=args.temperature)
-
-    def arm(decoder):
-        def run(ids, seed):
-            options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": seed}
-            out = decoder.generate([ids], **options)
-            return out.tokens[0], out.stats
-
-        return Arm(run, decoder)
-
-    return {name: arm(decoder) for name, decoder in decoders.items()}
-
-
-def peer_arms(args: argparse.Namespace) -> dict[str, Arm]:
-    """`generate` of transformers in float32, alone and assisted by the draft."""
-    names = [name for name in args.arms if name in PEERS]
-    if not names:
-        return {}
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    def load(folder, **config):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        # No stop id nor anything else of the checkpoint's: all arms write equally many tokens.
-        model.generation_config = GenerationConfig(pad_token_id=0, **config)
-        return model
-
-    base, options = load(args.base_hf), {"transformers": {}}
-    if "assisted" in names:
-        options["assisted"] = {"assistant_model": load(args.draft_hf)}
-    if "assisted-constant" in names:
-        constant = load(  # the generator asks the assistant how many, not the call
-            args.draft_hf,
-            num_assistant_tokens=args.num_draft_tokens,
-            num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
-        )
-        options["assisted-constant"] = {"assistant_model": constant}
-    draw = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    if args.temperature == 0:
-        draw = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-    def arm(more):
-        def run(ids, seed):
-            torch.manual_seed(seed)
-            x, n = torch.tensor([ids]), args.max_new_tokens
-            with torch.inference_mode():
-                out = base.generate(
-                    x, attention_mask=torch.ones_like(x), max_new_tokens=n, **draw, **more
-                )
-            return out[0, len(ids) :].tolist(), None
-
-        return Arm(run)
-
-    return {name: arm(options[name]) for name in names}
-
-
-def check_peers(args: argparse.Namespace, base: es.Model) -> None:
-    """Refuse to compare transformers on the CPU in float32 with anything else.
-
-    Raises:
-      ValueError: its arms were asked for.
-    """
-    device = base.layout.mesh.devices.flat[0]
-    if set(args.arms) & {*PEERS} and (device.platform, base.dtype) != ("cpu", "float32"):
-        raise ValueError(
-            "the arms of transformers run on the CPU in float32: compare them with a base that "
-            f"does, not in {base.dtype.name} on {device.platform}"
-        )
 
 
 def card(args: argparse.Namespace, base: es.Model, bandwidth: float) -> dict[str, Any]:
@@ -286,10 +170,24 @@ def rates(stats: list[es.Stats]) -> dict[str, Any]:
     accepted, tried = ([sum(column) for column in zip(*d, strict=True)] for d in depths)
     return {
         "tokens_per_step": round(sum(s.emitted for s in stats) / steps, 4) if steps else None,
+        "base_passes_per_token": round(steps / sum(s.emitted for s in stats), 4) if steps else None,
         "acceptance_rate": round(sum(accepted) / sum(tried), 4) if sum(tried) else None,
         "acceptance_per_depth": [
             round(a / t, 4) if t else 0.0 for a, t in zip(accepted, tried, strict=True)
         ],
+    }
+
+
+def rates_by_set(names: list[str], runs: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Tokens per step of every arm on the prompts of each set (`names`: each prompt's)."""
+    sets: dict[str, dict[str, list]] = {}
+    for name, run in zip(names, runs, strict=True):
+        for arm, answer in run.items():
+            counted = sets.setdefault(name, {}).setdefault(arm, [])
+            counted += [answer["stats"]] if answer["stats"] is not None else []
+    return {
+        name: {arm: rates(stats)["tokens_per_step"] for arm, stats in arms.items()}
+        for name, arms in sets.items()
     }
 
 
@@ -356,6 +254,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     def numbers(text):
         return [int(n) for n in text.split(",")]
 
+    def layers(text):
+        return tuple(numbers(text))
+
     def group_sizes(text):
         return [n if n == "tuned" else int(n) for n in text.split(",")]
 
@@ -368,7 +269,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--draft-hf", help="the draft likewise, for assisted generation")
     names = ", ".join(FILES)
     p.add_argument(
-        "--set", action="append", default=[], metavar="NAME=PATH", help=f"repeatable: {names}"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help=f"repeatable: {names}; specbench:CATEGORY=PATH is one of its categories",
     )
     p.add_argument("--prompts", help="text file, one prompt a line (or a folder of such)")
     p.add_argument("--num-prompts", type=int, default=5, help="of each set")
@@ -379,7 +284,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     sizes = 'numbers; "tuned" is what `easyspec tune` has found for the draft'
     p.add_argument("--group-size", type=group_sizes, default=[4], metavar="S[,S]", help=sizes)
     p.add_argument("--tree-width", type=numbers, default=[1], metavar="W[,W]")
-    p.add_argument("--min-draft-probability", type=float, help="stop drafting early")
+    p.add_argument("--min-draft-probability", type=float, help="stop a draft model early")
+    p.add_argument("--max-ngram", type=int, default=3, help="of the arm prompt-lookup")
+    p.add_argument("--exits", type=layers, metavar="L,L,..", help="layers, of the arm early-exit")
+    p.add_argument("--middle", help="converted checkpoint, of the arm polybasic")
+    p.add_argument("--middle-bits", type=int, choices=(4, 8), help="or the base in so many bits")
+    more = "of the arm polybasic, which drafts --num-draft-tokens for each pass of the middle"
+    p.add_argument("--mu", type=int, default=8, help=more)
     p.add_argument("--temperature", type=float, default=0.0)
     p.add_argument("--seed", type=int, default=0)
     default = "autoregression,exact,uncalibrated,calibrated"
@@ -405,8 +316,13 @@ def _check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--arms takes each of {', '.join(ARMS)} at most once, got {','.join(args.arms)}")
     if not args.set and not args.prompts:
         p.error("--set or --prompts is needed")
-    if not args.draft and set(args.arms) & {*SPECULATIVE}:
-        p.error("speculative arms need --draft")
+    needing = [arm for arm in args.arms if arm in NEED_DRAFT]
+    if not args.draft and needing:
+        p.error(f"speculative arms but prompt-lookup and early-exit need --draft, {needing[0]} too")
+    if ("polybasic" in args.arms) != bool(args.middle or args.middle_bits):
+        p.error("the arm polybasic, and no other, needs --middle or --middle-bits")
+    if args.middle and args.middle_bits:
+        p.error("--middle and --middle-bits are two ways to say the same: give one")
     if set(args.arms) & {*PEERS} and not args.base_hf:
         p.error("the arms of transformers need --base-hf")
     if set(args.arms) & {*PEERS[1:]} and not args.draft_hf:
@@ -448,7 +364,11 @@ def main(argv: list[str] | None = None) -> None:
         add_divergences(records, runs, [ids for _, _, ids in prompts], arms, base, reference)
     add_phases(records, arms, args)
     print("\n".join(format_table(records)))
-    summary = {"reference": reference, "peak_bytes": peak_bytes(), "arms": records}
+    sets = rates_by_set([name for name, *_ in prompts], runs)
+    for name, arms_of in sets.items() if len(sets) > 1 else ():
+        rated = ", ".join(f"{arm} {n:.2f}" for arm, n in arms_of.items() if n is not None)
+        print(f"tokens per step of {name}: {rated}")
+    summary = {"reference": reference, "peak_bytes": peak_bytes(), "arms": records, "sets": sets}
     append(args.out, summary)
     print(json.dumps(header | summary))
 

@@ -35,20 +35,29 @@ def read_set(name: str, path: str | os.PathLike) -> list[str]:
     """All prompts of a set, none empty; at least one.
 
     Args:
-      name: one of `FILES`.
+      name: one of `FILES`; "specbench:rag" is one category of specbench.
       path: a file of the set (it may be gzipped), or the folder with its file or files.
 
     Raises:
-      ValueError: an unknown set, nothing to read there, or a file that is not of the set's format.
+      ValueError: an unknown set or category, nothing to read there, or a file that is not of the
+        set's format.
     """
-    if name not in FILES:
-        raise ValueError(f"unknown prompt set {name!r}: use one of {', '.join(FILES)}")
+    name, _, category = name.partition(":")
+    if name not in FILES or (category and name != "specbench"):
+        raise ValueError(
+            f"unknown prompt set {name!r}{f' with category {category!r}' if category else ''}: "
+            f"use one of {', '.join(FILES)}, or specbench:CATEGORY"
+        )
     parts: list[list[str]] = []
     for file in _find_files(name, pathlib.Path(path)):
         found = _read_parts(name, file)
         if not found:
             raise ValueError(f"{file} holds no prompts")
-        parts += found
+        if category and category not in found:
+            raise ValueError(
+                f"{file} has no category {category!r}, but {', '.join(map(repr, found))}"
+            )
+        parts += [found[category]] if category else found.values()
     return interleave(parts)
 
 
@@ -106,8 +115,8 @@ def _find_files(name: str, path: pathlib.Path) -> list[pathlib.Path]:
     return found
 
 
-def _read_parts(name: str, file: pathlib.Path) -> list[list[str]]:
-    """The prompts of one file: one list per category for specbench, else one list; [] if none."""
+def _read_parts(name: str, file: pathlib.Path) -> dict[str, list[str]]:
+    """The prompts of one file: by category for specbench, else one list; {} if there are none."""
     text = _read_text(file)
     if name == "specbench":
         categories: dict[str, list[str]] = {}
@@ -116,7 +125,7 @@ def _read_parts(name: str, file: pathlib.Path) -> list[list[str]]:
             first = turns[0] if isinstance(turns, list) and turns else None
             prompt = _checked(first, "turns", where)
             categories.setdefault(str(record.get("category")), []).append(prompt)
-        return list(categories.values())
+        return categories
     if name in FIELDS:
         field = FIELDS[name]
         prompts = [_checked(r.get(field), field, where) for where, r in _records(text, file)]
@@ -125,7 +134,7 @@ def _read_parts(name: str, file: pathlib.Path) -> list[list[str]]:
     else:
         lines = [line.partition("\t")[0] if name == "mgsm" else line for line in text.split("\n")]
         prompts = [line for line in lines if line.strip()]
-    return [prompts] if prompts else []
+    return {name: prompts} if prompts else {}
 
 
 def _read_text(file: pathlib.Path) -> str:

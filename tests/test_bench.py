@@ -57,10 +57,20 @@ def test_a_speedup_is_total_tokens_over_total_time():
     assert b["speedup_quartiles"] == [1.75, 2.5, 3.25]
     assert b["identical"] == 1
     assert b["tokens_per_step"] == 1.5  # 6 / 4
+    assert b["base_passes_per_token"] == round(4 / 6, 4)
     assert b["acceptance_rate"] == 0.4  # 2 / 5
     assert b["acceptance_per_depth"] == [0.5, 0.0]
     assert records["a"]["tokens_per_step"] is None and records["a"]["acceptance_per_depth"] == []
     assert "identical" not in bench.summarise(runs, "a", temperature=0.8)["b"]
+
+
+def test_tokens_per_step_of_each_set():
+    runs = [
+        {"a": answer(1.0, [1] * n, stats(steps, n, (steps, 0), (0, 0))), "peer": answer(1.0, [1])}
+        for steps, n in ((2, 4), (1, 3), (3, 3))
+    ]
+    sets = bench.rates_by_set(["one", "other", "one"], runs)
+    assert sets == {"one": {"a": 1.4, "peer": None}, "other": {"a": 3.0, "peer": None}}
 
 
 def test_a_shorter_answer_diverges_where_it_ends():
@@ -101,8 +111,9 @@ def tiny(tmp_path_factory):
     return root
 
 
-def arguments(root, *more):
-    places = {"--base": "base", "--draft": "draft", "--prompts": "lines.txt"}
+def arguments(root, *more, draft="draft"):
+    places = {"--base": "base", "--draft": draft, "--prompts": "lines.txt"}
+    places = {name: place for name, place in places.items() if place is not None}
     argv = [part for name, place in places.items() for part in (name, str(root / place))]
     argv += ["--num-prompts", "2", "--max-new-tokens", "8", "--num-draft-tokens", "2"]
     return [*argv, "--group-size", "2", "--tensor", "1", "--phases", "1", *more]
@@ -126,6 +137,47 @@ def test_a_run_prints_and_keeps_what_it_measured(tiny, capsys):
     first = prompts[0]["arms"]
     assert all(arm["tokens"] == first["autoregression"]["tokens"] for arm in first.values())
     assert sum(first["calibrated"]["accepted_histogram"]) == first["calibrated"]["steps"]
+
+
+def test_prompt_lookup_needs_no_draft(tiny, capsys):
+    arms = ("--arms", "autoregression,prompt-lookup", "--max-ngram", "2")
+    bench.main(arguments(tiny, *arms, draft=None))
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    alone, lookup = document["arms"].values()
+    assert (lookup["identical"], lookup["tokens"]) == (2, 16)
+    assert alone["base_passes_per_token"] == 1.0 >= lookup["base_passes_per_token"] > 0
+    assert set(lookup["phase_ms"]) == {"prefill", "step", "calibrate", "draft", "verify", "commit"}
+    per_step = document["sets"]["text"]
+    assert per_step == {n: a["tokens_per_step"] for n, a in document["arms"].items()}
+
+
+def test_other_drafters_are_arms(tiny, monkeypatch):
+    """Each is made with its options, and drafts no trees."""
+    made = {}
+
+    def drafter(kind):
+        def make(*models, **options):
+            made[kind] = ([getattr(m, "config", m) for m in models], options)
+            return es.PromptLookupDrafter()
+
+        return make
+
+    monkeypatch.setattr(es, "EarlyExitDrafter", drafter("early-exit"), raising=False)
+    monkeypatch.setattr(es, "PolybasicDrafter", drafter("polybasic"), raising=False)
+    middle = ("--middle", str(tiny / "draft"), "--mu", "4", "--exits", "1,2")
+    widths = ("--arms", "early-exit,prompt-lookup,polybasic", "--tree-width", "1,2", *middle)
+    args = bench.parse(arguments(tiny, *widths))
+    base = es.load_model(args.base, es.make_mesh(1, 1))
+    arms = bench.own_arms(args, base)
+    assert {name: arm.decoder.tree_width for name, arm in arms.items()} == {
+        "early-exit": 1, "prompt-lookup, width 1": 1, "prompt-lookup, width 2": 2, "polybasic": 1,
+    }  # fmt: skip
+    depths = [arm.decoder.num_draft_tokens for arm in arms.values()]
+    assert depths == [2, 2, 2, 2 + 4]  # beside polybasic's buffer
+    assert made["early-exit"] == ([base.config], {"exits": (1, 2)})
+    (config, lightest), options = made["polybasic"]
+    assert (config.num_layers, options) == (3, {"mu": 4})
+    assert isinstance(lightest, es.LayerParallelDrafter) and set(lightest.draft.partition) == {1}
 
 
 @pytest.mark.slow
@@ -206,6 +258,12 @@ def test_peers_are_compared_with_float32_on_the_cpu_alone(tiny):
         (("--arms", "exact,exact"), "at most once, got exact,exact"),
         (("--arms", "transformers"), "the arms of transformers need --base-hf"),
         (("--arms", "assisted", "--base-hf", "x"), "assisted generation needs --draft-hf"),
+        (("--arms", "polybasic"), "the arm polybasic, and no other, needs --middle or"),
+        (("--middle-bits", "4"), "the arm polybasic, and no other, needs --middle or"),
+        (
+            ("--arms", "polybasic", "--middle-bits", "4", "--middle", "x"),
+            "--middle and --middle-bits are two ways",
+        ),
         (("--num-prompts", "0"), "--num-prompts must be at least 1"),
     ],
 )

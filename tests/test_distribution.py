@@ -43,8 +43,8 @@ def tiny_decoder(label="llama", *, candidates="sampled", gamma=2, width=1, **opt
 
 
 @functools.cache
-def tiny_table(s):
-    return enumerate_sequences(tiny_decoder().base, [3, 1], s)
+def tiny_table(s, prompt=(3, 1)):
+    return enumerate_sequences(tiny_decoder().base, prompt, s)
 
 
 def sequence_surprise(decoder, s, rows=4096):

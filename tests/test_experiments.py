@@ -67,10 +67,18 @@ def test_a_set_is_read_from_its_folder_and_from_a_file(tmp_path, name, files, ex
     assert prompt_sets.read_set(name, tmp_path / "packed.gz") == in_file
 
 
+def test_one_category_of_a_set_is_a_set(tmp_path):
+    (tmp_path / "question.jsonl").write_text(SPECBENCH)
+    assert prompt_sets.read_set("specbench:writing", tmp_path) == ["w1", "w2"]
+    assert prompt_sets.read_set("specbench:rag", tmp_path / "question.jsonl") == ["r1"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
         ("gsm9k", "", "unknown prompt set 'gsm9k': use one of specbench, humaneval, gsm8k, mgsm"),
+        ("gsm8k:rag", "", "unknown prompt set 'gsm8k' with category 'rag': use one of specbench"),
+        ("specbench:cooking", SPECBENCH, "no category 'cooking', but 'writing', 'rag'"),
         ("text", " \n\n", "file holds no prompts"),
         ("mmlu", "question,choice0,choice1,choice2,choice3,answer\n", "file holds no prompts"),
         ("mmlu", "one?,1,2,3,4,A\ntwo?,1,2,A\n", "file, question 2: 4 columns, but six"),

@@ -58,8 +58,12 @@ def start(argv, folder) -> subprocess.Popen:
     )
 
 
-def easyspec(*options, prompt="hello there", tokens=24):
-    pair = ("--base", "base", "--draft", "draft", "--layer", 4, "--tensor", 2, "--group-size", 4)
+GROUPED = ("--draft", "draft", "--group-size", 4)
+LOOKUP = ("--drafter", "prompt-lookup", "--num-draft-tokens", 3)
+
+
+def easyspec(*options, drafter=GROUPED, prompt="hello there", tokens=24):
+    pair = ("--base", "base", "--layer", 4, "--tensor", 2, *drafter)
     return (
         *("-m", "easyspec_jax.cli", "generate", *pair, "--dtype", "float32", "--json"),
         *("--max-new-tokens", tokens, *options, prompt),
@@ -93,12 +97,15 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("how", [(), ("--temperature", 0.8, "--tree-width", 2)], ids=str)
-def test_two_processes_give_the_tokens_of_one(checkpoints, how):
-    alone = start(easyspec("--cpu-devices", 8, *how), checkpoints)
+WARM = ("--temperature", 0.8, "--tree-width", 2)
+
+
+@pytest.mark.parametrize(("drafter", "how"), [(GROUPED, ()), (GROUPED, WARM), (LOOKUP, WARM)])
+def test_two_processes_give_the_tokens_of_one(checkpoints, drafter, how):
+    alone = start(easyspec("--cpu-devices", 8, *how, drafter=drafter), checkpoints)
     status, want, err = finish(alone)
     assert status == 0, err
-    (first, out, err), (second, silent, _) = map(finish, both(checkpoints, *how))
+    (first, out, err), (second, silent, _) = map(finish, both(checkpoints, *how, drafter=drafter))
     assert (first, second) == (0, 0), err
     text, _, numbers = out.rpartition("\n{")
     assert text == want.rpartition("\n{")[0] and text

@@ -1,0 +1,178 @@
+"""Prompt lookup: what the text has said before, it may say again.
+
+The last tokens of the text are looked up in the text itself, and what followed them there is the
+draft (the idea is Saxena's, "Prompt Lookup Decoding", 2023). There is no second model and nothing
+to train: summaries, edits and answers from documents repeat much of their prompt. All of it is a
+few comparisons of token ids, so it runs on the device as a part of the step.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from easyspec_jax.cache import KVCache
+from easyspec_jax.config import is_integer
+from easyspec_jax.drafters.base import DrafterBase, DraftOptions
+from easyspec_jax.sampling import Proposal
+
+
+@struct.dataclass(kw_only=True)
+class LookupState:
+    """The text by absolute position; every call says how much of it counts."""
+
+    tokens: jax.Array  # i32[B, S]
+    options: DraftOptions
+
+
+@struct.dataclass(kw_only=True)
+class PromptLookupDrafter(DrafterBase):
+    """Drafts what followed the last tokens of the text where they stood before.
+
+    The longest repeated ending of at most `max_ngram` tokens counts; of its places, one with γ
+    tokens behind it comes before one with fewer, and then the most recent. A tree of width w holds
+    the w best places whose tokens differ, each as one chain (they share what they begin with). A
+    text whose last token is new drafts nothing: that step is plain autoregression. Draft tokens are
+    chosen, not drawn, so the text is lossless at any temperature.
+
+    Args:
+      max_ngram: tokens of the ending that is looked up, at most.
+
+    Raises:
+      ValueError: max_ngram is no whole number above 0.
+    """
+
+    max_ngram: int = struct.field(pytree_node=False, default=3)
+
+    def __post_init__(self):
+        if not is_integer(self.max_ngram) or self.max_ngram < 1:
+            raise ValueError(f"max_ngram must be a whole number above 0, got {self.max_ngram!r}")
+
+    def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> LookupState:
+        """Shapes of `init`'s result.
+
+        Raises:
+          ValueError: drafting is to stop at a probability.
+        """
+        if options.min_probability is not None:
+            raise ValueError(
+                "prompt lookup has no probabilities that drafting could stop at: leave "
+                "min_draft_probability out"
+            )
+        tokens = jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
+        return LookupState(tokens=tokens, options=options)
+
+    def init(self, batch: int, max_len: int, options: DraftOptions) -> LookupState:
+        """Room for `max_len` tokens of `batch` rows."""
+        abstract = self.abstract_state(batch, max_len, options)
+        return abstract.replace(tokens=jnp.zeros(abstract.tokens.shape, jnp.int32))
+
+    def resume(self, state: LookupState, options: DraftOptions) -> LookupState:
+        """The same text, other options."""
+        return state.replace(options=options)
+
+    def prefill(
+        self, state: LookupState, tokens: jax.Array, start: jax.Array, num: jax.Array
+    ) -> LookupState:
+        """Remember prompt tokens."""
+        del num  # what lies behind them is written again before it counts
+        write = lambda row, new, at: lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
+        return state.replace(tokens=jax.vmap(write)(state.tokens, tokens, start))
+
+    def propose(
+        self,
+        state: LookupState,
+        base_cache: KVCache,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
+        key: jax.Array,
+    ) -> tuple[Proposal, LookupState, KVCache]:
+        """Remember the committed tokens and look up the last of them."""
+        del key
+        state = self.prefill(state, tokens, start, num)
+        gamma, width = state.options.num_draft_tokens, state.options.tree_width
+        with jax.named_scope("draft"):
+            chains, known = look_up(
+                state.tokens, start + num, self.max_ngram, depth=gamma, width=width
+            )
+            return share_prefixes(chains, known), state, base_cache
+
+
+def look_up(
+    tokens: jax.Array, length: jax.Array, max_ngram: int, *, depth: int, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """The tokens that followed the `width` best earlier places of a text's ending.
+
+    A place is better whose tokens before it agree with more of the text's last `max_ngram`; then
+    one with more of the next `depth` tokens known; then a more recent one. A place that would add
+    no token to those chosen before it is passed over.
+
+    Args:
+      tokens: i32[B, S], ids, of which the first length[b] are the text.
+      length: i32[B].
+
+    Returns:
+      i32[B, w, depth] chains, and which of their tokens are known, bool[B, w, depth].
+    """
+    at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]  # places, by what follows first
+    end = length[:, None]
+    agree, repeated = at < end, jnp.zeros_like(tokens)
+    for i in range(1, max_ngram + 1):
+        last = jnp.take_along_axis(tokens, jnp.maximum(end - i, 0), axis=1)
+        agree = agree & (at >= i) & (_shift(tokens, -i) == last)
+        repeated = repeated + agree.astype(jnp.int32)
+    behind = jnp.minimum(end - at, depth)
+    steps = jnp.arange(depth, dtype=jnp.int32)[None]
+    free, chains, known = repeated > 0, [], []
+    for _ in range(width):
+        best = free
+        for rank in (repeated, behind, jnp.broadcast_to(at, tokens.shape)):
+            best = best & (rank == jnp.where(best, rank, -1).max(axis=1, keepdims=True))
+        place = jnp.argmax(best, axis=1).astype(jnp.int32)[:, None] + steps
+        chain = jnp.take_along_axis(tokens, jnp.minimum(place, tokens.shape[1] - 1), axis=1)
+        is_known = best.any(axis=1, keepdims=True) & (place < end)
+        adds = jnp.zeros_like(free)
+        for d in range(depth):
+            same = (_shift(tokens, d) == chain[:, d, None]) & is_known[:, d, None]
+            adds = adds | ((at + d < end) & ~same)
+        free = free & adds
+        chains.append(chain)
+        known.append(is_known)
+    return jnp.stack(chains, axis=1), jnp.stack(known, axis=1)
+
+
+def _shift(x: jax.Array, by: int) -> jax.Array:
+    """x[b, s + by] at s (i32[B, S]); 0 outside."""
+    pad = ((0, 0), (max(-by, 0), max(by, 0)))
+    return lax.slice_in_dim(jnp.pad(x, pad), max(by, 0), max(by, 0) + x.shape[1], axis=1)
+
+
+def share_prefixes(chains: jax.Array, known: jax.Array) -> Proposal:
+    """The tree of chains (i32[B, w, γ]; bool of the same shape, which tokens there are): node
+    d * w + r is token d of chain r.
+
+    Where a chain begins as an earlier one does, only the earliest one's nodes are valid, and the
+    chain goes on from there; so siblings never share a token.
+    """
+    batch, width, depth = chains.shape
+    equal = (chains[:, :, None] == chains[:, None]) & known[:, :, None] & known[:, None]
+    equal = lax.cummin(equal.astype(jnp.int32), axis=3)  # [B, w, w, γ]: the same up to here
+    chain = jnp.arange(width, dtype=jnp.int32)
+    # The earliest chain that begins alike; each one itself where nothing is known.
+    alike = (equal > 0) | (chain[:, None] == chain[None])[None, ..., None]
+    first = jnp.argmax(alike, axis=2).astype(jnp.int32)  # [B, w, γ]
+    at = width * jnp.arange(depth - 1, dtype=jnp.int32)
+    parents = jnp.pad(
+        at[None, None] + first[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1
+    )
+    valid = known & (first == chain[None, :, None])
+    level_major = lambda x: x.transpose(0, 2, 1).reshape(batch, depth * width)  # noqa: E731
+    return Proposal(
+        tokens=level_major(chains),
+        parents=level_major(parents),
+        valid=level_major(valid),
+        depth=depth,
+    )

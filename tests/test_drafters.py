@@ -1,0 +1,137 @@
+"""What every way of drafting owes the decoding loop: the same tests for all of them."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+from decoders import CONFIG, NEW, PROMPTS, autoregressive, joined, model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import easyspec_jax as es
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to draft."""
+
+    make: Callable[[es.Model], es.drafters.Drafter]  # for a base
+    shapes: tuple[tuple[int, int], ...]  # (γ, w) to try, a chain first
+    batches: bool = True  # whether it drafts for several rows at once
+
+
+WAYS = {
+    "prompt-lookup": Way(lambda base: es.PromptLookupDrafter(), ((4, 1), (3, 2))),
+}
+CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
+SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
+BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
+STREAMS = [(name, shape, es.Sampling()) for name, shape in CHAINS]
+STREAMS += [(n, way.shapes[-1], es.Sampling(temperature=0.9, top_k=30)) for n, way in WAYS.items()]
+REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
+
+
+@functools.cache
+def drafting(name, shape, mesh_shape=(1, 1)):
+    base = model(mesh_shape)
+    return es.Decoder(base, WAYS[name].make(base), num_draft_tokens=shape[0], tree_width=shape[1])
+
+
+def answers(name, decoder, prompts, **options):
+    """The new tokens of every prompt, and the statistics of each call."""
+    batches = [prompts] if WAYS[name].batches else [[p] for p in prompts]
+    outs = [decoder.generate(batch, **options) for batch in batches]
+    return [tokens for out in outs for tokens in out.tokens], [out.stats for out in outs]
+
+
+@functools.cache
+def expected(prompts):
+    return autoregressive().generate(list(map(list, prompts)), max_new_tokens=NEW).tokens
+
+
+def frozen(prompts):
+    return tuple(map(tuple, prompts))
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
+    decoder, accepted = drafting(name, shape, mesh_shape), 0
+    for prompts in (PROMPTS, REPETITIVE):
+        tokens, counted = answers(name, decoder, prompts, max_new_tokens=NEW)
+        assert tokens == expected(frozen(prompts))
+        assert sum(stats.emitted for stats in counted) == NEW * len(prompts)
+        for stats in counted:
+            assert stats.nodes_accepted <= stats.nodes_drafted <= stats.steps * math.prod(shape)
+            accepted += stats.nodes_accepted
+    assert accepted > 0  # or nothing was tested
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@settings(max_examples=12, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=30), min_size=3, max_size=3),
+    new=st.integers(1, 30),
+    eos=st.lists(st.integers(0, 60), max_size=3),
+)
+def test_greedy_text_is_autoregressions_whatever_is_asked(name, shape, prompts, new, eos):
+    options = {"max_new_tokens": new, "eos_ids": eos}
+    want = autoregressive().generate(prompts, **options).tokens
+    tokens, counted = answers(name, drafting(name, shape), prompts, **options)
+    assert tokens == want
+    assert sum(stats.emitted for stats in counted) == sum(map(len, want))
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+def test_every_place_to_stop(name, shape):
+    decoder, prompt = drafting(name, shape), [REPETITIVE[0]]
+    (whole,) = autoregressive().generate(prompt, max_new_tokens=NEW).tokens
+    for token in dict.fromkeys(whole):
+        out = decoder.generate(prompt, max_new_tokens=NEW, eos_ids=[token])
+        assert out.tokens[0] == whole[: whole.index(token) + 1]
+        assert sum(out.stats.accepted_per_depth) <= out.stats.emitted == len(out.tokens[0])
+
+
+@pytest.mark.parametrize(("name", "shape"), BATCHED)
+def test_finished_rows_never_change(name, shape):
+    decoder, whole = drafting(name, shape), expected(frozen(REPETITIVE))
+    eos = whole[0][3]
+    rows = decoder.generate(REPETITIVE, max_new_tokens=NEW, eos_ids=[eos]).tokens
+    for row, long in zip(rows, whole, strict=True):
+        assert row == (long[: long.index(eos) + 1] if eos in long else long)
+
+
+@pytest.mark.parametrize(("name", "shape"), CHAINS)
+def test_the_end_of_the_context_stops(name, shape):
+    prompt = [[1] * 90]
+    out = drafting(name, shape).generate(prompt, max_new_tokens=50)
+    assert len(out.tokens[0]) == CONFIG.max_len - 90
+    assert out.tokens == autoregressive().generate(prompt, max_new_tokens=50).tokens
+
+
+@pytest.mark.parametrize(("name", "shape", "s"), STREAMS)
+def test_a_stream_is_what_generate_gives(name, shape, s):
+    decoder, session = drafting(name, shape), es.Session()
+    options = {"max_new_tokens": NEW, "sampling": s, "seed": 3}
+    want = decoder.generate([REPETITIVE[0]], **options)
+    pieces = list(decoder.stream(REPETITIVE[0], session=session, **options))
+    assert joined(pieces) == want.tokens[0]
+    assert session.stats == want.stats
+    assert session.drafter_report == want.drafter_report
+    assert sum(p.num_accepted for p in pieces) == sum(want.stats.accepted_per_depth)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
+@pytest.mark.parametrize(("name", "shape"), CHAINS)
+def test_a_session_continues_and_changes_its_conversation(name, shape, mesh_shape):
+    """As a fresh start would, and from where an abandoned stream was left."""
+    decoder, session = drafting(name, shape, mesh_shape), es.Session(max_len=80)
+    assert session.drafter_report == {}
+    pieces = decoder.stream(REPETITIVE[0], max_new_tokens=30, session=session)
+    text = [*REPETITIVE[0], *joined(itertools.islice(pieces, 2))]
+    for turn in ([*text, 4, 9], [*REPETITIVE[0][:5], 11, 12]):
+        got = joined(decoder.stream(turn, max_new_tokens=12, session=session))
+        assert got == autoregressive().generate([turn], max_new_tokens=12).tokens[0]

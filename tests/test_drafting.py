@@ -1,0 +1,216 @@
+"""The command line's choice of a drafter: what each takes, refuses and reports."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import easyspec_jax as es
+from easyspec_jax import drafting
+from easyspec_jax.arguments import DRAFTERS
+from easyspec_jax.report import _listed
+
+PROMPT = "so it goes and so it goes"
+
+
+def generate(easyspec, *options, command="generate"):
+    base = (command, "--base", "base", "--max-new-tokens", 12, "--tensor", 1)
+    return easyspec(*base, *options, PROMPT)
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """Prompt lookup in the place of the drafters that are made of the base; what they were asked
+    for, in order.
+    """
+    seen = []
+
+    def early_exit(base, *, exits=None):
+        seen.append(("early-exit", exits))
+        return es.PromptLookupDrafter()
+
+    def polybasic(middle, drafter, *, mu):
+        seen.append(("polybasic", type(drafter).__name__, middle.config.num_layers, mu))
+        return es.PromptLookupDrafter()
+
+    def quantize_weights(model, *, bits, group_size):
+        seen.append(("quantised", bits, group_size))
+        return model
+
+    monkeypatch.setattr(es, "EarlyExitDrafter", early_exit, raising=False)
+    monkeypatch.setattr(es, "PolybasicDrafter", polybasic, raising=False)
+    quantize = types.SimpleNamespace(quantize_weights=quantize_weights)
+    monkeypatch.setitem(sys.modules, "easyspec_jax.quantize", quantize)
+    return seen
+
+
+def test_prompt_lookup_changes_the_statistics_and_not_the_text(easyspec):
+    _, want, _ = generate(easyspec)
+    for options in (
+        ("--num-draft-tokens", 3, "--tree-width", 2, "--max-ngram", 2, "--json", "--no-stats"),
+        ("--show-draft",),
+    ):
+        status, out, err = generate(easyspec, "--drafter", "prompt-lookup", *options)
+        assert status == 0
+        if "--json" in options:
+            text, _, stats = out.strip().rpartition("\n")
+            assert (text + "\n", err) == (want, "")
+            stats = json.loads(stats)
+            assert len(stats["acceptance_per_rank"]) == 2 and stats["nodes_drafted"] > 0
+            assert "drafter_report" not in stats
+        else:
+            assert out.replace("[", "").replace("]", "") == want
+            assert "accepted draft tokens:steps  0:" in err
+
+
+def test_chat_with_prompt_lookup(easyspec):
+    command = ("chat", "--base", "base", "--max-new-tokens", 6, "--tensor", 1, "--max-len", 120)
+    turns = "hi hi hi\nyou\n"
+    (_, want, _), (status, out, err) = (
+        easyspec(*command, *more, stdin=turns) for more in ((), ("--drafter", "prompt-lookup"))
+    )
+    assert (status, out) == (0, want) and err.count("acceptance rate") == 2
+
+
+def test_layer_parallel_is_the_default_of_a_draft(easyspec, monkeypatch):
+    """And --drafter says the same."""
+    _, out, err = generate(easyspec, "--draft", "draft", "--drafter", "layer-parallel")
+    assert "acceptance rate" in err
+    made = []
+    drafter = es.LayerParallelDrafter
+    monkeypatch.setattr(
+        es, "LayerParallelDrafter", lambda *a, **k: made.append(k) or drafter(*a, **k)
+    )
+    assert generate(easyspec, "--draft", "draft")[:2] == (0, out)
+    assert len(made) == 2  # planned, then loaded
+
+
+def test_early_exit_gets_its_exits(easyspec, others):
+    _, want, _ = generate(easyspec)
+    assert generate(easyspec, "--drafter", "early-exit", "--exits", "1,2")[:2] == (0, want)
+    assert generate(easyspec, "--drafter", "early-exit", "--num-draft-tokens", 9)[0] == 0
+    assert others == [("early-exit", exits) for exits in ((1, 2), (1, 2), None, None)]
+
+
+def test_polybasic_gets_its_models(easyspec, others):
+    _, want, _ = generate(easyspec)
+    how = ("--drafter", "polybasic", "--draft", "draft")
+    status, out, err = generate(easyspec, *how, "--middle", "draft", "--mu", 4, "--json")
+    text, _, stats = out.strip().rpartition("\n")
+    assert (status, text + "\n") == (0, want), err
+    assert len(json.loads(stats)["accepted_histogram"]) == 4 + 5 + 1
+    assert others == [("polybasic", "LayerParallelDrafter", 5, 4)] * 2
+    others.clear()
+    assert generate(easyspec, *how, "--middle-bits", 4)[:2] == (0, want)
+    of_base = ("polybasic", "LayerParallelDrafter", 3, 8)
+    assert others == [of_base, ("quantised", 4, 128), of_base]  # planned without a copy, then made
+
+
+def test_a_drafters_own_counters_are_printed(easyspec, monkeypatch):
+    report = {"middle_passes": np.int32(3), "per_exit": [1, 2], "rates": {"1": 0.5}}
+    monkeypatch.setattr(es.PromptLookupDrafter, "report", lambda self, state: report)
+    status, out, err = generate(easyspec, "--drafter", "prompt-lookup", "--json")
+    assert status == 0
+    own = json.loads(out.splitlines()[-1])["drafter_report"]
+    assert own == {"middle_passes": 3, "per_exit": [1, 2], "rates": {"1": 0.5}}
+    assert "\nmiddle passes 3, per exit 1 2, rates 1:0.5\n" in err
+    assert err.splitlines()[-1].startswith("load ")
+
+
+def test_counters_in_words():
+    assert (
+        _listed({"a_b": 1, "c": 0.123456, "d": [0.5, 2], "e": "x"})
+        == "a b 1, c 0.123, d 0.5 2, e x"
+    )
+
+
+def test_every_choice_is_known():
+    assert tuple(drafting._KINDS) == DRAFTERS
+
+
+LOOKUP = ("--drafter", "prompt-lookup")
+EXIT = ("--drafter", "early-exit")
+POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--drafter", "layer-parallel"), "--drafter layer-parallel needs --draft"),
+        (("--max-ngram", 2), "--max-ngram needs --drafter prompt-lookup"),
+        (("--exits", "1"), "--exits needs --drafter early-exit"),
+        (("--mu", 4), "--mu needs --drafter polybasic"),
+        (("--num-draft-tokens", 4), "--num-draft-tokens needs --draft"),
+        (("--draft", "draft", "--mu", 4), "--drafter layer-parallel does not take --mu"),
+        ((*LOOKUP, "--draft", "draft"), "--drafter prompt-lookup does not take --draft"),
+        ((*LOOKUP, "--group-size", 2), "--drafter prompt-lookup does not take --group-size"),
+        ((*LOOKUP, "--candidates", "best"), "prompt-lookup does not take --candidates"),
+        ((*LOOKUP, "--min-draft-probability", 0.1), "does not take --min-draft-probability"),
+        ((*LOOKUP, "--no-calibrate"), "prompt-lookup does not take --no-calibrate"),
+        ((*LOOKUP, "--max-ngram", 0), "--max-ngram must be at least 1, got 0"),
+        ((*EXIT, "--draft", "draft"), "--drafter early-exit does not take --draft"),
+        ((*EXIT, "--max-ngram", 3), "--drafter early-exit does not take --max-ngram"),
+        ((*EXIT, "--tree-width", 2), "--drafter early-exit does not take --tree-width"),
+        (("--drafter", "polybasic", "--middle-bits", 4), "--drafter polybasic needs --draft"),
+        (POLYBASIC, "--drafter polybasic needs --middle or --middle-bits"),
+        (
+            (*POLYBASIC, "--middle", "base", "--middle-bits", 4),
+            "--drafter polybasic needs --middle or --middle-bits, not both",
+        ),
+        ((*POLYBASIC, "--middle", "nowhere"), "nowhere is not a converted checkpoint"),
+        ((*POLYBASIC, "--middle", "foreign"), "have different tokenizers"),
+        ((*POLYBASIC, "--middle-bits", 4, "--mu", 0), "--mu must be at least 1, got 0"),
+        ((*POLYBASIC, "--middle-bits", 4, "--exits", "1"), "polybasic does not take --exits"),
+        ((*POLYBASIC, "--middle-bits", 4, "--tree-width", 2), "does not take --tree-width"),
+    ],
+)
+def test_refusals_are_one_sentence_before_weights_are_loaded(
+    easyspec, monkeypatch, options, sentence
+):
+    def load_model(*args, **options):
+        raise AssertionError("loads weights")
+
+    monkeypatch.setattr(es, "load_model", load_model)
+    status, out, err = generate(easyspec, *options)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ") and sentence in err
+    assert err.count("error: ") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--drafter", "oracle"), "invalid choice: 'oracle'"),
+        ((*EXIT, "--exits", "1,two"), "'1,two' is no list of numbers like 1,2,4"),
+        ((*POLYBASIC, "--middle-bits", 5), "invalid choice: 5"),
+    ],
+)
+def test_what_is_no_option_is_a_usage_error(easyspec, capsys, options, sentence):
+    with pytest.raises(SystemExit) as end:
+        generate(easyspec, *options)
+    assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--drafter", "layer-parallel", "--draft", "draft"),
+        LOOKUP,
+        EXIT,
+        (*POLYBASIC, "--middle-bits", 8),
+    ],
+    ids=lambda how: how[1],
+)
+def test_a_lack_of_memory_is_refused_before_weights_are_loaded(easyspec, others, monkeypatch, how):
+    from easyspec_jax import memory
+
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: 1000)
+    monkeypatch.setattr(es, "load_model", None)
+    status, _, err = generate(easyspec, *how)
+    assert status == 1 and "error: needs 0.00 GiB on each device (base weights" in err
+    assert not any(isinstance(x, jax.Array) for call in others for x in call)
