@@ -30,10 +30,18 @@ from easyspec_jax.request import make_request
 
 
 @functools.cache
-def exiting(mesh_shape=(1, 1), exits=(1, 3), gamma=3, adaptive=True, **more):
-    base = model(mesh_shape)
+def exiting(mesh_shape=(1, 1), exits=(1, 3), gamma=7, adaptive=True):
+    return early(model(mesh_shape), exits, gamma, adaptive)
+
+
+def fading(scale=0.02):
+    """As `exiting`, but all layers but the first change little."""
+    return early(faded(model((1, 1)), 1, scale))
+
+
+def early(base, exits=(1, 3), gamma=7, adaptive=True):
     drafter = es.EarlyExitDrafter(base, exits=exits, adaptive=adaptive)
-    return es.Decoder(base, drafter, num_draft_tokens=gamma, **more)
+    return es.Decoder(base, drafter, num_draft_tokens=gamma)
 
 
 def faded(base, first, scale):
@@ -50,14 +58,6 @@ def faded(base, first, scale):
     blocks = base.params.blocks
     blocks = blocks[:first] + tuple(map(fade, blocks[first:]))
     return base.replace(params=base.params.replace(blocks=blocks))
-
-
-@functools.cache
-def fading(scale=0.02):
-    """Six layers, of which the upper four change little."""
-    config = dataclasses.replace(CONFIG, num_layers=6)
-    base = faded(model((1, 1), config=config), 2, scale)
-    return es.Decoder(base, es.EarlyExitDrafter(base, exits=(1, 2, 4)), num_draft_tokens=6)
 
 
 # I1: greedy tokens are autoregression's.
@@ -81,7 +81,7 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompt, new, eos, how):
 @pytest.mark.parametrize(
     ("mesh_shape", "exits", "gamma", "adaptive"),
     [
-        ((4, 2), (1, 3), 3, True),
+        ((4, 2), (1, 3), 7, True),
         pytest.param((1, 1), None, 1, True, marks=pytest.mark.slow),
         pytest.param((1, 1), (4,), 18, True, marks=pytest.mark.slow),
         pytest.param((4, 2), (2,), 5, False, marks=pytest.mark.slow),
@@ -94,7 +94,7 @@ def test_greedy_equals_autoregression_on_meshes(mesh_shape, exits, gamma, adapti
         want = autoregressive().generate([prompt], max_new_tokens=NEW)
         got = decoder.generate([prompt], max_new_tokens=NEW)
         assert got.tokens == want.tokens
-        if gamma == 3:  # what one device does, to the last count
+        if gamma == 7:  # what one device does, to the last count
             one = exiting().generate([prompt], max_new_tokens=NEW)
             assert got.stats == one.stats
             assert got.drafter_report["chosen"] == one.drafter_report["chosen"]
@@ -204,7 +204,7 @@ def test_base_cache_equals_fresh_prefill(make):
     [es.Sampling(), pytest.param(es.Sampling(temperature=0.9, top_k=30), marks=pytest.mark.slow)],
 )
 def test_stream_equals_generate_and_sessions_go_on(s):
-    decoder, session = exiting(), es.Session(max_len=80)
+    decoder, session = exiting(), es.Session(max_len=56)
     options = {"max_new_tokens": NEW, "sampling": s, "seed": 3}
     want = decoder.generate([PROMPTS[0]], **options)
     pieces = list(decoder.stream(PROMPTS[0], **options, session=session))
@@ -323,10 +323,10 @@ def test_token_per_layer_by_hand():
 
 def test_a_model_that_exits_early_needs_fewer_layers():
     decoder = fading()
-    out = decoder.generate([PROMPTS[0]], max_new_tokens=60)
+    out = decoder.generate([PROMPTS[0]], max_new_tokens=48)
     report = out.drafter_report
-    assert out.tokens == es.Decoder(decoder.base).generate([PROMPTS[0]], max_new_tokens=60).tokens
-    assert np.argmax(report["chosen"]) == 1  # two layers: those above change little
+    assert out.tokens == es.Decoder(decoder.base).generate([PROMPTS[0]], max_new_tokens=48).tokens
+    assert report["chosen"][0] > 0.9 * out.stats.steps  # behind the layer that does most
     assert out.stats.tokens_per_step > 2.5
     assert report["layer_passes_per_token"] < 0.6 * report["num_layers"]
 
@@ -340,8 +340,9 @@ def test_only_the_layers_that_are_counted_run(monkeypatch):
         return run_blocks(base, x, caches, step, **options)
 
     monkeypatch.setattr(early_exit, "run_blocks", counting)
-    decoder = exiting(exits=(1, 2, 4), gamma=2)
-    report = decoder.generate([PROMPTS[0]], max_new_tokens=NEW).drafter_report
+    config = dataclasses.replace(CONFIG, num_layers=3)
+    decoder = early(model((1, 1), config=config), (1, 2), gamma=2)
+    report = decoder.generate([PROMPTS[2]], max_new_tokens=NEW).drafter_report
     jax.effects_barrier()
     assert sum(ran) == report["layer_passes"]
     assert sum(n > 0 for n in report["chosen"]) > 1 and report["num_drafted"] > 0
