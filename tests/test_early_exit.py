@@ -375,6 +375,15 @@ def test_its_state_is_small_and_shared_weights_count_once():
     assert budget["draft cache"] < budget["base cache"] / 4
 
 
+def test_drafts_end_with_a_stop_id():
+    decoder = exiting(exits=(2,), gamma=4, adaptive=False)
+    draft, _ = Plain(decoder).step(PROMPTS[0])
+    for eos, num in (([], 4), ([draft[0]], 1)):
+        state, specs = decoder._prefilled(make_request(CONFIG, [PROMPTS[0]], NEW, eos_ids=eos))
+        _, out = loop.run_step(decoder.base, decoder.drafter, state, specs=specs)
+        assert int(out.num_drafted[0]) == num
+
+
 @pytest.mark.slow
 def test_phases_can_be_timed():
     times = exiting().profile(1, 8, max_new_tokens=8, repeats=1)

@@ -80,17 +80,18 @@ class EarlyExitDrafter(DrafterBase):
     """Drafts chains with the first layers of the base itself, for one row at a time.
 
     Each step drafts from one of a few candidate exits, the one that brought most tokens per layer
-    run according to decayed counts of the tokens before (Token-per-Layer, DEL section 3), at most
-    as many as that says and γ, and none where the plain step is the best. A drafted token whose
-    confidence is below the exit's threshold is the last of its draft. The first step drafts one
-    token from the first exit. A model that was not trained for early exit gains nothing.
+    run according to decayed counts of the tokens before (Token-per-Layer, DEL), at most as many
+    as that says and γ, and none where the plain step is the best. A drafted token whose confidence
+    is below the exit's threshold is the last of its draft, and so is a stop id. The first step
+    drafts one token from the first exit: prompts are not counted. A model that was not trained for
+    early exit gains nothing.
 
     Args:
       base: the very model that the `Decoder` decodes, not in groups.
       exits: candidates, each a number of layers that draft, strictly rising in 1 .. L - 1. Default:
         six (or all), evenly spread. Each costs a row of the head product per verified token.
-      adaptive: False always drafts γ tokens from the one exit in `exits` (LayerSkip), and nothing
-        is counted.
+      adaptive: False always drafts γ tokens (or up to a stop id) from the one exit in `exits`
+        (LayerSkip), and nothing is counted.
 
     Raises:
       ValueError: a base in groups or of one layer, exits that are no such list, more or less than
@@ -188,10 +189,11 @@ class EarlyExitDrafter(DrafterBase):
             scores = logits(self.base, final_norm(self.base, x))
             least = options.min_probability
             tree = trees.grow(tree, count, scores, options.filters, keys[count], least)
-            if not self.adaptive:
-                return tree
-            # It looks at what is drafted already, so that the base's distribution is kept.
-            return tree.replace(stopped=tree.stopped | (confidences(scores)[:, 0] < threshold))
+            # Only the next token is stopped, never one that was drawn: that would bias the text.
+            stopped = tree.stopped | (tree.newest == options.eos_ids[None]).any(axis=1)
+            if self.adaptive:
+                stopped = stopped | (confidences(scores)[:, 0] < threshold)
+            return tree.replace(stopped=stopped)
 
         def extend(draft):
             cache = draft.cache.rollback(origin + draft.count)
