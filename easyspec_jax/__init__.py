@@ -15,7 +15,7 @@ from easyspec_jax.checkpoint import abstract_model, load_model, random_model, sa
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation, Piece, Session
 from easyspec_jax.distributed import initialize_distributed
-from easyspec_jax.drafters import LayerParallelDrafter, PromptLookupDrafter
+from easyspec_jax.drafters import EarlyExitDrafter, LayerParallelDrafter, PromptLookupDrafter
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.model import Model
 from easyspec_jax.sharding import LayoutRules, make_mesh
@@ -23,6 +23,7 @@ from easyspec_jax.stats import Stats
 
 __all__ = [
     "Decoder",
+    "EarlyExitDrafter",
     "Generation",
     "LayerParallelDrafter",
     "LayoutRules",

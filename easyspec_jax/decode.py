@@ -278,7 +278,7 @@ class Decoder:
             held = {name: budget.pop(name) for name in tuple(budget) if name.endswith("weights")}
             check_memory(self.base.layout.mesh, budget, held)
         values = jax.tree.map(self._put, self._host_values(request, size))
-        options = self._options(request.sampling, self._put)
+        options = self._options(request, self._put)
         return loop.DecodeState(
             cache=kept.cache if kept is not None else zeros(self._abstract_cache(request, size)),
             draft=self._draft_state(len(request.rows), size, options, kept),
@@ -297,7 +297,7 @@ class Decoder:
 
         draft = None
         if self.drafter is not None:
-            options = self._options(request.sampling, shape)
+            options = self._options(request, shape)
             draft = self.drafter.abstract_state(len(request.rows), size, options)
             draft = jax.tree.map(lambda x: x if _is_placed(x) else shape(x), draft)
         values = jax.tree.map(shape, self._host_values(request, size))
@@ -307,14 +307,15 @@ class Decoder:
         m = self.base
         return abstract_cache(m.config, m.layout, m.partition, len(request.rows), size, m.dtype)
 
-    def _options(self, sampling: Sampling, put: Callable) -> DraftOptions:
+    def _options(self, request: Request, put: Callable) -> DraftOptions:
         least = self.min_draft_probability
         return DraftOptions(
-            filters=jax.tree.map(put, make_filters(sampling)),
+            filters=jax.tree.map(put, make_filters(request.sampling)),
             num_draft_tokens=self.num_draft_tokens,
             tree_width=self.tree_width,
             vocab_size=self.base.config.vocab_size,
             min_probability=None if least is None else put(np.float32(least)),
+            eos_ids=put(request.eos_ids.copy()),  # donated, like the loop's own
         )
 
     def _host_values(self, request: Request, size: int) -> dict[str, Any]:

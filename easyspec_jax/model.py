@@ -252,26 +252,52 @@ def forward(
     Returns:
       Hidden states after the final norm, [B, T, D], the same on every device, and the cache.
     """
-    c, t = model.config, tokens.shape[1]
+    t = tokens.shape[1]
+    step = make_step(model, cache, t, placement)
+    x, blocks = run_blocks(model, embed(model, tokens), cache.blocks, step, run_block=run_block)
+    length = cache.length + (t if num is None else num)
+    return final_norm(model, x), KVCache(blocks=blocks, length=length)
+
+
+def make_step(
+    model: Model, cache: KVCache, num_new: int, placement: Placement | None = None
+) -> Step:
+    """What the layers of a pass over `num_new` tokens behind the cache's `length` entries share."""
     if placement is None:
-        positions = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        positions = cache.length[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None]
         seen = jnp.arange(cache.max_len, dtype=jnp.int32)[None, None] <= positions[..., None]
     else:
         positions, seen = placement.positions, placement.mask(cache.max_len)
     wide = wide_type(model.dtype)
-    angles = positions.astype(wide)[..., None] * jnp.asarray(rope_frequencies(c), wide)[None, None]
+    frequencies = jnp.asarray(rope_frequencies(model.config), wide)
+    angles = positions.astype(wide)[..., None] * frequencies[None, None]
     angles = angles[:, :, None, None, :]
-    step = Step(start=cache.length, cos=jnp.cos(angles), sin=jnp.sin(angles), mask=seen)
-    x = embed(model, tokens)
-    blocks = []
-    for index, (block, kv) in enumerate(zip(model.params.blocks, cache.blocks, strict=True)):
+    return Step(start=cache.length, cos=jnp.cos(angles), sin=jnp.sin(angles), mask=seen)
+
+
+def run_blocks(
+    model: Model,
+    x: jax.Array,
+    caches: tuple[tuple[LayerKV, ...], ...],
+    step: Step,
+    *,
+    first: int = 0,
+    run_block: RunBlock = run_layer,
+) -> tuple[jax.Array, tuple[tuple[LayerKV, ...], ...]]:
+    """`x` [B, T, D] behind the blocks `first`, `first` + 1, ... whose caches are given, and these
+    caches, written.
+    """
+    written = []
+    for index, kv in enumerate(caches, first):
         with jax.named_scope(f"block_{index}"):
-            x, kv = run_block(model, block, x, kv, step)
-        blocks.append(kv)
-    length = cache.length + (t if num is None else num)
-    return rms_norm(x, model.params.final_norm, c.norm_eps), KVCache(
-        blocks=tuple(blocks), length=length
-    )
+            x, kv = run_block(model, model.params.blocks[index], x, kv, step)
+        written.append(kv)
+    return x, tuple(written)
+
+
+def final_norm(model: Model, x: jax.Array) -> jax.Array:
+    """The norm before the head, of x [..., D]."""
+    return rms_norm(x, model.params.final_norm, model.config.norm_eps)
 
 
 def embed(model: Model, tokens: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ class DraftOptions:
     vocab_size: int = struct.field(pytree_node=False)  # V of the base: q covers exactly its ids
     # f32[], a row whose likeliest path falls below it drafts no further; None: never
     min_probability: jax.Array | None = None
+    eos_ids: jax.Array | None = None  # i32[E], padded with -1: nothing behind them is emitted
 
 
 class Drafter(Protocol):
