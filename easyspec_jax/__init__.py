@@ -15,9 +15,10 @@ from easyspec_jax.checkpoint import abstract_model, load_model, random_model, sa
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation, Piece, Session
 from easyspec_jax.distributed import initialize_distributed
-from easyspec_jax.drafters import LayerParallelDrafter
+from easyspec_jax.drafters import LayerParallelDrafter, PolybasicDrafter
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.model import Model
+from easyspec_jax.quantize import quantize_weights
 from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats
 
@@ -29,6 +30,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Piece",
+    "PolybasicDrafter",
     "RopeScaling",
     "Sampling",
     "Session",
@@ -38,6 +40,7 @@ __all__ = [
     "load_model",
     "make_mesh",
     "make_partition",
+    "quantize_weights",
     "random_model",
     "save_model",
 ]

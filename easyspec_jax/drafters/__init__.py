@@ -2,5 +2,6 @@
 
 from easyspec_jax.drafters.base import Drafter, DrafterBase, DraftOptions
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
+from easyspec_jax.drafters.polybasic import PolybasicDrafter
 
-__all__ = ["DraftOptions", "Drafter", "DrafterBase", "LayerParallelDrafter"]
+__all__ = ["DraftOptions", "Drafter", "DrafterBase", "LayerParallelDrafter", "PolybasicDrafter"]
