@@ -22,7 +22,7 @@ from easyspec_jax.request import make_request
 slow = pytest.mark.slow
 NEW = 20
 GREEDY = es.Sampling()
-BASE = dataclasses.replace(CONFIG, num_layers=4)
+BASE = dataclasses.replace(CONFIG, num_layers=3)
 STRANGER = dataclasses.replace(SMALL, num_layers=2)  # of a larger vocabulary, with a tied head
 
 
@@ -43,7 +43,7 @@ def middle_model(name, mesh_shape=(1, 1)):
 
 @functools.cache
 def chain(middle="stranger", inner="self", mesh_shape=(1, 1), *, gamma=6, mu=3, **options):
-    own = model(mesh_shape, group_size=2, config=BASE)
+    own = model(mesh_shape, group_size=(1, 2), config=BASE)
     stranger = model(mesh_shape, group_size=2, seed=8, config=STRANGER)
     drafter = {
         "self": es.LayerParallelDrafter(own),
@@ -236,7 +236,7 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         es.Decoder(base, drafter, num_draft_tokens=8)
     with pytest.raises(ValueError, match="tree_width must be 1, got 2"):
         es.Decoder(base, drafter, num_draft_tokens=12, tree_width=2)
-    grouped = model((1, 1), group_size=2, config=BASE)
+    grouped = model((1, 1), group_size=(1, 2), config=BASE)
     with pytest.raises(ValueError, match=r"middle model runs layer after layer.*group_size=1"):
         es.Decoder(base, es.PolybasicDrafter(grouped, inner), num_draft_tokens=12)
     with pytest.raises(ValueError, match=r"needs a drafter, .* got Model"):
