@@ -1,10 +1,12 @@
 """The times of chains by hand, and `easyspec plan --chain`."""
 
+import importlib
 import json
+import pathlib
 
 import pytest
 
-from easyspec_jax.chain import ChainModel, chain_seconds, insertion_pays
+from easyspec_jax.chain import ChainModel, chain_seconds, insertion_pays, plan_chain
 
 BASE = ChainModel(name="base", seconds=0.1, accepted=2.0)
 DRAFT = ChainModel(name="draft", seconds=0.01)
@@ -139,3 +141,25 @@ def test_plan_refuses_in_one_sentence(plan, document, more, message):
 def test_plan_needs_a_pair_or_a_chain(easyspec):
     status, _, err = easyspec("plan", "--device", "h100")
     assert status != 0 and "name a --base and a --draft, or a --chain" in err
+
+
+@pytest.mark.slow
+def test_the_experiment_measures_all_arms_and_compares(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "experiments")
+    script, out = importlib.import_module("chain"), tmp_path / "out.jsonl"
+    (tmp_path / "prompts.txt").write_text("a b\nc a b\n")
+    models = ["--base", str(checkpoints / "base"), "--draft", str(checkpoints / "draft")]
+    few = "--num-prompts 2 --max-new-tokens 9 --mu 2 --num-draft-tokens 4 --repeats 1 --rounds 1"
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(out)]
+    script.main([*models, *few.split(), *prompts])
+    record = json.loads(out.read_text())
+    for name, arm in record["arms"].items():
+        assert arm["identical"] == (None if name == "middle over draft" else 2)
+    chain, used = record["arms"]["chain"], record["arms"]["chain"]["passes"]
+    assert used["base"] * chain["tokens_per_step"] == pytest.approx(1)
+    assert used["middle"] * chain["emitted"] == pytest.approx(chain["middle_passes"])
+    timing = record["timing"]
+    (tmp_path / "chain.json").write_text(json.dumps(timing["chain"]))
+    again = json.loads(plan_chain(str(tmp_path / "chain.json"), as_json=True))
+    assert again["seconds_with_new"] == timing["predicted"]["with"]
+    assert min(timing["measured"].values()) > 0
