@@ -15,9 +15,15 @@ from easyspec_jax.checkpoint import abstract_model, load_model, random_model, sa
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation, Piece, Session
 from easyspec_jax.distributed import initialize_distributed
-from easyspec_jax.drafters import EarlyExitDrafter, LayerParallelDrafter, PromptLookupDrafter
+from easyspec_jax.drafters import (
+    EarlyExitDrafter,
+    LayerParallelDrafter,
+    PolybasicDrafter,
+    PromptLookupDrafter,
+)
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.model import Model
+from easyspec_jax.quantize import quantize_weights
 from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats
 
@@ -30,6 +36,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Piece",
+    "PolybasicDrafter",
     "PromptLookupDrafter",
     "RopeScaling",
     "Sampling",
@@ -40,6 +47,7 @@ __all__ = [
     "load_model",
     "make_mesh",
     "make_partition",
+    "quantize_weights",
     "random_model",
     "save_model",
 ]

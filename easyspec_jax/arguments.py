@@ -121,8 +121,12 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--base", required=True, metavar="CONFIG", help="checkpoint or config.json of the base")
-    add("--draft", required=True, metavar="CONFIG", help="that of the draft")
+    add("--base", metavar="CONFIG", help="checkpoint or config.json of the base")
+    add("--draft", metavar="CONFIG", help="that of the draft")
+    chain = "instead of all else: whether a further model pays in a chain, from a JSON file: "
+    chain += '{"models": [{"name", "seconds", "accepted"}, ..], "draft_passes", "new": {"name", '
+    chain += '"seconds", "accepted", "accepted_above", "after"}}; seconds and tokens per pass'
+    add("--chain", metavar="FILE", help=chain)
     kinds = ", ".join(PRESETS)
     add("--device", metavar="NAME|FILE", help=f"{kinds}, or a JSON file of one")
     add("--measure", action="store_true", help="measure the machine at hand instead")

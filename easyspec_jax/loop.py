@@ -16,8 +16,8 @@ from jax import lax
 
 from easyspec_jax.cache import KVCache, own_slots, stacked_like
 from easyspec_jax.drafters.base import verify_in_one_pass
-from easyspec_jax.model import Model, forward
-from easyspec_jax.sampling import Filters, Proposal, Verdict, verify
+from easyspec_jax.model import Model, forward, logits
+from easyspec_jax.sampling import Filters, Proposal, Verdict, fit_vocab, verify
 from easyspec_jax.sharding import on_mesh, specs_of
 from easyspec_jax.stats import Counters, count
 
@@ -63,13 +63,30 @@ class Emission:
     num_accepted: jax.Array  # i32[B], accepted draft tokens before any cut
     tries: jax.Array  # i32[B, γ], nodes tried at each depth
     num_drafted: jax.Array  # i32[B], nodes there were to try
+    # f[B, n + 1, V], the base's logits at the root and behind each node; None: not asked for
+    scores: jax.Array | None = None
 
 
-def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Emission]:
-    """Draft, verify and commit once; a finished row stays as it is."""
+def step(
+    base: Model,
+    drafter: Any,
+    state: DecodeState,
+    *,
+    vocab_size: int | None = None,
+    lag: int = 0,
+) -> tuple[DecodeState, Emission]:
+    """Draft, verify and commit once; a finished row stays as it is.
+
+    Args:
+      vocab_size: for a base that itself drafts for a larger one: the ids it chooses from are cut
+        (or padded) to that many, and the emission holds its scores.
+      lag: committed tokens before the root that the base's cache may lack too. If not 0, the draft
+        must be a chain, and the base verifies it in one whole pass.
+    """
     draft_key, verify_key = jax.random.split(jax.random.fold_in(state.key, state.step))
     root = window(state.tokens, state.length - 1, 1)[:, 0]
-    cache = state.cache.rollback(state.length - 1)
+    covered = state.length - 1
+    cache = state.cache.rollback(jnp.minimum(state.cache.length, covered) if lag else covered)
     if drafter is None:
         proposal, draft = no_proposal(state.length.shape[0]), None
     else:
@@ -82,15 +99,32 @@ def step(base: Model, drafter: Any, state: DecodeState) -> tuple[DecodeState, Em
     with jax.named_scope("verify"):
         if drafter is None:
             scores, cache, aux = verify_in_one_pass(base, cache, root, proposal)
+        elif lag:
+            scores, cache, aux = *_verify_behind(base, cache, state, proposal, lag), None
         else:
             scores, cache, aux = drafter.verify(base, cache, root, proposal, draft)
+        if vocab_size is not None:
+            scores = fit_vocab(scores, vocab_size)
         verdict = verify(scores, proposal, state.filters, verify_key)
         if not proposal.is_chain:
             cache = cache.keep(state.length, verdict.path)
     if drafter is not None:
         draft = drafter.observe(draft, verdict, aux)
     with jax.named_scope("commit"):
-        return _commit(state.replace(cache=cache, draft=draft), proposal, verdict, scores)
+        state = state.replace(cache=cache, draft=draft)
+        state, emission = _commit(state, proposal, verdict, scores)
+    return state, emission if vocab_size is None else emission.replace(scores=scores)
+
+
+def _verify_behind(
+    base: Model, cache: KVCache, state: DecodeState, proposal: Proposal, lag: int
+) -> tuple[jax.Array, KVCache]:
+    """As `verify_in_one_pass`, of a chain, in a pass that begins where the cache ends."""
+    n = proposal.tokens.shape[1]
+    text = put_rows(state.tokens, proposal.tokens, state.length)
+    missing = state.length - 1 - cache.length
+    hidden, cache = forward(base, window(text, cache.length, lag + 1 + n), cache)
+    return logits(base, window(hidden, missing, n + 1)), cache
 
 
 def _commit(
@@ -114,9 +148,9 @@ def _commit(
         on_path = jnp.pad(verdict.path + 1, ((0, 0), (1, 0)))
         scores = jnp.take_along_axis(scores, on_path[..., None], axis=1).astype(jnp.float32)
         chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-        logprobs = _put(logprobs, chosen - jax.nn.logsumexp(scores, axis=-1), state.length)
+        logprobs = put_rows(logprobs, chosen - jax.nn.logsumexp(scores, axis=-1), state.length)
     new = state.replace(
-        tokens=_put(state.tokens, tokens, state.length),
+        tokens=put_rows(state.tokens, tokens, state.length),
         length=length,
         absorbed=jnp.where(state.done, state.absorbed, state.length),
         done=state.done | stopped | (length >= state.limit),
@@ -142,13 +176,15 @@ def no_proposal(batch: int) -> Proposal:
 
 
 def window(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
-    """x[b, start[b] : start[b] + width] of every row, i32[B, width]."""
-    return jax.vmap(lambda row, s: lax.dynamic_slice(row, (s,), (width,)))(x, start)
+    """x[b, start[b] : start[b] + width] of every row, [B, width, ...]."""
+    return jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, width))(x, start)
 
 
-def _put(x: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+def put_rows(x: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     """x with values[b] written at start[b] in every row."""
-    return jax.vmap(lambda row, v, s: lax.dynamic_update_slice(row, v, (s,)))(x, values, start)
+    return jax.vmap(lambda row, v, s: lax.dynamic_update_slice_in_dim(row, v, s, 0))(
+        x, values, start
+    )
 
 
 @struct.dataclass

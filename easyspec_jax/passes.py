@@ -22,10 +22,10 @@ from jax.sharding import PartitionSpec
 from easyspec_jax.cache import KVCache, abstract_cache, zeros
 from easyspec_jax.config import Sampling
 from easyspec_jax.decode import Decoder, Generation
-from easyspec_jax.drafters.layer_parallel import fit_vocab
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.loop import Specs
 from easyspec_jax.model import Block, Model, Placement, RunBlock, attention, forward, logits, mlp
+from easyspec_jax.sampling import fit_vocab
 from easyspec_jax.sharding import on_mesh, psum, replicate
 
 BATCH = 16  # prompts that are answered at once

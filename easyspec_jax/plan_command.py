@@ -13,6 +13,7 @@ import jax
 
 from easyspec_jax.acceptance import Acceptance, read_acceptance
 from easyspec_jax.arguments import DEFAULT_SESSION, check_positive
+from easyspec_jax.chain import plan_chain
 from easyspec_jax.cost import PHASES
 from easyspec_jax.device import Device, read_device
 from easyspec_jax.info import read_config
@@ -34,6 +35,10 @@ _TERMS = {
 
 def run(args: argparse.Namespace) -> int:
     """Plan as the arguments say and print the outcome."""
+    if args.chain is not None:
+        _check_alone(args)
+        print(plan_chain(args.chain, as_json=args.json))
+        return 0
     _check(args)
     (base, about), (draft, other) = (read_config(path) for path in (args.base, args.draft))
     check_tokenizers(about.get("tokenizer"), other.get("tokenizer"))
@@ -87,7 +92,19 @@ def _find_device(args: argparse.Namespace) -> Device:
     return dataclasses.replace(device, memory=args.device_memory * 2**30)
 
 
+def _check_alone(args: argparse.Namespace) -> None:
+    options = ("base", "draft", "device", "measure", "num_devices", "kernel_us", "collective_us")
+    options += ("acceptance", "num_draft_tokens", "tree_width", "group_size", "dtype", "max_len")
+    options += ("device_memory",)
+    for name in options:
+        if getattr(args, name) not in (None, False):
+            option = name.replace("_", "-")
+            raise ValueError(f"--chain prices what its file says: leave out --{option}")
+
+
 def _check(args: argparse.Namespace) -> None:
+    if args.base is None or args.draft is None:
+        raise ValueError("name a --base and a --draft, or a --chain")
     if args.measure == (args.device is not None):
         raise ValueError("name a --device, or --measure this machine: one of the two")
     if args.measure and (args.kernel_us is not None or args.collective_us is not None):

@@ -138,6 +138,16 @@ def sample(key: jax.Array, probs: jax.Array) -> jax.Array:
     return jax.random.categorical(key, jnp.log(probs), axis=-1).astype(jnp.int32)
 
 
+def fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits [B, m, V'] of a model of another vocabulary over V ids: cut, or padded with -inf; ids
+    that the model lacks are never drawn.
+    """
+    missing = vocab_size - scores.shape[-1]
+    if missing <= 0:
+        return scores[..., :vocab_size]
+    return jnp.pad(scores, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
+
+
 def argmax(logits: jax.Array) -> jax.Array:
     """The greedy token, i32[...]; the first of equals."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

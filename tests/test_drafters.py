@@ -24,6 +24,15 @@ class Way:
 
 
 WAYS = {
+    "early-exit": Way(lambda base: es.EarlyExitDrafter(base), ((4, 1),), batches=False),
+    "polybasic": Way(
+        lambda base: es.PolybasicDrafter(
+            model(tuple(base.layout.mesh.shape.values()), seed=3),
+            es.LayerParallelDrafter(model(tuple(base.layout.mesh.shape.values()), group_size=2)),
+            mu=3,
+        ),
+        ((5, 1),),
+    ),
     "prompt-lookup": Way(lambda base: es.PromptLookupDrafter(), ((4, 1), (3, 2))),
 }
 CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]

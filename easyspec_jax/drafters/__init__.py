@@ -3,6 +3,7 @@
 from easyspec_jax.drafters.base import Drafter, DrafterBase, DraftOptions
 from easyspec_jax.drafters.early_exit import EarlyExitDrafter
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
+from easyspec_jax.drafters.polybasic import PolybasicDrafter
 from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "DrafterBase",
     "EarlyExitDrafter",
     "LayerParallelDrafter",
+    "PolybasicDrafter",
     "PromptLookupDrafter",
 ]

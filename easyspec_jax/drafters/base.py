@@ -76,7 +76,8 @@ class Drafter(Protocol):
         them.
 
         A proposal has depth γ and γ·w nodes (or γ, from a drafter of chains), those that are not
-        meant marked invalid. A row with num = 0 is finished: nobody reads what it drafts.
+        meant marked invalid. A row with num = 0 is finished, or waits (in a chain of models) for
+        other rows: nobody reads what it drafts, and what it absorbed stays.
         """
 
     def verify(

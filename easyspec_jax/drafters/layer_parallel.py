@@ -17,7 +17,7 @@ from easyspec_jax.cache import KVCache, abstract_cache, zeros
 from easyspec_jax.drafters.base import DrafterBase, DraftOptions
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, logits
-from easyspec_jax.sampling import Proposal
+from easyspec_jax.sampling import Proposal, fit_vocab
 
 CANDIDATES = ("sampled", "best")
 
@@ -155,13 +155,3 @@ class LayerParallelDrafter(DrafterBase):
             carry = lax.while_loop(lambda c: (c[0] < gamma) & ~c[1].stopped.all(), level, carry)
         levels, tree, cache = carry
         return tree.proposal(None if least is None else levels), cache
-
-
-def fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:
-    """Draft scores [B, m, V'] over the base's V ids: cut, or padded with -inf; ids the draft lacks
-    are never drafted.
-    """
-    missing = vocab_size - scores.shape[-1]
-    if missing <= 0:
-        return scores[..., :vocab_size]
-    return jnp.pad(scores, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)

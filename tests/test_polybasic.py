@@ -1,0 +1,278 @@
+"""A chain of three models: lossless at both stages, and its caches and counters are right."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from chi_square import surprise
+from decoders import CONFIG, PROMPTS, SMALL, fresh_cache, joined, model
+from flax import struct
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_distribution import FILTERED, PLAIN, TINY, enumerate_sequences
+
+import easyspec_jax as es
+from easyspec_jax import loop
+from easyspec_jax.drafters import polybasic
+from easyspec_jax.drafters.base import verify_in_one_pass
+from easyspec_jax.request import make_request
+
+slow = pytest.mark.slow
+NEW = 20
+GREEDY = es.Sampling()
+BASE = dataclasses.replace(CONFIG, num_layers=3)
+STRANGER = dataclasses.replace(SMALL, num_layers=2)  # of a larger vocabulary, with a tied head
+
+
+@struct.dataclass
+class OwnVerification(es.LayerParallelDrafter):
+    """A drafter that may use its base's cache: the middle has to keep that whole."""
+
+    def verify(self, base, base_cache, root, proposal, state):
+        del state
+        return verify_in_one_pass(base, base_cache, root, proposal)
+
+
+def middle_model(name, mesh_shape=(1, 1)):
+    if name == "base":
+        return model(mesh_shape, config=BASE)
+    return model(mesh_shape, seed=7, config=STRANGER)
+
+
+@functools.cache
+def chain(middle="stranger", inner="self", mesh_shape=(1, 1), *, gamma=6, mu=3, **options):
+    own = model(mesh_shape, group_size=(1, 2), config=BASE)
+    stranger = model(mesh_shape, group_size=2, seed=8, config=STRANGER)
+    drafter = {
+        "self": es.LayerParallelDrafter(own),
+        "stranger": es.LayerParallelDrafter(stranger, calibrate=False),
+        "own verification": OwnVerification(own),
+        "chain": es.PolybasicDrafter(
+            middle_model("stranger", mesh_shape), es.LayerParallelDrafter(own), mu=1
+        ),
+    }[inner]
+    drafter = es.PolybasicDrafter(middle_model(middle, mesh_shape), drafter, mu=mu)
+    base = model(mesh_shape, config=BASE)
+    return es.Decoder(base, drafter, num_draft_tokens=gamma, **options)
+
+
+@functools.cache
+def plain():
+    return es.Decoder(model((1, 1), config=BASE))
+
+
+def prefilled(decoder, prompts, sampling=GREEDY):
+    request = make_request(decoder.base.config, prompts, NEW, sampling)
+    return decoder._prefilled(request)
+
+
+# I1: greedy tokens are those of greedy autoregression; float64 makes this exact.
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=16), min_size=3, max_size=3),
+    new=st.integers(1, NEW),
+    eos=st.lists(st.integers(0, 60), max_size=3),
+    middle=st.sampled_from(["stranger", "base"]),
+)
+def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, middle):
+    options = {"max_new_tokens": new, "eos_ids": eos}
+    want, got = (d.generate(prompts, **options) for d in (plain(), chain(middle)))
+    assert got.tokens == want.tokens
+    assert got.stats.emitted == sum(map(len, got.tokens))
+
+
+@pytest.mark.parametrize(
+    ("middle", "inner", "mesh_shape", "options"),
+    [
+        ("base", "own verification", (1, 1), {"gamma": 4, "mu": 2}),
+        ("stranger", "stranger", (4, 2), {}),
+        pytest.param("base", "self", (4, 2), {"gamma": 5, "mu": 1}, marks=slow),
+        pytest.param("base", "stranger", (1, 1), {"gamma": 3, "mu": 2}, marks=slow),
+        pytest.param("base", "stranger", (2, 4), {"gamma": 9, "mu": 4}, marks=slow),
+        pytest.param("base", "chain", (1, 1), {"gamma": 8, "mu": 4}, marks=slow),
+        pytest.param("stranger", "chain", (4, 2), {"gamma": 6, "mu": 3}, marks=slow),
+        pytest.param(
+            "stranger", "self", (1, 1), {"min_draft_probability": 0.1, "gamma": 8}, marks=slow
+        ),
+    ],
+)
+def test_greedy_equals_autoregression_for_every_chain(middle, inner, mesh_shape, options):
+    want = plain().generate(PROMPTS, max_new_tokens=NEW).tokens
+    out = chain(middle, inner, mesh_shape, **options).generate(PROMPTS, max_new_tokens=NEW)
+    assert out.tokens == want
+    assert out.drafter_report["buffered_tokens"] == out.stats.nodes_drafted
+    if middle == "base":
+        assert sum(out.stats.tried_per_depth) == out.stats.nodes_accepted
+
+
+def test_the_base_as_its_own_middle_accepts_every_buffer_and_counters_add_up():
+    out = chain("base").generate(PROMPTS, max_new_tokens=NEW)
+    stats, report = out.stats, out.drafter_report
+    assert sum(stats.tried_per_depth) == stats.nodes_accepted  # no token was rejected
+    assert report["buffered_tokens"] == stats.nodes_drafted >= 3 * stats.steps
+    passes, histogram = report["inner_drafts"], report["middle_accepted_histogram"]
+    assert report["middle_passes"] == passes == sum(histogram)  # none only to catch up
+    accepted = sum(n * count for n, count in enumerate(histogram))
+    assert report["buffered_tokens"] == accepted + passes
+    assert report["tokens_per_middle_pass"] == report["buffered_tokens"] / passes
+    assert report["inner_draft_tokens"] == 3 * passes
+    assert 0 < report["inner_catch_up_passes"] < stats.steps
+    # 4 to 6 tokens of the middle's and the base's own; the last step of each row is cut.
+    assert stats.steps <= 3 * -(-NEW // 4)
+
+
+def test_a_drafter_that_uses_the_middles_cache_finds_it_whole():
+    out = chain("base", "own verification", gamma=4, mu=2).generate(PROMPTS, max_new_tokens=NEW)
+    report = out.drafter_report
+    assert report["middle_catch_up_passes"] == out.stats.steps - len(PROMPTS)  # all but the first
+    assert report["middle_passes"] == report["inner_drafts"] + report["middle_catch_up_passes"]
+
+
+def test_streams_and_sessions_give_the_tokens_of_generate():
+    decoder, prompt = chain("stranger"), PROMPTS[0]
+    want = plain().generate([prompt], max_new_tokens=2 * NEW).tokens[0]
+    session = es.Session(max_len=56)
+    run = functools.partial(decoder.stream, session=session)
+    first = joined(run(prompt, max_new_tokens=NEW))
+    assert first == want[:NEW]
+    # The conversation goes on; goes back to before the answer's end; and again as it is.
+    for kept in (NEW, NEW - 7, NEW - 7):
+        more = joined(run([*prompt, *want[:kept]], max_new_tokens=NEW - 5))
+        assert more == want[kept : kept + NEW - 5]
+
+
+# The middle's cache, and what a waiting row keeps.
+
+
+def check_middle_cache(decoder, state):
+    """The middle's cache is that of a fresh prefill of its tokens, the committed ones first."""
+    stage, middle = state.draft.stage, decoder.drafter.middle
+    batch, size = stage.tokens.shape
+    _, want = jax.jit(es.model.forward)(middle, stage.tokens, fresh_cache(middle, batch, size))
+    for got, expected in zip(jax.tree.leaves(stage.cache.blocks), jax.tree.leaves(want.blocks),
+                             strict=True):  # fmt: skip
+        rows = (x.reshape(-1, batch, *x.shape[1:]).swapaxes(0, 1) for x in (got, expected))
+        for row, fresh, length in zip(*rows, stage.cache.length.tolist(), strict=True):
+            np.testing.assert_allclose(row[:, :length], fresh[:, :length], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("middle", ["stranger", pytest.param("base", marks=slow)])
+def test_the_middles_cache_is_that_of_a_fresh_prefill(middle):
+    decoder = chain(middle)
+    state, specs = prefilled(decoder, [[*range(9)]])
+    for _ in range(4):
+        before = np.asarray(state.tokens[0]), int(state.length[0])
+        state, _ = loop.run_step(decoder.base, decoder.drafter, state, specs=specs)
+        stage, length = state.draft.stage, before[1]
+        assert stage.tokens[0, :length].tolist() == before[0][:length].tolist()
+        assert 3 <= int(stage.length[0]) - length <= 6
+        check_middle_cache(decoder, state)
+
+
+# I4: both stages keep the distribution that they are to keep.
+
+
+@functools.cache
+def tiny_chain(label="llama", gamma=4, mu=2):
+    """`label` changes nothing but the key of jit's cache."""
+    config = dataclasses.replace(TINY, family=label, num_layers=2)
+    base, middle, draft = (
+        model((1, 1), config=config, seed=seed, dtype="float32") for seed in (1, 3, 2)
+    )
+    drafter = es.PolybasicDrafter(middle, es.LayerParallelDrafter(draft), mu=mu)
+    return es.Decoder(base, drafter, num_draft_tokens=gamma)
+
+
+ROWS = np.tile([[3, 1]], (4096, 1))
+
+
+def chain_surprise(decoder, s):
+    out = decoder.generate(ROWS, max_new_tokens=3, sampling=s, seed=5)
+    return surprise(map(tuple, out.tokens), enumerate_sequences(decoder.base, [3, 1], s))
+
+
+@pytest.mark.parametrize(
+    ("s", "mu"),
+    [(FILTERED, 2), pytest.param(PLAIN, 2, marks=slow), pytest.param(PLAIN, 1, marks=slow)],
+)
+def test_sampled_sequences_follow_the_base(s, mu):
+    assert chain_surprise(tiny_chain(mu=mu), s) < 5
+
+
+@slow
+def test_a_wrong_q_is_noticed(monkeypatch):
+    right = polybasic.probabilities
+    monkeypatch.setattr(polybasic, "probabilities", lambda scores, f: right(scores / 2, f))
+    assert chain_surprise(tiny_chain("another q"), FILTERED) > 5
+
+
+@pytest.mark.parametrize("s", [PLAIN, pytest.param(FILTERED, marks=slow)])
+def test_the_buffer_follows_the_middle(s):
+    decoder = tiny_chain(mu=3, gamma=5)
+    state, specs = prefilled(decoder, ROWS, s)
+    state, _ = loop.run_step(decoder.base, decoder.drafter, state, specs=specs)
+    buffers = np.asarray(state.draft.stage.tokens)[:, 2:5].tolist()
+    table = enumerate_sequences(decoder.drafter.middle, [3, 1], s)
+    assert surprise(map(tuple, buffers), table) < 5
+    if s == PLAIN:
+        assert surprise(map(tuple, buffers), enumerate_sequences(decoder.base, [3, 1], s)) > 5
+
+
+# Refusals, memory, time.
+
+
+def test_what_cannot_be_is_refused_in_a_sentence():
+    base, stranger = model((1, 1), config=BASE), middle_model("stranger")
+    inner = es.LayerParallelDrafter(stranger)
+    for mu in (0, 2.5, True, "8"):
+        with pytest.raises(ValueError, match="mu must be a whole number above 0"):
+            es.PolybasicDrafter(base, inner, mu=mu)
+    drafter = es.PolybasicDrafter(stranger, inner)
+    with pytest.raises(ValueError, match=r"must be above mu=8, got 8: choose mu plus .* 13 say"):
+        es.Decoder(base, drafter, num_draft_tokens=8)
+    with pytest.raises(ValueError, match="tree_width must be 1, got 2"):
+        es.Decoder(base, drafter, num_draft_tokens=12, tree_width=2)
+    grouped = model((1, 1), group_size=(1, 2), config=BASE)
+    with pytest.raises(ValueError, match=r"middle model runs layer after layer.*group_size=1"):
+        es.Decoder(base, es.PolybasicDrafter(grouped, inner), num_draft_tokens=12)
+    with pytest.raises(ValueError, match=r"needs a drafter, .* got Model"):
+        es.Decoder(base, es.PolybasicDrafter(stranger, stranger), num_draft_tokens=12)
+    with pytest.raises(ValueError, match=r"inner drafter, with .* = 4 levels: .* above mu=8"):
+        es.Decoder(base, es.PolybasicDrafter(base, drafter), num_draft_tokens=12)
+    elsewhere = es.PolybasicDrafter(middle_model("stranger", (1, 8)), inner)
+    with pytest.raises(ValueError, match="different meshes"):
+        es.Decoder(base, elsewhere, num_draft_tokens=12)
+
+
+def test_its_memory_counts_both_caches_and_shared_weights_once():
+    decoder = chain("base")
+    budget = decoder.memory(2, 8, max_new_tokens=NEW)
+    own = sum(x.nbytes for x in jax.tree.leaves(decoder.drafter.drafter.draft.params))
+    shared = {id(x) for x in jax.tree.leaves(decoder.base)}
+    extra = [x for x in jax.tree.leaves(decoder.drafter) if id(x) not in shared]
+    assert budget["draft weights"] == sum(x.nbytes for x in extra) <= own
+    assert budget["draft cache"] > 2 * budget["base cache"]
+
+
+@slow
+def test_the_phases_of_its_step_are_timed():
+    times = chain("base").profile(prompt_len=8, max_new_tokens=NEW, repeats=2)
+    assert all(seconds >= 0 for seconds in times.values())
+    assert times["step"] > 0 and times["draft"] > 0
+
+
+@slow
+def test_requests_of_one_size_compile_once_and_the_state_is_donated():
+    decoder = chain("base", gamma=7)
+    decoder.generate(PROMPTS, max_new_tokens=NEW)
+    compiled = loop.run_loop._cache_size()
+    decoder.generate([[5] * 12, [4], [9, 9]], max_new_tokens=NEW - 3)
+    assert loop.run_loop._cache_size() == compiled
+    state, specs = prefilled(decoder, PROMPTS)
+    loop.run_loop(decoder.base, decoder.drafter, state, specs=specs)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.draft.stage.cache.blocks))
+    assert state.draft.stage.tokens.is_deleted()
