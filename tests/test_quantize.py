@@ -1,10 +1,13 @@
 """Rounded weights are those of a plain reference, on any mesh and in any partition."""
 
+import re
+
 import numpy as np
 import pytest
 from decoders import SMALL, all_logits, model
 
 import easyspec_jax as es
+from easyspec_jax import quantize
 from easyspec_jax.model import separate_block
 
 # The axis of each checkpoint matrix's inputs: of `wo` the last before its outputs.
@@ -80,7 +83,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("mesh_shape", "group_size", "layout"), LAYOUTS, ids=str)
-def test_it_is_the_same_on_every_mesh_and_no_weights_travel(mesh_shape, group_size, layout):
+def test_it_is_the_same_on_every_mesh(mesh_shape, group_size, layout):
     """Of 32 MLP columns a device holds 4, so that a group of 16 lies on four of them."""
     want = layers(es.quantize_weights(model((1, 1)), bits=4, group_size=16))
     exact = model(mesh_shape, group_size=group_size, layout=layout)
@@ -95,6 +98,14 @@ def test_it_is_the_same_on_every_mesh_and_no_weights_travel(mesh_shape, group_si
             for own, copy in zip(es.model.separate_block(block, rounded.layout), block.copy,
                                  strict=True):  # fmt: skip
                 np.testing.assert_allclose(copy.wo, own["wo"], rtol=0, atol=1e-12)
+
+
+def test_only_scales_travel():
+    """Of an [F, D] matrix over eight devices: one maximum of each group and output."""
+    w = model((1, 8)).params.blocks[0].mlp[0].w_down
+    program = quantize._run.lower(w, -2, 4, 16, w.sharding).compile().as_text()
+    moved = re.findall(r"= (.*?) (?:all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", program)
+    assert len(moved) == 1 and moved[0].startswith("f64[2,24]")
 
 
 def test_a_rounded_model_says_much_the_same():
