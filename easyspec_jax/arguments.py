@@ -138,14 +138,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--num-draft-tokens", type=_numbers, metavar="N,N,..", help="those to consider")
     add("--tree-width", type=_numbers, metavar="N,N,..", help="those to consider")
     add("--group-size", type=_numbers, metavar="N,N,..", help="those to consider")
-    add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
+    add("--batch", type=int, metavar="N", help="prompts at once (default 1)")
     room = f"tokens of each, prompt and answer (default: the context, at most {DEFAULT_SESSION})"
     add("--max-len", type=int, metavar="N", help=room)
     budget = "GiB of each device that a program may use (default: the device's)"
     add("--device-memory", type=float, metavar="GIB", help=budget)
     types = "with --measure: of the weights (default float32 on CPU, else bfloat16)"
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=types)
-    add("--top", type=int, default=10, metavar="N", help="choices to show (default 10)")
+    add("--top", type=int, metavar="N", help="choices to show (default 10)")
     add("--json", action="store_true", help="all of it as one JSON document")
 
 

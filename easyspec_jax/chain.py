@@ -21,7 +21,7 @@ class ChainModel:
     """One model of a chain; the first is the base, the last only drafts.
 
     Raises:
-      ValueError: a time that is not above 0, or less than one token a pass.
+      ValueError: no name, a time that is not above 0, or less than one token a pass.
     """
 
     name: str
@@ -29,6 +29,8 @@ class ChainModel:
     accepted: float | None = None  # L, tokens that one pass brings, its own included; None: drafts
 
     def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"the name of a model must be a text, got {self.name!r}")
         _check_above(f"seconds of {self.name}", self.seconds, 0)
         if self.accepted is not None:
             _check_at_least_one(f"accepted of {self.name}", self.accepted)
@@ -76,7 +78,8 @@ def chain_seconds(models: Sequence[ChainModel], draft_passes: float) -> float:
       draft_passes: beta, passes of the last model per pass of the one above it.
 
     Raises:
-      ValueError: fewer than two models, one without or the last with `accepted`, or no passes.
+      ValueError: fewer than two models, two of one name, one without or the last with `accepted`,
+        or no passes.
     """
     models = tuple(models)
     if len(models) < 2:
@@ -88,6 +91,9 @@ def chain_seconds(models: Sequence[ChainModel], draft_passes: float) -> float:
             raise ValueError(f"accepted of {model.name} is missing: tokens that its pass brings")
     if models[-1].accepted is not None:
         raise ValueError(f"{models[-1].name} is the last of the chain and accepts nothing")
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the models of a chain need names of their own, got {', '.join(names)}")
     _check_above("draft_passes", draft_passes, 0)
     verifying = sum(model.seconds / model.accepted for model in models[:-1])
     return verifying + draft_passes * models[-1].seconds / models[-2].accepted

@@ -70,7 +70,7 @@ class Session:
 
     @property
     def drafter_report(self) -> dict[str, Any]:
-        """The drafter's own counters, as `Generation.drafter_report`; {} before a first step."""
+        """The drafter's own counters, as `Generation.drafter_report`; {} before a first request."""
         state = self._state
         if state is None or state.draft is None:
             return {}
@@ -223,8 +223,9 @@ class Decoder:
         """Seconds of a prefill of prompt_len - 1 tokens and, per step, of each phase and the whole.
 
         Keys: prefill, step, calibrate, draft, verify, commit. Phases are timed by themselves, on
-        tokens of no meaning; their times depend on shapes alone, except that drafts may stop early
-        with `min_draft_probability`: then verification is timed at full depth.
+        tokens of no meaning. Their times depend on shapes alone where all γ levels are drafted;
+        where drafting may stop early, verification is timed at full depth. Of drafters other than
+        the layer-parallel one "calibrate" is what proposing a single token takes.
         """
         prompts = np.zeros((batch, prompt_len), np.int32)
         request = make_request(self.base.config, prompts, max_new_tokens, sampling)
@@ -348,8 +349,9 @@ class Decoder:
         if self.drafter is None:
             return None
         if kept is not None:
-            return self.drafter.resume(kept.draft, options)
-        state = self.drafter.init(batch, size, options)
+            state = self.drafter.resume(kept.draft, options)
+        else:
+            state = self.drafter.init(batch, size, options)
         return jax.tree.map(lambda x: x if _is_placed(x) else self._put(x), state)
 
     def _put(self, x):

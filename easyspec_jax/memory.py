@@ -86,8 +86,8 @@ def decode_budget(
     budget = {"base weights": device_bytes(base.params)}
     if drafter is not None:
         shared = {id(x) for x in jax.tree.leaves(base)}  # what drafts with the base's own layers
-        own = [x for x in jax.tree.leaves(drafter) if id(x) not in shared]
-        budget["draft weights"] = device_bytes(own)
+        own = {id(x): x for x in jax.tree.leaves(drafter) if id(x) not in shared}
+        budget["draft weights"] = device_bytes(list(own.values()))
     budget["base cache"] = device_bytes(state.cache)
     if drafter is not None:
         budget["draft cache"] = device_bytes(state.draft)

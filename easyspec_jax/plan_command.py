@@ -22,6 +22,7 @@ from easyspec_jax.plan import Choice, Plan, Planner
 from easyspec_jax.request import check_tokenizers
 
 MAX_BATCH = 1024
+TOP = 10  # choices that are shown by default
 KINDS = ("one device", "tensor parallel", "groups")
 _TERMS = {
     "weights": "products with weights",
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         draft=draft,
         device=_find_device(args),
         acceptance=acceptance,
-        batch=args.batch,
+        batch=args.batch or 1,
         max_len=max_len,
     )
     choices = {
@@ -66,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
     num_devices = args.num_devices or (jax.device_count() if args.measure else 1)
     plan = planner.plan(num_devices, **given)
     if args.json:
-        print(json.dumps(document(planner, plan, args.top)))
+        print(json.dumps(document(planner, plan, args.top or TOP)))
     else:
-        print("\n".join(report(planner, plan, args.top)))
+        print("\n".join(report(planner, plan, args.top or TOP)))
     return 0
 
 
@@ -95,7 +96,7 @@ def _find_device(args: argparse.Namespace) -> Device:
 def _check_alone(args: argparse.Namespace) -> None:
     options = ("base", "draft", "device", "measure", "num_devices", "kernel_us", "collective_us")
     options += ("acceptance", "num_draft_tokens", "tree_width", "group_size", "dtype", "max_len")
-    options += ("device_memory",)
+    options += ("device_memory", "batch", "top")
     for name in options:
         if getattr(args, name) not in (None, False):
             option = name.replace("_", "-")
@@ -113,7 +114,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--dtype needs --measure: a --device holds for one type of weights")
     names = ("num_devices", "batch", "top", "num_draft_tokens", "tree_width", "group_size")
     check_positive(args, *names)
-    if args.batch > MAX_BATCH:
+    if args.batch is not None and args.batch > MAX_BATCH:
         raise ValueError(f"--batch must be at most {MAX_BATCH}, got {args.batch}")
     for name in ("kernel_us", "collective_us"):
         value = getattr(args, name)

@@ -25,7 +25,10 @@ from easyspec_jax.sharding import on_mesh
 
 
 def _step(base, drafter, state):
-    return loop.step(base, drafter, state)[0]
+    """A step that leaves its row where it was: one that has finished may do less."""
+    after = loop.step(base, drafter, state)[0]
+    where = ("length", "limit", "absorbed", "done")
+    return after.replace(**{name: getattr(state, name) for name in where})
 
 
 def _propose(base, drafter, state):

@@ -131,8 +131,12 @@ def compare(decoders: dict[str, es.Decoder], prompts: list, options: Record, rou
 def describe(arms: Record, timing: Record | None) -> str:
     """The outcome, line by line."""
     lines = [
-        f"{name:<18} {arm['tokens_per_step']:5.2f} tokens a step, "
-        f"{arm['identical']} of {arm['prompts']} texts identical"
+        f"{name:<18} {arm['tokens_per_step']:5.2f} tokens a step"
+        + (
+            f", {arm['identical']} of {arm['prompts']} texts identical"
+            if arm["identical"] is not None
+            else ""
+        )
         for name, arm in arms.items()
     ]
     used = arms["chain"]["passes"]

@@ -131,6 +131,17 @@ def test_plan_says_whether_it_pays(plan):
         (FILE | {"new": {"name": "x", "seconds": 1, "accepted": 2}}, (), '"accepted_above"'),
         (FILE, ("--device", "h100"), "leave out --device"),
         (FILE, ("--measure",), "leave out --measure"),
+        (FILE, ("--batch", "4"), "leave out --batch"),
+        (
+            FILE | {"models": [{"name": 3, "seconds": 1, "accepted": 2}, FILE["models"][-1]]},
+            (),
+            "the name of a model must be a text",
+        ),
+        (
+            FILE | {"models": [FILE["models"][0], *FILE["models"]]},
+            (),
+            "need names of their own",
+        ),
     ],
 )
 def test_plan_refuses_in_one_sentence(plan, document, more, message):

@@ -49,6 +49,25 @@ def others(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize(
+    ("options", "counter"),
+    [
+        (("early-exit", "--exits", "1,2", "--num-draft-tokens", 3), "layer_passes"),
+        (
+            ("polybasic", "--draft", "draft", "--middle-bits", 4, "--mu", 2),
+            "middle_passes",
+        ),
+    ],
+)
+def test_other_drafters_write_the_same_text_and_say_how(easyspec, options, counter):
+    _, want, _ = generate(easyspec)
+    status, out, err = generate(easyspec, "--drafter", *options, "--json")
+    *text, last = out.splitlines(keepends=True)
+    assert status == 0 and "".join(text) == want
+    assert json.loads(last)["drafter_report"][counter] > 0
+    assert counter.replace("_", " ") in err
+
+
 def test_prompt_lookup_changes_the_statistics_and_not_the_text(easyspec):
     _, want, _ = generate(easyspec)
     for options in (

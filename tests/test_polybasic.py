@@ -251,11 +251,28 @@ def test_what_cannot_be_is_refused_in_a_sentence():
 def test_its_memory_counts_both_caches_and_shared_weights_once():
     decoder = chain("base")
     budget = decoder.memory(2, 8, max_new_tokens=NEW)
-    own = sum(x.nbytes for x in jax.tree.leaves(decoder.drafter.drafter.draft.params))
-    shared = {id(x) for x in jax.tree.leaves(decoder.base)}
-    extra = [x for x in jax.tree.leaves(decoder.drafter) if id(x) not in shared]
-    assert budget["draft weights"] == sum(x.nbytes for x in extra) <= own
+    draft = decoder.drafter.drafter.draft
+    assert budget["draft weights"] in (0, sum(x.nbytes for x in jax.tree.leaves(draft.params)))
     assert budget["draft cache"] > 2 * budget["base cache"]
+    middle = model((1, 1), seed=5, config=BASE)  # drafts for itself: twice in the drafter
+    drafter = es.PolybasicDrafter(middle, es.EarlyExitDrafter(middle), mu=2)
+    budget = es.Decoder(model((1, 1), config=BASE), drafter).memory(1, 8, max_new_tokens=NEW)
+    assert budget["draft weights"] == sum(x.nbytes for x in jax.tree.leaves(middle.params))
+
+
+@pytest.mark.parametrize("kind", ["early-exit", "prompt-lookup"])
+def test_any_drafter_may_stand_below_a_middle_of_another_vocabulary(kind):
+    """Sampled, where q must cover the base's ids and no more; and greedy, the base's own text."""
+    config = dataclasses.replace(BASE, vocab_size=BASE.vocab_size + 3)
+    base, middle = model((1, 1), config=BASE), model((1, 1), seed=5, config=config)
+    inner = es.PromptLookupDrafter() if kind == "prompt-lookup" else es.EarlyExitDrafter(middle)
+    drafter = es.PolybasicDrafter(middle, inner, mu=2)
+    decoder = es.Decoder(base, drafter, num_draft_tokens=4)
+    prompts = [PROMPTS[0]]
+    want = es.Decoder(base).generate(prompts, max_new_tokens=9).tokens
+    assert decoder.generate(prompts, max_new_tokens=9).tokens == want
+    out = decoder.generate(prompts, max_new_tokens=9, sampling=es.Sampling(temperature=0.8))
+    assert len(out.tokens[0]) == 9 and max(out.tokens[0]) < BASE.vocab_size
 
 
 @slow

@@ -32,7 +32,7 @@ from easyspec_jax.model import (
     run_blocks,
     wide_type,
 )
-from easyspec_jax.sampling import Proposal, Verdict, argmax
+from easyspec_jax.sampling import Proposal, Verdict, argmax, fit_vocab
 
 NUM_EXITS = 6  # by default
 
@@ -155,8 +155,10 @@ class EarlyExitDrafter(DrafterBase):
         )
 
     def resume(self, state: ExitState, options: DraftOptions) -> ExitState:
-        """The same statistics, other options."""
-        return state.replace(options=options)
+        """The same statistics, other options; counters start anew."""
+        names = ("drafted", "chosen", "num_steps", "num_drafted", "num_accepted", "layer_passes")
+        counters = {name: jnp.zeros_like(getattr(state, name)) for name in names}
+        return state.replace(options=options, **counters)
 
     def prefill(
         self, state: ExitState, tokens: jax.Array, start: jax.Array, num: jax.Array
@@ -186,7 +188,7 @@ class EarlyExitDrafter(DrafterBase):
         root = jnp.take_along_axis(tokens, jnp.maximum(num - 1, 0)[:, None], axis=1)
 
         def draw(count, x, tree):
-            scores = logits(self.base, final_norm(self.base, x))
+            scores = fit_vocab(logits(self.base, final_norm(self.base, x)), options.vocab_size)
             least = options.min_probability
             tree = trees.grow(tree, count, scores, options.filters, keys[count], least)
             # Only the next token is stopped, never one that was drawn: that would bias the text.
