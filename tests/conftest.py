@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion, exact products: before any device is touched."""
 
+import gc
 import io
 import json
 import pathlib
@@ -19,6 +20,18 @@ jax.config.update("jax_enable_x64", True)  # float64 models make greedy equality
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs between files once they are many: each takes several memory
+    mappings, and Linux allows a process 65530; the compiler aborts beyond.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
