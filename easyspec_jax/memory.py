@@ -85,9 +85,7 @@ def decode_budget(
     drafts = drafter.models() if drafter is not None else ()
     budget = {"base weights": device_bytes(base.params)}
     if drafter is not None:
-        shared = {id(x) for x in jax.tree.leaves(base)}  # what drafts with the base's own layers
-        own = {id(x): x for x in jax.tree.leaves(drafter) if id(x) not in shared}
-        budget["draft weights"] = device_bytes(list(own.values()))
+        budget["draft weights"] = device_bytes(_models_beside(base, drafter))
     budget["base cache"] = device_bytes(state.cache)
     if drafter is not None:
         budget["draft cache"] = device_bytes(state.draft)
@@ -96,3 +94,12 @@ def decode_budget(
     heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafts))
     scores = 2 * 4 * batch * max(chunk, num_nodes + 1) * heads * size
     return budget | {"scratch": max(logits, scores)}
+
+
+def _models_beside(base: Any, drafter: Any) -> list[Any]:
+    """The models (and arrays) of a drafter, each once and without the base."""
+    kind = type(base)  # as a whole: shapes of equal layers may be one object
+    parts = jax.tree.leaves(drafter, is_leaf=lambda x: isinstance(x, kind))
+    own = {tuple(map(id, jax.tree.leaves(part))): part for part in parts}
+    own.pop(tuple(map(id, jax.tree.leaves(base))), None)
+    return list(own.values())

@@ -121,6 +121,7 @@ def test_the_end_of_the_context_stops(name, shape):
     assert out.tokens == autoregressive().generate(prompt, max_new_tokens=50).tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape", "s"), STREAMS)
 def test_a_stream_is_what_generate_gives(name, shape, s):
     decoder, session = drafting(name, shape), es.Session()
@@ -133,7 +134,7 @@ def test_a_stream_is_what_generate_gives(name, shape, s):
     assert sum(p.num_accepted for p in pieces) == sum(want.stats.accepted_per_depth)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((4, 2), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "shape"), CHAINS)
 def test_a_session_continues_and_changes_its_conversation(name, shape, mesh_shape):
     """As a fresh start would, and from where an abandoned stream was left."""

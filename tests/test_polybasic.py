@@ -132,6 +132,7 @@ def test_a_drafter_that_uses_the_middles_cache_finds_it_whole():
     assert report["middle_passes"] == report["inner_drafts"] + report["middle_catch_up_passes"]
 
 
+@slow
 def test_streams_and_sessions_give_the_tokens_of_generate():
     decoder, prompt = chain("stranger"), PROMPTS[0]
     want = plain().generate([prompt], max_new_tokens=2 * NEW).tokens[0]
@@ -260,6 +261,7 @@ def test_its_memory_counts_both_caches_and_shared_weights_once():
     assert budget["draft weights"] == sum(x.nbytes for x in jax.tree.leaves(middle.params))
 
 
+@slow
 @pytest.mark.parametrize("kind", ["early-exit", "prompt-lookup"])
 def test_any_drafter_may_stand_below_a_middle_of_another_vocabulary(kind):
     """Sampled, where q must cover the base's ids and no more; and greedy, the base's own text."""
