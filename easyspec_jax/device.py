@@ -114,36 +114,14 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 # are sold with and the same kernels; collectives fitted to measurements of custom all-reduces of 4
 # to 256 KB (sglang issue 2904). `score` and `logit`: three passes over float32 numbers.
 _HOPPER = {"collective": 3.35e-6, "hop": 0.38e-6, "link": 4.6e10, "kernel": 5e-6, "step": 3e-5}
+_A100 = {
+    "bandwidth": 1.7e12, "flops": 0.6 * 312e12, "memory": 0.75 * 80e9, "score": 8e-12,
+    "logit": 8e-12, "collective": 6.9e-6, "hop": 0.56e-6, "link": 4e10,
+}  # fmt: skip
+_EAGER = {"attention_kernels": 26, "mlp_kernels": 14, "pass_kernels": 23, "overlapped": True}
 PRESETS = {
-    "a100": Device(
-        name="a100",
-        bandwidth=1.7e12,
-        flops=0.6 * 312e12,
-        memory=0.75 * 80e9,
-        kernel=5e-6,
-        score=8e-12,
-        logit=8e-12,
-        collective=6.9e-6,
-        hop=0.56e-6,
-        link=4e10,
-        step=3e-5,
-    ),
-    "a100-eager": Device(
-        name="a100-eager",
-        bandwidth=1.7e12,
-        flops=0.6 * 312e12,
-        memory=0.75 * 80e9,
-        kernel=19.1e-6,
-        attention_kernels=26,
-        mlp_kernels=14,
-        pass_kernels=23,
-        score=8e-12,
-        logit=8e-12,
-        collective=6.9e-6,
-        hop=0.56e-6,
-        link=4e10,
-        overlapped=True,
-    ),
+    "a100": Device(name="a100", kernel=5e-6, step=3e-5, **_A100),
+    "a100-eager": Device(name="a100-eager", kernel=19.1e-6, **_EAGER, **_A100),
     "h100": Device(
         name="h100",
         bandwidth=0.83 * 3.35e12,

@@ -13,6 +13,7 @@ import numpy as np
 import easyspec_jax as es
 from easyspec_jax import loop
 from easyspec_jax.cache import abstract_cache, own_slots, zeros
+from easyspec_jax.measure import product_seconds
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.model import forward, logits
 from easyspec_jax.sharding import on_mesh, replicate
@@ -53,8 +54,16 @@ def copy_bandwidth(num_bytes: int, repeats: int) -> float:
 
 
 def device_bandwidth() -> float:
-    """Bytes a second of the first device: as sold where that is known, else measured by copying."""
-    return bandwidth(jax.devices()[0].device_kind) or copy_bandwidth(2**30, 3)
+    """Bytes a second of the first device: as sold where that is known, else as weights are streamed
+    in products of one row.
+    """
+    first = jax.devices()[0]
+    if known := bandwidth(first.device_kind):
+        return known
+    dtype = jnp.dtype(jnp.float32 if first.platform == "cpu" else jnp.bfloat16)
+    inner, outer = 2048, 5632
+    size = inner * outer * dtype.itemsize
+    return size / product_seconds(1, inner, outer, dtype, 2**28)
 
 
 def top_gap(base: es.Model, ids: list[int]) -> float:

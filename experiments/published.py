@@ -18,42 +18,29 @@ import numpy as np
 from records import append
 
 from easyspec_jax.acceptance import Acceptance
-from easyspec_jax.config import ModelConfig
 from easyspec_jax.cost import Pass
 from easyspec_jax.device import PRESETS, Device
+from easyspec_jax.info import read_config
 from easyspec_jax.plan import Layout, Planner
 from easyspec_jax.sharding import LAYOUTS
 
 GPT_FAST = "gpt-fast README, A100 at 330 W"
-_LLAMA = {"head_dim": 128, "max_len": 8192}
+CONFIGS = pathlib.Path(__file__).parent / "configs"
 MODELS = {
-    "Llama-3.1-8B": ModelConfig(
-        vocab_size=128256, embed_dim=4096, mlp_dim=14336, num_layers=32, num_heads=32,
-        num_kv_heads=8, **_LLAMA,
+    "Llama-3.1-8B": read_config(CONFIGS / "llama3-8b.json")[0],
+    "Llama-3.1-70B": read_config(CONFIGS / "llama3-70b.json")[0],
+    "Qwen2-7B": read_config(CONFIGS / "qwen2-7b.json")[0],
+    "Qwen2-72B": read_config(CONFIGS / "qwen2-72b.json")[0],
+}
+_LLAMA_2 = {"vocab_size": 32000, "bos_id": 1, "eos_ids": (2,), "pad_id": None, "unk_id": None}
+MODELS |= {
+    "Llama-2-7B": dataclasses.replace(
+        MODELS["Llama-3.1-8B"], mlp_dim=11008, num_kv_heads=32, **_LLAMA_2
     ),
-    "Llama-3.1-70B": ModelConfig(
-        vocab_size=128256, embed_dim=8192, mlp_dim=28672, num_layers=80, num_heads=64,
-        num_kv_heads=8, **_LLAMA,
-    ),
-    "Llama-2-7B": ModelConfig(
-        vocab_size=32000, embed_dim=4096, mlp_dim=11008, num_layers=32, num_heads=32,
-        num_kv_heads=32, **_LLAMA,
-    ),
-    "Llama-2-70B": ModelConfig(
-        vocab_size=32000, embed_dim=8192, mlp_dim=28672, num_layers=80, num_heads=64,
-        num_kv_heads=8, **_LLAMA,
-    ),
-    "Llama-3.2-3B": ModelConfig(
-        vocab_size=128256, embed_dim=3072, mlp_dim=8192, num_layers=28, num_heads=24,
-        num_kv_heads=8, tie_embeddings=True, **_LLAMA,
-    ),
-    "Qwen2-72B": ModelConfig(
-        vocab_size=152064, embed_dim=8192, mlp_dim=29568, num_layers=80, num_heads=64,
-        num_kv_heads=8, qkv_bias=True, **_LLAMA,
-    ),
-    "Qwen2-7B": ModelConfig(
-        vocab_size=152064, embed_dim=3584, mlp_dim=18944, num_layers=28, num_heads=28,
-        num_kv_heads=4, qkv_bias=True, **_LLAMA,
+    "Llama-2-70B": dataclasses.replace(MODELS["Llama-3.1-70B"], **_LLAMA_2),
+    "Llama-3.2-3B": dataclasses.replace(
+        MODELS["Llama-3.1-8B"], embed_dim=3072, mlp_dim=8192, num_layers=28, num_heads=24,
+        tie_embeddings=True,
     ),
 }  # fmt: skip
 # A small all-reduce on H100, bfloat16: sglang issue 2904, the project's own kernel, microseconds.

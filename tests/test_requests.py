@@ -21,6 +21,7 @@ from decoders import (
 import easyspec_jax as es
 from easyspec_jax import loop, memory
 from easyspec_jax.distributed import check_agreement
+from easyspec_jax.profile import time_phase
 from easyspec_jax.request import make_request
 from easyspec_jax.stats import Counters, count
 
@@ -302,6 +303,17 @@ def test_short_draft_context_warns_once_and_stays_lossless():
     prompt = [[1] * 30]
     want = autoregressive().generate(prompt, max_new_tokens=NEW).tokens
     assert decoder.generate(prompt, max_new_tokens=NEW).tokens == want
+
+
+def test_a_timed_step_leaves_its_row_where_it_was():
+    """One that has reached its limit may do less: 2 x 4 steps of up to 4 tokens, room for 5."""
+    decoder = self_drafting()
+    request = make_request(CONFIG, [PROMPTS[0]], 5)
+    state, _ = decoder._prefilled(request)
+    length = int(state.length[0])
+    _, state = time_phase("step", decoder.base, decoder.drafter, state, repeats=4)
+    assert (int(state.length[0]), bool(state.done[0])) == (length, False)
+    assert int(state.counters.steps[0]) == 8
 
 
 def test_profile_names_every_phase():
