@@ -32,7 +32,7 @@ from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
-from easyspec_jax.demo import divergence
+from easyspec_jax.cli.demo import divergence
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.text import Tokenizer
 

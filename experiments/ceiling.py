@@ -13,9 +13,9 @@ import numpy as np
 import easyspec_jax as es
 from easyspec_jax import loop
 from easyspec_jax.cache import abstract_cache, own_slots, zeros
-from easyspec_jax.measure import product_seconds
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.model import forward, logits
+from easyspec_jax.planner.measure import product_seconds
 from easyspec_jax.sharding import on_mesh, replicate
 
 P = jax.sharding.PartitionSpec

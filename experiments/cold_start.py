@@ -23,7 +23,7 @@ from records import append, machine, without_places
 
 def first_byte(base: str, cache: str) -> float:
     """Seconds until `easyspec generate` prints, with `cache` as its cache folder."""
-    code = "import sys; from easyspec_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from easyspec_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     options = ["generate", "--base", base, "--max-new-tokens", "8", "--no-stats"]
     start = time.perf_counter()
     process = subprocess.Popen(

@@ -20,8 +20,8 @@ from records import append, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
-from easyspec_jax.info import read_config
-from easyspec_jax.traffic import collectives
+from easyspec_jax.cli.info import read_config
+from easyspec_jax.planner.program import collectives
 
 PHASES = ("calibrate", "draft", "verify")
 

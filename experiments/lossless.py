@@ -18,7 +18,7 @@ import numpy as np
 
 import easyspec_jax as es
 from easyspec_jax.cache import abstract_cache, zeros
-from easyspec_jax.demo import divergence
+from easyspec_jax.cli.demo import divergence
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.sampling import make_filters, probabilities
 

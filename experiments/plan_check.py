@@ -22,8 +22,8 @@ from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
-from easyspec_jax.cost import step_costs
-from easyspec_jax.measure import measure_device
+from easyspec_jax.planner.cost import step_costs
+from easyspec_jax.planner.measure import measure_device
 from easyspec_jax.profile import time_phase
 from easyspec_jax.request import make_request
 

@@ -17,11 +17,11 @@ from collections.abc import Callable
 import numpy as np
 from records import append
 
-from easyspec_jax.acceptance import Acceptance
-from easyspec_jax.cost import Pass
-from easyspec_jax.device import PRESETS, Device
-from easyspec_jax.info import read_config
-from easyspec_jax.plan import Layout, Planner
+from easyspec_jax.cli.info import read_config
+from easyspec_jax.planner.acceptance import Acceptance
+from easyspec_jax.planner.cost import Pass
+from easyspec_jax.planner.device import PRESETS, Device
+from easyspec_jax.planner.plan import Layout, Planner
 from easyspec_jax.sharding import LAYOUTS
 
 GPT_FAST = "gpt-fast README, A100 at 330 W"

@@ -25,13 +25,13 @@ from prompt_sets import FILES, read_prompts
 from records import append, commit, machine, without_places
 
 import easyspec_jax as es
-from easyspec_jax import tune
 from easyspec_jax.checkpoint import read_metadata
-from easyspec_jax.partitions import Partition, uniform_partitions
-from easyspec_jax.passes import answer, regroup, write_texts
+from easyspec_jax.cli.tune import predict_times
 from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
-from easyspec_jax.tune import StepSeconds
-from easyspec_jax.tune_command import predict_times
+from easyspec_jax.tuner import tune
+from easyspec_jax.tuner.partitions import Partition, uniform_partitions
+from easyspec_jax.tuner.passes import answer, regroup, write_texts
+from easyspec_jax.tuner.tune import StepSeconds
 
 Record = dict[str, Any]
 RESAMPLES = 10_000
@@ -85,7 +85,7 @@ class Bench:
         return of | self.decoded[partition] | {"tuning": tuning}
 
     def tuned(self, steps: int, most: int | None) -> tuple[Partition, Record]:
-        """What `easyspec_jax.tune.tune` would choose, and its figures on the tuning prompts."""
+        """What `tuner.tune` would choose, and its figures on the tuning prompts."""
         k, largest = tune.check_options(self.num_layers, steps, most, False)
         candidates = tune.search(self.scorer, self.costs[:, :largest], k, progress=True)
         verified = tune.verify_best(

@@ -12,7 +12,7 @@ import pytest
 from hf_models import tiny_config, write_hf_folder
 
 import convert
-from easyspec_jax import cli
+from easyspec_jax.cli import main as cli
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")

@@ -15,7 +15,8 @@ import pytest
 
 import convert
 import easyspec_jax as es
-from easyspec_jax import cli, demo
+from easyspec_jax.cli import demo
+from easyspec_jax.cli import main as cli
 from easyspec_jax.text import Tokenizer
 
 SYSTEM_PROMPT = "system: be kind</s>"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import easyspec_jax as es
-from easyspec_jax import drafting
-from easyspec_jax.arguments import DRAFTERS
-from easyspec_jax.report import _listed
+from easyspec_jax.cli import drafting
+from easyspec_jax.cli.arguments import DRAFTERS
+from easyspec_jax.cli.report import _listed
 
 PROMPT = "so it goes and so it goes"
 

@@ -25,10 +25,10 @@ from easyspec_jax.sampling import Proposal
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))  # scripts, no package
 ceiling = importlib.import_module("ceiling")
-gpu_parts = importlib.import_module("gpu_parts")
-gpu_setup = importlib.import_module("gpu_setup")
-gpu_suite = importlib.import_module("gpu_suite")
-kernels = importlib.import_module("kernels")
+gpu_parts = importlib.import_module("gpu.parts")
+gpu_setup = importlib.import_module("gpu.setup")
+gpu_suite = importlib.import_module("gpu.suite")
+kernels = importlib.import_module("gpu.kernels")
 records = importlib.import_module("records")
 
 # Launches: 3 of the body, 2 of the inner loop in each of 4 trips, 1 of the larger branch, 1 of the
@@ -320,8 +320,8 @@ def test_everything_runs_without_packages_that_only_checkpoints_need(tmp_path):
         "import sys\n"
         "for name in ('transformers', 'orbax', 'torch', 'tokenizers', 'safetensors', 'tqdm'):\n"
         "    sys.modules[name] = None\n"
-        "import gpu_suite\n"
-        f"sys.exit(gpu_suite.main(['--preset', 'tiny', '--out', {str(tmp_path / 'out')!r}]))\n"
+        "from gpu import suite\n"
+        f"sys.exit(suite.main(['--preset', 'tiny', '--out', {str(tmp_path / 'out')!r}]))\n"
     )
     paths = os.pathsep.join((str(ROOT), str(ROOT / "experiments")))
     run = subprocess.run(

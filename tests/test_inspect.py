@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import easyspec_jax as es
-from easyspec_jax import passes
 from easyspec_jax.layer_parallel import run_fuzzy, run_whole_layers
 from easyspec_jax.model import Step, rotate
+from easyspec_jax.tuner import passes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))  # scripts, no package
 inspect_layers = importlib.import_module("inspect_layers")

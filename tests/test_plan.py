@@ -13,20 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import easyspec_jax as es
-from easyspec_jax.acceptance import (
+from easyspec_jax.cli.arguments import draft_layout, make_parser
+from easyspec_jax.planner.acceptance import (
     Acceptance,
     chain_tokens,
     fit_acceptance,
     mean_staleness,
     read_acceptance,
 )
-from easyspec_jax.arguments import draft_layout, make_parser
-from easyspec_jax.cost import Pass, step_costs
-from easyspec_jax.device import PRESETS, Device, read_device
-from easyspec_jax.measure import collective_costs, logit_seconds, product_costs, score_seconds
-from easyspec_jax.plan import Choice, Layout, Planner, abstract_mesh, layouts
+from easyspec_jax.planner.cost import Pass, step_costs
+from easyspec_jax.planner.device import PRESETS, Device, read_device
+from easyspec_jax.planner.measure import (
+    collective_costs,
+    logit_seconds,
+    product_costs,
+    score_seconds,
+)
+from easyspec_jax.planner.plan import Choice, Layout, Planner, abstract_mesh, layouts
+from easyspec_jax.planner.program import collectives
 from easyspec_jax.sharding import LAYOUTS
-from easyspec_jax.traffic import collectives
 
 BASE = es.ModelConfig(
     vocab_size=64, embed_dim=64, mlp_dim=128, num_layers=4, num_heads=8, num_kv_heads=8,

@@ -10,7 +10,7 @@ import pytest
 
 import easyspec_jax as es
 from easyspec_jax import loop
-from easyspec_jax.traffic import collectives, read_collectives
+from easyspec_jax.planner.program import collectives, read_collectives
 
 GAMMA, WIDTH, FLOAT = 3, 2, 4
 GROUPS = (1, 4, 2, 1)  # on 4 devices a whole slot and a padded one

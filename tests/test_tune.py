@@ -12,9 +12,9 @@ import pytest
 from decoders import PROMPTS, all_logits, model
 
 import easyspec_jax as es
-from easyspec_jax import passes, tune
 from easyspec_jax.loop import Specs
-from easyspec_jax.partitions import (
+from easyspec_jax.tuner import passes, tune
+from easyspec_jax.tuner.partitions import (
     cheapest_partitions,
     expected_tokens,
     fastest_partitions,

@@ -11,11 +11,14 @@ import pytest
 from decoders import PROMPTS, model
 
 import easyspec_jax as es
-from easyspec_jax import cli, passes, tune, tune_command, tuned
-from easyspec_jax.arguments import make_parser
-from easyspec_jax.device import PRESETS
-from easyspec_jax.plan import Layout, Planner
+from easyspec_jax import tuned
+from easyspec_jax.cli import main as cli
+from easyspec_jax.cli import tune as tune_command
+from easyspec_jax.cli.arguments import make_parser
+from easyspec_jax.planner.device import PRESETS
+from easyspec_jax.planner.plan import Layout, Planner
 from easyspec_jax.sharding import LAYOUTS
+from easyspec_jax.tuner import passes, tune
 
 
 def test_the_file_is_read_as_written_and_replaced_whole(tmp_path):

@@ -20,12 +20,12 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.arguments import DEFAULT_SESSION, check_positive, make_parser
 from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.cli.arguments import DEFAULT_SESSION, check_positive, make_parser
+from easyspec_jax.cli.drafting import check_drafter, make_decoder
+from easyspec_jax.cli.report import Clock, print_report
 from easyspec_jax.distributed import check_agreement, is_lost_peer
-from easyspec_jax.drafting import check_drafter, make_decoder
 from easyspec_jax.memory import check_memory
-from easyspec_jax.report import Clock, print_report
 from easyspec_jax.request import make_request
 from easyspec_jax.text import (
     Conversation,
@@ -328,29 +328,25 @@ def _lines() -> Iterator[str]:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from easyspec_jax import info
+    from easyspec_jax.cli import info
 
     return info.run(args)
 
 
 def _plan_pair(args: argparse.Namespace) -> int:
-    from easyspec_jax import plan_command
+    from easyspec_jax.cli import plan as plan_command
 
     return plan_command.run(args)
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from easyspec_jax import tune_command
+    from easyspec_jax.cli import tune as tune_command
 
     return tune_command.run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from easyspec_jax import demo
+    from easyspec_jax.cli import demo
 
     check_positive(args, "max_new_tokens")
     return demo.run(args, cache_root())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from kernels import step_launches
+from gpu.kernels import step_launches
 
 import easyspec_jax as es
 from easyspec_jax import loop

@@ -1,10 +1,10 @@
 """All that matters on one GPU, checked and measured by one command, without network or checkpoints.
 
-    python experiments/gpu_suite.py --out FILE
+    python experiments/gpu/suite.py --out FILE
 
 It needs jax, flax and numpy alone. Models are random, of the shapes of Llama 3.2 1B, 3.2 3B and 3
 8B; the rate at which the base agrees with its draft is set (`AgreeingDrafter`), so speeds are those
-of a pair with that acceptance, and the text means nothing. Parts (`gpu_parts.py`): correctness,
+of a pair with that acceptance, and the text means nothing. Parts (`parts.py`): correctness,
 autoregression, loop, compile, kernels, draft, verification, host_gap.
 
 A part that fails is recorded with its message and the others still run; what the budget leaves no
@@ -25,8 +25,10 @@ import traceback
 from typing import Any
 
 import jax
-from gpu_parts import PARTS
-from gpu_setup import PRESETS, Suite
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # scripts, no package
+from gpu.parts import PARTS
+from gpu.setup import PRESETS, Suite
 from records import append, commit, machine, versions
 
 PACKAGES = (

@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 
-from easyspec_jax.acceptance import Acceptance, read_acceptance
-from easyspec_jax.arguments import DEFAULT_SESSION, check_positive
 from easyspec_jax.chain import plan_chain
-from easyspec_jax.cost import PHASES
-from easyspec_jax.device import Device, read_device
-from easyspec_jax.info import read_config
-from easyspec_jax.measure import measure_device
-from easyspec_jax.plan import Choice, Plan, Planner
+from easyspec_jax.cli.arguments import DEFAULT_SESSION, check_positive
+from easyspec_jax.cli.info import read_config
+from easyspec_jax.planner.acceptance import Acceptance, read_acceptance
+from easyspec_jax.planner.cost import PHASES
+from easyspec_jax.planner.device import Device, read_device
+from easyspec_jax.planner.measure import measure_device
+from easyspec_jax.planner.plan import Choice, Plan, Planner
 from easyspec_jax.request import check_tokenizers
 
 MAX_BATCH = 1024

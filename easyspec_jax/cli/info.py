@@ -17,12 +17,12 @@ from typing import Any
 import jax.numpy as jnp
 
 import easyspec_jax as es
-from easyspec_jax.arguments import DEFAULT_SESSION, check_positive, draft_layout, partition_of
 from easyspec_jax.checkpoint import METADATA_FILE, read_metadata
+from easyspec_jax.cli.arguments import DEFAULT_SESSION, check_positive, draft_layout, partition_of
 from easyspec_jax.memory import check_memory, listed
+from easyspec_jax.planner.program import Collective, collectives
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
 from easyspec_jax.text import has_chat_template, read_generation_config, stop_ids
-from easyspec_jax.traffic import Collective, collectives
 
 DTYPES = ("float32", "bfloat16")
 

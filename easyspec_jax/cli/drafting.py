@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.arguments import check_positive, draft_layout, partition_of
 from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.cli.arguments import check_positive, draft_layout, partition_of
 from easyspec_jax.request import check_tokenizers
 
 DEPTH = 5  # draft tokens of a step by default; polybasic's: for each pass of the middle

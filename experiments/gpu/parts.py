@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 from ceiling import bandwidth, copy_bandwidth, streamed_bytes, top_gap
-from gpu_setup import WARM, Arm, Suite, spread
+from gpu.setup import WARM, Arm, Suite, spread
 
 import easyspec_jax as es
-from easyspec_jax.demo import divergence
+from easyspec_jax.cli.demo import divergence
 from easyspec_jax.loop import DecodeState
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.profile import time_phase

@@ -27,7 +27,8 @@ from easyspec_jax.drafters import LayerParallelDrafter
 from easyspec_jax.loop import Specs
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
-from easyspec_jax.partitions import (
+from easyspec_jax.sharding import on_mesh, replicate
+from easyspec_jax.tuner.partitions import (
     Partition,
     cheapest_partitions,
     expected_tokens,
@@ -36,7 +37,7 @@ from easyspec_jax.partitions import (
     neighbours,
     uniform_partitions,
 )
-from easyspec_jax.passes import (
+from easyspec_jax.tuner.passes import (
     Text,
     Window,
     answer,
@@ -46,7 +47,6 @@ from easyspec_jax.passes import (
     staleness,
     write_texts,
 )
-from easyspec_jax.sharding import on_mesh, replicate
 
 # Seconds that one whole step (calibrating, drafting, verifying) takes with the draft in this
 # partition, on the machine that is tuned for; only ratios count.

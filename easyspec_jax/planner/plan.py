@@ -13,15 +13,15 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from easyspec_jax.acceptance import Acceptance
 from easyspec_jax.checkpoint import abstract_model
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.cost import Cost, step_costs, total
 from easyspec_jax.decode import Decoder
-from easyspec_jax.device import Device
 from easyspec_jax.drafters import LayerParallelDrafter
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import listed
+from easyspec_jax.planner.acceptance import Acceptance
+from easyspec_jax.planner.cost import Cost, step_costs, total
+from easyspec_jax.planner.device import Device
 from easyspec_jax.sharding import LAYER, LAYOUTS, MLPS, TENSOR, LayoutRules
 
 GAMMAS = (1, 2, 3, 4, 5, 6, 8)

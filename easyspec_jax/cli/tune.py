@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 
 import easyspec_jax as es
-from easyspec_jax.arguments import check_positive
 from easyspec_jax.checkpoint import read_metadata
-from easyspec_jax.device import read_device
-from easyspec_jax.plan import Layout, Planner
+from easyspec_jax.cli.arguments import check_positive
+from easyspec_jax.planner.device import read_device
+from easyspec_jax.planner.plan import Layout, Planner
 from easyspec_jax.request import check_tokenizers, make_request
 from easyspec_jax.sharding import LAYOUTS
 from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
-from easyspec_jax.tune import Candidate, StepSeconds, Tuning, check_options, tune
 from easyspec_jax.tuned import PARTITION_FILE, read_partition, write_partition
+from easyspec_jax.tuner.tune import Candidate, StepSeconds, Tuning, check_options, tune
 
 _POSITIVE = ("num_prompts", "layer", "num_devices", "num_draft_tokens", "max_new_tokens", "verify")
 

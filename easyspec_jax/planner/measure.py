@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint import random_model
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.cost import step_costs
 from easyspec_jax.decode import Decoder
-from easyspec_jax.device import Device
+from easyspec_jax.planner.cost import step_costs
+from easyspec_jax.planner.device import Device
 from easyspec_jax.sharding import LAYER, TENSOR, make_mesh
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from easyspec_jax.decode import Decoder
-from easyspec_jax.device import Device
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.model import Block, Model
+from easyspec_jax.planner.device import Device
 
 PHASES = ("calibrate", "draft", "verify", "commit")
 _COLLECTIVE_LAUNCHES = 2  # of a host that launches a collective itself

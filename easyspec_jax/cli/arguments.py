@@ -8,8 +8,8 @@ import pathlib
 from typing import Any
 
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.device import PRESETS
 from easyspec_jax.layer_parallel import make_partition
+from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
 from easyspec_jax.tuned import TUNED, read_partition
 

@@ -1,0 +1,1 @@
+"""The command line, `easyspec COMMAND`: a file for each command, and what several of them share."""

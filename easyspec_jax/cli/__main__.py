@@ -1,0 +1,7 @@
+"""`python -m easyspec_jax.cli`."""
+
+import sys
+
+from easyspec_jax.cli.main import main
+
+sys.exit(main())
