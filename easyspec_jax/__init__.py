@@ -13,22 +13,26 @@ print(out.tokens, out.stats.tokens_per_step)
 
 from easyspec_jax.checkpoint import abstract_model, load_model, random_model, save_model
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
-from easyspec_jax.decode import Decoder, Generation, Piece, Session
+from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.distributed import initialize_distributed
-from easyspec_jax.drafters import (
-    EarlyExitDrafter,
-    LayerParallelDrafter,
-    PolybasicDrafter,
-    PromptLookupDrafter,
-)
+from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafters.early_exit import EarlyExitDrafter
+from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
+from easyspec_jax.drafters.polybasic import PolybasicDrafter
+from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
+from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.model import Model
 from easyspec_jax.quantize import quantize_weights
+from easyspec_jax.request import Request
+from easyspec_jax.session import Piece, Session
 from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats
+from easyspec_jax.verify import Proposal, Verdict
 
 __all__ = [
     "Decoder",
+    "Drafter",
     "EarlyExitDrafter",
     "Generation",
     "LayerParallelDrafter",
@@ -38,11 +42,15 @@ __all__ = [
     "Piece",
     "PolybasicDrafter",
     "PromptLookupDrafter",
+    "Proposal",
+    "Request",
     "RopeScaling",
     "Sampling",
     "Session",
     "Stats",
+    "Verdict",
     "abstract_model",
+    "config_from_hf",
     "initialize_distributed",
     "load_model",
     "make_mesh",

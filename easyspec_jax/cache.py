@@ -8,6 +8,7 @@ written again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.sharding import Layout
+from easyspec_jax.sharding import Layout, Placed
 
 
 @struct.dataclass(kw_only=True)
@@ -25,18 +26,14 @@ class LayerKV:
     the mesh axis "layer".
     """
 
-    k: jax.Array  # [K * B, S, H], or [n, K * B, S, H] with the first axis over "layer"; `own_slots`
-    v: jax.Array  # the same shape
+    k: Any  # [K * B, S, H], or [n, K * B, S, H] with the first axis over "layer"
+    v: Any  # the same shape
 
     def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
         """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is
         i32[B].
         """
         return LayerKV(k=_write(self.k, k, start), v=_write(self.v, v, start))
-
-    def read(self, start: jax.Array, num: int) -> LayerKV:
-        """Entries start[b] .. start[b] + num - 1 of row b ([K * B, num, H])."""
-        return LayerKV(k=_read(self.k, start, num), v=_read(self.v, start, num))
 
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
         """Entries start[b] + index[b, j] of row b are copied to start[b] + j (index: i32[B, J]);
@@ -55,11 +52,6 @@ def _write(cache, new, start):
     )
 
 
-def _read(cache, start, num):
-    starts = jnp.tile(start, cache.shape[0] // start.shape[0])
-    return jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, num))(cache, starts)
-
-
 def _keep(cache, start, index):
     source = start[:, None] + index
     if start.shape[0] == 1:
@@ -70,41 +62,16 @@ def _keep(cache, start, index):
     return _write(cache, kept, start)
 
 
-def own_slots(tree: Any) -> Any:
-    """`tree` inside `shard_map`, with this device's layer of every stacked slot, [K * B, S, H].
-
-    To be done before a loop and undone by `stacked_like` behind it: in a loop that writes entries
-    with a leading axis of 1, XLA:CPU copies them.
-    """
-
-    def own(x):
-        if not (isinstance(x, LayerKV) and x.k.ndim == 4):
-            return x
-        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), x)
-
-    return jax.tree.map(own, tree, is_leaf=lambda x: isinstance(x, LayerKV))
-
-
-def stacked_like(before: Any, tree: Any) -> Any:
-    """`own_slots` undone: `tree` with the shapes that it had `before`."""
-
-    def stack(old, new):
-        if not isinstance(old, LayerKV):
-            return new
-        return jax.tree.map(lambda a, b: b.reshape(a.shape), old, new)
-
-    return jax.tree.map(stack, before, tree, is_leaf=lambda x: isinstance(x, LayerKV))
-
-
 @struct.dataclass(kw_only=True)
-class KVCache:
+class KVCache(Placed):
     """All layers' keys and values; the first `length[b]` entries of row b belong to committed
     tokens.
     """
 
-    # As Params.blocks: one LayerKV per slot of each block, then one per layer that has a copy.
-    blocks: tuple[tuple[LayerKV, ...], ...]
+    blocks: tuple[tuple[LayerKV, ...], ...]  # as Params.blocks: one LayerKV per slot of each block
     length: jax.Array  # i32[B]
+    layout: Layout = struct.field(pytree_node=False)
+    partition: tuple[int, ...] = struct.field(pytree_node=False)  # layers per block
 
     @property
     def max_len(self) -> int:
@@ -117,10 +84,37 @@ class KVCache:
 
     def keep(self, start: jax.Array, index: jax.Array) -> KVCache:
         """Entries start[b] + index[b, j] are copied to start[b] + j in every layer: the accepted
-        path of a tree (index: i32[B, J]). `length` stays. Not for models in groups.
+        path of a tree (index: i32[B, J]). `length` stays.
         """
         blocks = tuple(tuple(kv.keep(start, index) for kv in block) for block in self.blocks)
         return self.replace(blocks=blocks)
+
+    def specs(self) -> KVCache:
+        """The PartitionSpec of every array."""
+
+        def entry(size: int) -> LayerKV:
+            spec = self.layout.spec("LKSH" if self.layout.stacks(size) else "KSH")
+            return LayerKV(k=spec, v=spec)
+
+        blocks = tuple((entry(n),) * self.layout.num_slots(n) for n in self.partition)
+        return self.replace(blocks=blocks, length=self.layout.spec("B"))
+
+    def own(self) -> KVCache:
+        """This device's layer of every stacked slot, [K * B, S, H].
+
+        A loop that writes entries with a leading axis of 1 would copy them (XLA:CPU).
+        """
+        return self._reshaped(lambda x: x.reshape(x.shape[1:]))
+
+    def stacked(self) -> KVCache:
+        """`own` undone."""
+        return self._reshaped(lambda x: x[None])
+
+    def _reshaped(self, fn: Callable[[jax.Array], jax.Array]) -> KVCache:
+        """With `fn` of the entries of every stacked slot."""
+        pairs = zip(self.partition, self.blocks, strict=True)
+        blocks = (jax.tree.map(fn, b) if self.layout.stacks(n) else b for n, b in pairs)
+        return self.replace(blocks=tuple(blocks))
 
 
 def abstract_cache(
@@ -133,22 +127,16 @@ def abstract_cache(
 ) -> KVCache:
     """Shapes and shardings of an empty cache, as ShapeDtypeStructs."""
     shape = (config.num_kv_heads * batch, max_len, config.head_dim)
-    n = layout.group_devices
 
-    def entry(layout, shape, letters):
-        one = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.named(letters))
-        return LayerKV(k=one, v=one)
-
-    def slots(size):
-        if not layout.stacks(size):
-            return (entry(layout, shape, "KSH"),) * size
-        copies = (entry(layout.copy, shape, "KSH"),) * size if layout.copy else ()
-        return (entry(layout, (n, *shape), "LKSH"),) * -(-size // n) + copies
+    def slots(size: int) -> tuple[LayerKV, ...]:
+        stacked = layout.stacks(size)
+        one = jax.ShapeDtypeStruct(
+            (layout.group_devices, *shape) if stacked else shape,
+            dtype,
+            sharding=layout.named("LKSH" if stacked else "KSH"),
+        )
+        return (LayerKV(k=one, v=one),) * layout.num_slots(size)
 
     length = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=layout.named("B"))
-    return KVCache(blocks=tuple(slots(size) for size in partition), length=length)
-
-
-def zeros(abstract: KVCache) -> KVCache:
-    """An empty cache, allocated straight onto its devices."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), abstract)
+    blocks = tuple(slots(size) for size in partition)
+    return KVCache(blocks=blocks, length=length, layout=layout, partition=partition)

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,18 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from easyspec_jax import weights
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.distributed import is_lost_peer
+from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import check_memory, device_bytes
-from easyspec_jax.model import (
-    LETTERS,
-    Model,
-    Params,
-    arrange_block,
-    block_specs,
-    separate_block,
-)
+from easyspec_jax.model import Model
 from easyspec_jax.sharding import (
     LAYER,
     TENSOR,
@@ -44,13 +40,15 @@ from easyspec_jax.sharding import (
     make_layout,
     make_mesh,
 )
-from easyspec_jax.tuned import PARTITION_FILE, TUNED, read_partition
 
 FORMAT = 1
 # {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null,
 #  "weights": `checksum` of all parts}
 METADATA_FILE = "easyspec.json"
-TOP = "top"  # embed, final_norm and, when untied, lm_head
+TOP_PART = "top"  # of `weights.TOP`; every other part holds the `weights.LAYER` of one layer
+PARTITION_FILE = "partition.json"  # beside the parts: the groups that tuning chose, and why
+PARTITION_FORMAT = 1
+TUNED = "tuned"  # as a group size: that of the partition file
 # Arrays are stored in pieces of at most this many bytes, and no piece holds two kv heads, so that a
 # process reads little more than its own share.
 PIECE = 4 * 2**20
@@ -62,12 +60,14 @@ def layer_name(index: int) -> str:
 
 
 def save_part(folder: pathlib.Path, name: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write one part (`TOP` or a `layer_name`) of a checkpoint, shapes as in `ModelConfig`."""
+    """Write one part (`TOP_PART` or a `layer_name`) of a checkpoint, arrays as in `weights`."""
     from orbax.checkpoint import v1 as ocp
+
+    dims = {weight.name: weight.dims for weight in (*weights.LAYER, *weights.TOP)}
 
     def pieces(keypath, value):
         del value
-        letters = LETTERS[keypath[-1].key]
+        letters = dims[keypath[-1].key]
         heads = (letters.index("K"),) if "K" in letters else None
         return ocp.options.ArrayOptions.Saving.StorageOptions(
             chunk_byte_size=PIECE, shard_axes=heads
@@ -108,7 +108,7 @@ def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]
             f"{folder} has checkpoint format {metadata.get('format')}, "
             f"but this version reads {FORMAT}: convert it again"
         )
-    return ModelConfig.from_hf(json.loads((folder / "config.json").read_text())), metadata
+    return config_from_hf(json.loads((folder / "config.json").read_text())), metadata
 
 
 def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -> None:
@@ -140,22 +140,18 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
         for file in pathlib.Path(like).iterdir():
             if file.is_file() and file.name != PARTITION_FILE:  # found for those weights
                 shutil.copy(file, folder)
-        separate = jax.jit(functools.partial(separate_block, layout=model.layout))
+        separate = jax.jit(functools.partial(weights.separate_block, layout=model.layout))
         index, crc = 0, 0
         for block in model.params.blocks:
             for layer in jax.device_get(separate(block)):
                 save_part(folder, layer_name(index), layer)
                 crc ^= checksum(layer_name(index), layer)
                 index += 1
-        p = model.params
-        top = {"embed": p.embed, "final_norm": p.final_norm, "lm_head": p.lm_head}
-        if config.tie_embeddings:
-            top = {"embed": p.lm_head.T, "final_norm": p.final_norm}
-        top = jax.device_get(top)
-        save_part(folder, TOP, top)
-        crc ^= checksum(TOP, top)
-        weights = {"dtype": model.dtype.name, "weights": f"{crc:08x}"}
-        (folder / METADATA_FILE).write_text(json.dumps(metadata | weights, indent=2) + "\n")
+        top = jax.device_get(weights.separate_top(model.params))
+        save_part(folder, TOP_PART, top)
+        crc ^= checksum(TOP_PART, top)
+        metadata |= {"dtype": model.dtype.name, "weights": f"{crc:08x}"}
+        (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
         os.rename(folder, target)
 
 
@@ -176,9 +172,9 @@ def load_model(
       group_size: layers per group for layer-parallel drafting, or an explicit partition (layers per
         block, in order), or "tuned": the partition that `easyspec tune` left in the folder.
       dtype: of weights and cache; default float32 on CPU, bfloat16 elsewhere.
-      layout: "tensor" splits everything over all devices; "layer" puts the layers of a group side
+      layout: "tensor" splits everything over all devices; "grouped" puts the layers of a group side
         by side on the axis "layer" and splits heads over "tensor"; "replicated" splits nothing; or
-        `LayoutRules`. Default: "tensor" for group_size 1, else "layer".
+        `LayoutRules`. Default: "tensor" for group_size 1, else "grouped".
 
     Raises:
       ValueError: no checkpoint there, a bad partition (or no "tuned" one) or layout, or more than
@@ -190,7 +186,10 @@ def load_model(
         group_size = read_partition(path, config.num_layers, metadata.get("weights"))
     folder = pathlib.Path(path).absolute()
     stored = {p.relative_to(folder).as_posix() for p in folder.glob("layers/*")}
-    if stored != {layer_name(i) for i in range(config.num_layers)} or not (folder / TOP).is_dir():
+    if (
+        stored != {layer_name(i) for i in range(config.num_layers)}
+        or not (folder / TOP_PART).is_dir()
+    ):
         raise ValueError(
             f"{folder} is incomplete or not of one piece: config.json has {config.num_layers} "
             f"layers and {len(stored)} are stored; convert the model again"
@@ -221,7 +220,7 @@ def abstract_model(
     layout: str | LayoutRules | None = None,
 ) -> Model:
     """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
-    `traffic.collectives`; arguments as in `load_model`.
+    `planner.program.collectives`; arguments as in `load_model`.
     """
     mesh = mesh if mesh is not None else make_mesh()
     if set(mesh.axis_names) != {LAYER, TENSOR}:
@@ -231,7 +230,7 @@ def abstract_model(
     if dtype is None:
         dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
     placed = make_layout(config, mesh, rules)
-    params = abstract_params(config, placed, partition, _float_type(dtype))
+    params = _abstract_params(config, placed, partition, _float_type(dtype))
     return Model(params=params, config=config, layout=placed, partition=partition)
 
 
@@ -250,7 +249,7 @@ def random_model(
     root = jax.random.key(seed)
 
     def part(name, abstract):
-        index = config.num_layers if name == TOP else int(name.rpartition("/")[2])
+        index = config.num_layers if name == TOP_PART else int(name.rpartition("/")[2])
         make = _random_part(tuple(abstract.items()))
         return make(jax.random.fold_in(root, index))
 
@@ -265,18 +264,17 @@ def _build(config, mesh, group_size, dtype, layout, part: Callable, tokenizer) -
     placed, dtype = model.layout, model.dtype
     largest = max(device_bytes(block) for block in model.params.blocks)
     check_memory(placed.mesh, {"weights": device_bytes(model.params), "reading": largest})
-    layer = _abstract(config.layer_shapes(), dtype, placed)
+    layer = _abstract(weights.LAYER, config, dtype, placed)
     blocks, first = [], 0
     for size in model.partition:
         layers = [part(layer_name(i), layer) for i in range(first, first + size)]
         blocks.append(_jit_arrange(size, config, placed)(layers))
         first += size
-    top = _place_top(
-        part(TOP, _abstract(config.top_shapes(), dtype, placed)),
-        config,
-        placed,
-    )
-    return model.replace(params=Params(blocks=tuple(blocks), **top), tokenizer=tokenizer)
+    top = part(TOP_PART, _abstract(weights.TOP, config, dtype, placed))
+    shardings = _named(_fields(weights.specs(config, placed, ())), placed.mesh)
+    top = jax.jit(weights.arrange_top, out_shardings=shardings)(top)
+    params = weights.Params(blocks=tuple(blocks), **top)
+    return model.replace(params=params, tokenizer=tokenizer)
 
 
 def _float_type(dtype: Any) -> jnp.dtype:
@@ -291,92 +289,127 @@ def _float_type(dtype: Any) -> jnp.dtype:
     return found
 
 
-def _abstract(shapes, dtype, layout: Layout):
-    """ShapeDtypeStructs by name, split as finely as `layout` and its mesh allow."""
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.finest(LETTERS[name], shape))
-        for name, shape in shapes.items()
-    }
+def _abstract(
+    table: Sequence[weights.Weight], config: ModelConfig, dtype: Any, layout: Layout
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a part as it is read, split as finely as `layout` and its mesh allow."""
+    found = {}
+    for name, weight in weights.present(table, config).items():
+        shape = weight.shape(config)
+        finest = layout.finest(weight.dims, shape)
+        found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=finest)
+    return found
 
 
-def abstract_params(
+def _abstract_params(
     config: ModelConfig, layout: Layout, partition: tuple[int, ...], dtype: Any
-) -> Params:
+) -> weights.Params:
     """Shapes and shardings of a model's weights, as ShapeDtypeStructs; nothing is allocated."""
-
-    def placed(fn, arg, specs):
-        shapes = jax.eval_shape(fn, arg)
-        return jax.tree.map(
-            lambda s, spec: jax.ShapeDtypeStruct(
-                s.shape, s.dtype, sharding=NamedSharding(layout.mesh, spec)
-            ),
-            shapes,
-            specs,
-        )
-
-    one = {
-        size: placed(
-            functools.partial(arrange_block, layout=layout),
-            [_abstract(config.layer_shapes(), dtype, layout)] * size,
-            block_specs(config, layout, size),
-        )
-        for size in set(partition)
-    }
-    top = placed(
-        functools.partial(_arrange_top, tied=config.tie_embeddings),
-        _abstract(config.top_shapes(), dtype, layout),
-        _top_specs(config, layout),
+    layer = _abstract(weights.LAYER, config, dtype, layout)
+    arrange = functools.partial(weights.arrange_block, layout=layout)
+    blocks = {size: jax.eval_shape(arrange, [layer] * size) for size in set(partition)}
+    top = jax.eval_shape(weights.arrange_top, _abstract(weights.TOP, config, dtype, layout))
+    shapes = weights.Params(blocks=tuple(blocks[size] for size in partition), **top)
+    shardings = _named(weights.specs(config, layout, partition), layout.mesh)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
-    return Params(blocks=tuple(one[size] for size in partition), **top)
 
 
-def _arrange_top(top: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    if tied:
-        return {"embed": None, "final_norm": top["final_norm"], "lm_head": top["embed"].T}
-    return {key: top[key] for key in ("embed", "final_norm", "lm_head")}
-
-
-def _top_specs(config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    embed = None if config.tie_embeddings else layout.spec("VD")
-    return {"embed": embed, "final_norm": layout.spec("D"), "lm_head": layout.spec("DV")}
-
-
-def _place_top(top, config, layout):
-    shardings = _named(_top_specs(config, layout), layout.mesh)
-    return jax.jit(
-        functools.partial(_arrange_top, tied=config.tie_embeddings), out_shardings=shardings
-    )(top)
+def _fields(params: weights.Params) -> dict[str, Any]:
+    """What stands outside the blocks."""
+    return {name: getattr(params, name) for name in ("embed", "final_norm", "lm_head")}
 
 
 @functools.cache
 def _jit_arrange(size, config, layout):
     """One jitted `arrange_block` per block size, so that equal blocks compile once."""
-    shardings = _named(block_specs(config, layout, size), layout.mesh)
-    return jax.jit(functools.partial(arrange_block, layout=layout), out_shardings=shardings)
+    (block,) = weights.specs(config, layout, (size,)).blocks
+    arrange = functools.partial(weights.arrange_block, layout=layout)
+    return jax.jit(arrange, out_shardings=_named(block, layout.mesh))
 
 
 @functools.cache
 def _random_part(abstract):
     """A jitted key -> arrays; one draw for all arrays of a part compiles several times faster."""
+    table = {weight.name: weight for weight in (*weights.LAYER, *weights.TOP)}
 
     def make(key):
         ends = np.cumsum([math.prod(a.shape) for _, a in abstract])
         flat = jnp.split(jax.random.normal(key, (int(ends[-1]),), jnp.float32), ends[:-1].tolist())
         return {
-            name: _scaled(draw.reshape(a.shape), name).astype(a.dtype)
+            name: table[name].scaled(draw.reshape(a.shape)).astype(a.dtype)
             for draw, (name, a) in zip(flat, abstract, strict=True)
         }
 
     return jax.jit(make, out_shardings={name: a.sharding for name, a in abstract})
 
 
-def _scaled(draw: jax.Array, name: str) -> jax.Array:
-    """A standard normal draw as the weights `name`: outputs keep the size of inputs."""
-    if name.endswith("norm"):
-        return jnp.ones_like(draw)
-    fan_in = {"wo": draw.shape[:-1], "embed": (1,)}.get(name, draw.shape[:1])
-    return draw * (0.02 if name.startswith("b") else math.prod(fan_in) ** -0.5)
-
-
 def _named(specs, mesh):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def read_partition(
+    path: str | os.PathLike, num_layers: int, weights: str | None = None
+) -> tuple[int, ...]:
+    """The partition that `easyspec tune` left beside the checkpoint `path`, of `num_layers` layers;
+    a warning if it was found for other weights than these (a checkpoint's checksum).
+
+    Raises:
+      ValueError: there is none, or it is damaged or of another model.
+    """
+    file = pathlib.Path(path) / PARTITION_FILE
+    again = f"run `easyspec tune --draft {path}` again"
+    if not file.parent.is_dir():
+        raise ValueError(f"tuned groups are kept beside a converted checkpoint, and {path} is none")
+    if not file.is_file():
+        raise ValueError(
+            f"{path} was not tuned: it has no {PARTITION_FILE}; run `easyspec tune --draft {path}`"
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # of UTF-8 and of JSON, both ValueErrors
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("partition"), list):
+        raise ValueError(f"{file} is damaged: {again}")
+    if record.get("format") != PARTITION_FORMAT:
+        raise ValueError(
+            f"{file} has format {record.get('format')}, "
+            f"but this version reads {PARTITION_FORMAT}: {again}"
+        )
+    try:
+        partition = make_partition(num_layers, record["partition"])
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit the checkpoint: {error}; {again}") from None
+    tuned_for = record.get("tuned_for")
+    known = tuned_for.get("draft_weights") if isinstance(tuned_for, dict) else None
+    if None not in (weights, known) and weights != known:
+        warnings.warn(f"{file} was found for other weights: {again}", stacklevel=2)
+    return partition
+
+
+def write_partition(
+    path: str | os.PathLike, partition: tuple[int, ...], record: dict[str, Any]
+) -> pathlib.Path:
+    """The checkpoint `path` now has this partition and this record of it, as a whole file in one
+    moment; returns where.
+
+    Args:
+      record: "tuned_for", "candidates", "version": what JSON can hold.
+    """
+    file = pathlib.Path(path) / PARTITION_FILE
+    content = {"format": PARTITION_FORMAT, "partition": list(partition)} | record
+    handle, temp = tempfile.mkstemp(prefix=f".{PARTITION_FILE}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, indent=1) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temp, 0o644)  # as other files of a checkpoint; mkstemp lets only its owner read
+        os.replace(temp, file)
+    except BaseException:
+        pathlib.Path(temp).unlink(missing_ok=True)
+        raise
+    return file

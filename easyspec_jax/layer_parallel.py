@@ -15,7 +15,6 @@ weights or cache entries.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,9 @@ from jax import lax
 
 from easyspec_jax.cache import LayerKV
 from easyspec_jax.config import is_integer
-from easyspec_jax.model import Block, Model, RunBlock, Step, attention, mlp, run_layer
+from easyspec_jax.model import Model, RunBlock, Step, attention, mlp, run_layer
 from easyspec_jax.sharding import psum
+from easyspec_jax.weights import Block
 
 PARALLEL = ("attention", "layer")
 
@@ -66,12 +66,10 @@ def run_exact(
     """One block layer after layer: the ordinary model, whatever the grouping.
 
     Over the mesh axis "layer" the devices take turns: a device out of turn skips by `lax.cond`,
-    which leaves its cache alone without a copy. With a second copy of the weights no device waits.
+    which leaves its cache alone without a copy.
     """
     if len(block.mlp) == 1:
         return run_layer(model, block, x, kv, step)
-    if block.copy:
-        return _run_copy(model, block, x, kv, step)
     kv = list(kv)
     for j, weights in enumerate(block.mlp):
         slot = j // model.layout.group_devices
@@ -90,51 +88,15 @@ def _turn(
     group, n = model.layout.group, model.layout.group_devices
     if group is None:
         return attention(model, block.attention[j], x, kv, step)
-    own = _local(block.attention[j // n])
 
     def run(x, kv):
-        return attention(model, own, x, kv, step)
+        return attention(model, block.attention[j // n], x, kv, step)
 
     def skip(x, kv):
         # Both branches of a cond must agree that devices may differ.
         return lax.pcast(jnp.zeros_like(x), _attention_axes(model), to="varying"), kv
 
     return lax.cond(lax.axis_index(group) == j % n, run, skip, x, kv)
-
-
-def _run_copy(
-    model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
-) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-    """A group layer after layer, each split over all devices, from the copy of its weights and a
-    cache of its own; then the new entries go to the layers' owners, one collective per slot.
-    """
-    slots, copies = kv[: len(block.attention)], list(kv[len(block.attention) :])
-    layout, num_new, n = model.layout, x.shape[1], model.layout.group_devices
-    for j, weights in enumerate(block.mlp):
-        delta, copies[j] = attention(model, block.copy[j], x, copies[j], step)
-        x = x + psum(delta, layout.copy.heads)
-        x = x + psum(mlp(model, weights, x), layout.mlp)
-    written = []
-    for i, slot in enumerate(slots):
-        new = [copy.read(step.start, num_new) for copy in copies[i * n : (i + 1) * n]]
-        mine = _to_owners(model, new)
-        written.append(slot.write(mine.k, mine.v, step.start))
-    return x, (*written, *copies)
-
-
-def _to_owners(model: Model, new: list[LayerKV]) -> LayerKV:
-    """Of the new entries of a slot's layers, split as the copies are, this device's layer with all
-    heads that the device holds of it.
-    """
-    layout, n = model.layout, model.layout.group_devices
-    padded = [*new, *[jax.tree.map(jnp.zeros_like, new[0])] * (n - len(new))]
-    both = jnp.stack([jnp.stack((kv.k, kv.v)) for kv in padded])  # [n, 2, K * B, T, H]
-    if layout.group in layout.copy.kv:
-        both = lax.all_to_all(both, layout.group, 0, 0)  # the first axis is now of head shares
-        k, v = both.swapaxes(0, 1).reshape(2, -1, *both.shape[3:])
-    else:
-        k, v = lax.dynamic_index_in_dim(both, lax.axis_index(layout.group), keepdims=False)
-    return LayerKV(k=k, v=v)
 
 
 def run_fuzzy(
@@ -174,20 +136,19 @@ def _attend_at_once(model, block, x, kv, step):
     and the written cache.
     """
     group, n = model.layout.group, model.layout.group_devices
-    deltas, written, copies = [], [], kv[len(block.attention) :]
-    for weights, slot_kv in zip(block.attention, kv, strict=False):
+    deltas, written = [], []
+    for weights, slot_kv in zip(block.attention, kv, strict=True):
+        delta, new = attention(model, weights, x, slot_kv, step)
         if group is None:
-            delta, new = attention(model, weights, x, slot_kv, step)
             deltas.append(delta[None])
         else:
-            delta, new = attention(model, _local(weights), x, slot_kv, step)
             mine = (jnp.arange(n, dtype=jnp.int32) == lax.axis_index(group))[:, None, None, None]
             deltas.append(jnp.where(mine, delta[None], jnp.zeros((), delta.dtype)))
         written.append(new)
     if group is None and not model.layout.heads:
         return [delta[0] for delta in deltas], tuple(written)
     together = psum(jnp.concatenate(deltas), _attention_axes(model))
-    return [together[j] for j in range(len(together))], (*written, *copies)
+    return [together[j] for j in range(len(together))], tuple(written)
 
 
 def draft_runner(parallel: str) -> RunBlock:
@@ -207,8 +168,3 @@ def _attention_axes(model: Model) -> tuple[str, ...]:
     """Axes over which the attention outputs of a group are partial sums."""
     group = (model.layout.group,) if model.layout.group else ()
     return group + model.layout.heads
-
-
-def _local(tree: Any) -> Any:
-    """This device's layer of a stacked slot."""
-    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), tree)

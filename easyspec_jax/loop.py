@@ -1,12 +1,12 @@
 """The decoding loop on the device: prefill, one step, and the while_loop of steps.
 
-One step function serves generation, streaming, speculation and plain autoregression (no drafter).
-The whole state is donated, so caches are updated in place from the first token to the last.
+One step function serves generation, streaming, speculation and plain autoregression, whose drafter
+drafts nothing. The whole state is donated, so caches are updated in place from the first token to
+the last; what a request fixes stands beside it.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -14,12 +14,17 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from easyspec_jax.cache import KVCache, own_slots, stacked_like
-from easyspec_jax.drafters.base import verify_in_one_pass
-from easyspec_jax.model import Model, forward, logits
-from easyspec_jax.sampling import Filters, Proposal, Verdict, fit_vocab, verify
-from easyspec_jax.sharding import on_mesh, specs_of
+from easyspec_jax.cache import KVCache
+from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.model import Model, forward
+from easyspec_jax.request import Request
+from easyspec_jax.sampling import fit_vocab
+from easyspec_jax.sharding import mesh_jit
 from easyspec_jax.stats import Counters, count
+from easyspec_jax.verify import Proposal, Verdict, accept_path
+
+# Parts of a step; its operations are named so in compiled programs and in profiles.
+PHASES = ("calibrate", "draft", "verify", "commit")
 
 
 @struct.dataclass(kw_only=True)
@@ -30,28 +35,18 @@ class DecodeState:
     step; the drafter has absorbed the first `absorbed` of them.
     """
 
-    tokens: (
-        jax.Array
-    )  # i32[B, S], prompt and new tokens; what lies at or beyond `length` is scratch
+    # i32[B, S], prompt and new tokens; what lies at or beyond `length` is scratch
+    tokens: jax.Array
     length: jax.Array  # i32[B], committed tokens
     limit: jax.Array  # i32[B], the row stops at this length
     absorbed: jax.Array  # i32[B], in [length - 1 - γ, length]
     done: jax.Array  # bool[B]; a finished row never changes again
     cache: KVCache  # of the base
-    draft: Any  # the drafter's state; None without one
+    draft: Any  # the drafter's state
     counters: Counters
-    logprobs: (
-        jax.Array | None
-    )  # f32[B, S], log p of each new token at temperature 1, unfiltered; None: not asked for
-    key: jax.Array  # of the whole run; every step folds in its number
+    # f32[B, S], log p of each new token at temperature 1, unfiltered; None: not asked for
+    logprobs: jax.Array | None
     step: jax.Array  # i32[]
-    eos_ids: jax.Array  # i32[E], padded with -1
-    filters: Filters
-
-    @property
-    def num_draft_tokens(self) -> int:
-        """γ; 0 for autoregression."""
-        return self.counters.tried.shape[1]
 
 
 @struct.dataclass(kw_only=True)
@@ -63,80 +58,46 @@ class Emission:
     num_accepted: jax.Array  # i32[B], accepted draft tokens before any cut
     tries: jax.Array  # i32[B, γ], nodes tried at each depth
     num_drafted: jax.Array  # i32[B], nodes there were to try
-    # f[B, n + 1, V], the base's logits at the root and behind each node; None: not asked for
-    scores: jax.Array | None = None
 
 
 def step(
-    base: Model,
-    drafter: Any,
-    state: DecodeState,
-    *,
-    vocab_size: int | None = None,
-    lag: int = 0,
+    base: Model, drafter: Drafter, request: Request, state: DecodeState
 ) -> tuple[DecodeState, Emission]:
-    """Draft, verify and commit once; a finished row stays as it is.
-
-    Args:
-      vocab_size: for a base that itself drafts for a larger one: the ids it chooses from are cut
-        (or padded) to that many, and the emission holds its scores.
-      lag: committed tokens before the root that the base's cache may lack too. If not 0, the draft
-        must be a chain, and the base verifies it in one whole pass.
-    """
-    draft_key, verify_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    """Draft, verify and commit once; a finished row stays as it is."""
+    draft_key, verify_key = jax.random.split(jax.random.fold_in(request.key, state.step))
     root = window(state.tokens, state.length - 1, 1)[:, 0]
-    covered = state.length - 1
-    cache = state.cache.rollback(jnp.minimum(state.cache.length, covered) if lag else covered)
-    if drafter is None:
-        proposal, draft = no_proposal(state.length.shape[0]), None
-    else:
-        width = state.num_draft_tokens + 1
-        recent = window(state.tokens, state.absorbed, width)
-        new = jnp.where(state.done, 0, state.length - state.absorbed)
-        proposal, draft, cache = drafter.propose(
-            state.draft, cache, recent, state.absorbed, new, draft_key
-        )
+    recent = window(state.tokens, state.absorbed, request.num_draft_tokens + 1)
+    new = jnp.where(state.done, 0, state.length - state.absorbed)
+    cache = state.cache.rollback(state.length - 1)
+    proposal, draft, cache = drafter.propose(
+        state.draft, request, cache, recent, state.absorbed, new, draft_key
+    )
     with jax.named_scope("verify"):
-        if drafter is None:
-            scores, cache, aux = verify_in_one_pass(base, cache, root, proposal)
-        elif lag:
-            scores, cache, aux = *_verify_behind(base, cache, state, proposal, lag), None
-        else:
-            scores, cache, aux = drafter.verify(base, cache, root, proposal, draft)
-        if vocab_size is not None:
-            scores = fit_vocab(scores, vocab_size)
-        verdict = verify(scores, proposal, state.filters, verify_key)
+        scores, cache, aux = drafter.verify(base, cache, root, proposal, draft)
+        scores = fit_vocab(scores, request.vocab_size)
+        verdict = accept_path(scores, proposal, request.filters, verify_key)
         if not proposal.is_chain:
             cache = cache.keep(state.length, verdict.path)
-    if drafter is not None:
-        draft = drafter.observe(draft, verdict, aux)
+    draft = drafter.observe(draft, verdict, aux)
     with jax.named_scope("commit"):
         state = state.replace(cache=cache, draft=draft)
-        state, emission = _commit(state, proposal, verdict, scores)
-    return state, emission if vocab_size is None else emission.replace(scores=scores)
-
-
-def _verify_behind(
-    base: Model, cache: KVCache, state: DecodeState, proposal: Proposal, lag: int
-) -> tuple[jax.Array, KVCache]:
-    """As `verify_in_one_pass`, of a chain, in a pass that begins where the cache ends."""
-    n = proposal.tokens.shape[1]
-    text = put_rows(state.tokens, proposal.tokens, state.length)
-    missing = state.length - 1 - cache.length
-    hidden, cache = forward(base, window(text, cache.length, lag + 1 + n), cache)
-    return logits(base, window(hidden, missing, n + 1)), cache
+        return _commit(request, state, proposal, verdict, scores)
 
 
 def _commit(
-    state: DecodeState, proposal: Proposal, verdict: Verdict, scores: jax.Array
+    request: Request,
+    state: DecodeState,
+    proposal: Proposal,
+    verdict: Verdict,
+    scores: jax.Array,
 ) -> tuple[DecodeState, Emission]:
     """Append accepted tokens and the base's own, up to the first stop token or the length limit."""
-    at = jnp.arange(state.num_draft_tokens + 1, dtype=jnp.int32)[None]
+    at = jnp.arange(request.num_draft_tokens + 1, dtype=jnp.int32)[None]
     drafted = jnp.take_along_axis(proposal.tokens, verdict.path, axis=1)
     padded = jnp.pad(drafted, ((0, 0), (0, 1)))
     tokens = jnp.where(at == verdict.num_accepted[:, None], verdict.next_token[:, None], padded)
     offered = at <= verdict.num_accepted[:, None]
-    is_stop = (tokens[..., None] == state.eos_ids[None, None]).any(axis=-1) & offered
+    is_stop = (tokens[..., None] == request.eos_ids[None, None]).any(axis=-1) & offered
     first_stop = jnp.where(is_stop, at, at.shape[1]).min(axis=1)
     num = jnp.minimum(jnp.minimum(verdict.num_accepted, first_stop) + 1, state.limit - state.length)
     num = jnp.where(state.done, 0, num).astype(jnp.int32)
@@ -169,12 +130,6 @@ def _commit(
     return new, emission
 
 
-def no_proposal(batch: int) -> Proposal:
-    """The proposal of autoregression: no nodes."""
-    empty = jnp.zeros((batch, 0), jnp.int32)
-    return Proposal(tokens=empty, parents=empty, valid=jnp.zeros((batch, 0), bool), depth=0)
-
-
 def window(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
     """x[b, start[b] : start[b] + width] of every row, [B, width, ...]."""
     return jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, width))(x, start)
@@ -187,28 +142,15 @@ def put_rows(x: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     )
 
 
-@struct.dataclass
-class Specs:
-    """PartitionSpecs of a pytree as a hashable value, for static arguments."""
-
-    leaves: tuple = struct.field(pytree_node=False)
-    structure: Any = struct.field(pytree_node=False)
-
-    @classmethod
-    def of(cls, tree: Any) -> Specs:
-        """The specs that the arrays of `tree` have."""
-        leaves, structure = jax.tree.flatten(specs_of(tree))
-        return cls(tuple(leaves), structure)
-
-    @property
-    def tree(self) -> Any:
-        """A pytree of PartitionSpecs."""
-        return jax.tree.unflatten(self.structure, self.leaves)
-
-
-@functools.partial(jax.jit, static_argnames=("chunk", "specs"), donate_argnames="state")
+@mesh_jit(out="state", donate="state", static_argnames="chunk")
 def prefill_chunk(
-    base: Model, drafter: Any, state: DecodeState, start: jax.Array, *, chunk: int, specs: Specs
+    base: Model,
+    drafter: Drafter,
+    request: Request,
+    state: DecodeState,
+    start: jax.Array,
+    *,
+    chunk: int,
 ) -> DecodeState:
     """Absorb prompt tokens [start, start + chunk) of every row, but never its last: that is the
     root of the first step.
@@ -216,47 +158,27 @@ def prefill_chunk(
     Args:
       state: donated.
       start: i32[]; start + chunk must not exceed S.
-      specs: of (base, drafter, state).
     """
-    base_specs, drafter_specs, state_specs = specs.tree
-
-    def run(base, drafter, state, start):
-        before, state = state, own_slots(state)
-        last = state.length - 1
-        starts = jnp.broadcast_to(start, last.shape)
-        num = jnp.clip(last - start, 0, chunk)
-        tokens = lax.dynamic_slice_in_dim(state.tokens, start, chunk, axis=1)
-        _, cache = forward(base, tokens, state.cache.rollback(starts), num=num)
-        draft = drafter.prefill(state.draft, tokens, starts, num) if drafter is not None else None
-        return stacked_like(before, state.replace(cache=cache, draft=draft))
-
-    in_specs = (base_specs, drafter_specs, state_specs, jax.sharding.PartitionSpec())
-    return on_mesh(run, base.layout.mesh, in_specs, state_specs)(base, drafter, state, start)
+    last = state.length - 1
+    starts = jnp.broadcast_to(start, last.shape)
+    num = jnp.clip(last - start, 0, chunk)
+    tokens = lax.dynamic_slice_in_dim(state.tokens, start, chunk, axis=1)
+    _, cache = forward(base, tokens, state.cache.rollback(starts), num=num)
+    draft = drafter.prefill(state.draft, request, tokens, starts, num)
+    return state.replace(cache=cache, draft=draft)
 
 
-@functools.partial(jax.jit, static_argnames="specs", donate_argnames="state")
-def run_loop(base: Model, drafter: Any, state: DecodeState, *, specs: Specs) -> DecodeState:
-    """Step until every row is done; `state` is donated, `specs` are those of (base, drafter,
-    state).
-    """
-
-    def run(base, drafter, state):
-        own = own_slots(state)
-        end = lax.while_loop(lambda s: ~s.done.all(), lambda s: step(base, drafter, s)[0], own)
-        return stacked_like(state, end)
-
-    return on_mesh(run, base.layout.mesh, specs.tree, specs.tree[2])(base, drafter, state)
+@mesh_jit(out="state", donate="state")
+def run_loop(base: Model, drafter: Drafter, request: Request, state: DecodeState) -> DecodeState:
+    """Step until every row is done; `state` is donated."""
+    return lax.while_loop(
+        lambda s: ~s.done.all(), lambda s: step(base, drafter, request, s)[0], state
+    )
 
 
-@functools.partial(jax.jit, static_argnames="specs", donate_argnames="state")
+@mesh_jit(out=("state", None), donate="state")
 def run_step(
-    base: Model, drafter: Any, state: DecodeState, *, specs: Specs
+    base: Model, drafter: Drafter, request: Request, state: DecodeState
 ) -> tuple[DecodeState, Emission]:
-    """One step, for streaming; arguments as in `run_loop`."""
-
-    def run(base, drafter, state):
-        end, emission = step(base, drafter, own_slots(state))
-        return stacked_like(state, end), emission
-
-    out_specs = (specs.tree[2], jax.sharding.PartitionSpec())
-    return on_mesh(run, base.layout.mesh, specs.tree, out_specs)(base, drafter, state)
+    """One step, for streaming; `state` is donated."""
+    return step(base, drafter, request, state)

@@ -72,26 +72,25 @@ def check_memory(
 
 
 def decode_budget(
-    base: Any, drafter: Any, state: Any, *, num_nodes: int, chunk: int
+    base: Any, drafter: Any, request: Any, state: Any, *, chunk: int
 ) -> dict[str, int]:
     """Bytes on each device while `state` (a `DecodeState`, or its shapes) is decoded, by name.
 
     Args:
       base: the `Model`; with `drafter`, arrays or shapes.
-      num_nodes: drafted tokens of one step.
+      request: the `Request`.
       chunk: prompt tokens that one prefill absorbs.
     """
     batch, size = state.tokens.shape
-    drafts = drafter.models() if drafter is not None else ()
-    budget = {"base weights": device_bytes(base.params)}
-    if drafter is not None:
-        budget["draft weights"] = device_bytes(_models_beside(base, drafter))
-    budget["base cache"] = device_bytes(state.cache)
-    if drafter is not None:
-        budget["draft cache"] = device_bytes(state.draft)
-    copies = 2 if state.filters.greedy else 5  # logits, p, q and what is left of them
+    num_nodes = request.num_draft_tokens * request.tree_width
+    weights = {"base weights": base.params, "draft weights": _models_beside(base, drafter)}
+    caches = {"base cache": state.cache, "draft cache": state.draft}
+    budget = {name: device_bytes(tree) for name, tree in (weights | caches).items()}
+    if not num_nodes:
+        del budget["draft weights"], budget["draft cache"]
+    copies = 2 if request.filters.greedy else 5  # logits, p, q and what is left of them
     logits = 4 * batch * (num_nodes + 1) * base.config.vocab_size * copies
-    heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafts))
+    heads = max(m.config.num_heads // m.layout.num_head_shards for m in (base, *drafter.models()))
     scores = 2 * 4 * batch * max(chunk, num_nodes + 1) * heads * size
     return budget | {"scratch": max(logits, scores)}
 

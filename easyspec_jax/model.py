@@ -19,82 +19,49 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from easyspec_jax.cache import KVCache, LayerKV
+from easyspec_jax import weights
+from easyspec_jax.cache import KVCache, LayerKV, abstract_cache
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.sharding import Layout, psum
+from easyspec_jax.sharding import Layout, Placed, psum
+from easyspec_jax.weights import Attention, Block, Mlp, Params
 
 
 @struct.dataclass(kw_only=True)
-class Attention:
-    """Attention weights of one layer, or of one slot of a group with a leading axis over the mesh
-    axis "layer".
-    """
-
-    norm: jax.Array  # [D]
-    wqkv: (
-        jax.Array
-    )  # [D, K, G + 2, H]: per kv head its queries, the key, the value; [D, K, G, H] beside a wkv
-    wo: jax.Array  # [K, G, H, D]
-    wkv: jax.Array | None = (
-        None  # [D, K, 2, H], apart only where devices share a kv head but not its query heads
-    )
-    bqkv: jax.Array | None = None  # as wqkv, without D
-    bkv: jax.Array | None = None  # as wkv, without D
-    q_norm: jax.Array | None = None  # [H]
-    k_norm: jax.Array | None = None  # [H]
-
-
-@struct.dataclass(kw_only=True)
-class Mlp:
-    """Gated MLP weights of one layer."""
-
-    norm: jax.Array  # [D]
-    w_gate_up: jax.Array  # [D, 2, F]
-    w_down: jax.Array  # [F, D]
-
-
-@struct.dataclass(kw_only=True)
-class Block:
-    """One layer, or a group of layers whose attentions may run at once.
-
-    Layer j of a group is in slot j // n on device j % n of the mesh axis "layer" (n devices); a
-    short last slot is padded with zero layers. Where n = 1 every layer is a slot of its own, not
-    stacked.
-    """
-
-    attention: tuple[Attention, ...]  # one per slot
-    mlp: tuple[Mlp, ...]  # one per layer
-    copy: tuple[Attention, ...] = ()  # one per layer, split over all devices: for exact passes
-
-
-@struct.dataclass(kw_only=True)
-class Params:
-    """All weights of a model, arranged for its layout."""
-
-    embed: jax.Array | None  # [V, D]; None when tied: the head is read by columns
-    blocks: tuple[Block, ...]
-    final_norm: jax.Array  # [D]
-    lm_head: jax.Array  # [D, V]
-
-
-@struct.dataclass(kw_only=True)
-class Model:
+class Model(Placed):
     """Weights with everything static that is needed to run them; a pytree, so a jit argument."""
 
     params: Params
     config: ModelConfig = struct.field(pytree_node=False)
     layout: Layout = struct.field(pytree_node=False)
-    partition: tuple[int, ...] = struct.field(
-        pytree_node=False
-    )  # layers per block, in order; sums to L
-    tokenizer: str | None = struct.field(
-        pytree_node=False, default=None
-    )  # hash of the ordinary vocabulary
+    # layers per block, in order; sums to L
+    partition: tuple[int, ...] = struct.field(pytree_node=False)
+    # hash of the ordinary vocabulary
+    tokenizer: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def dtype(self) -> jnp.dtype:
         """Type of the weights, of the activations and of the KV cache."""
         return self.params.lm_head.dtype
+
+    def abstract_cache(self, batch: int, max_len: int) -> KVCache:
+        """Shapes and shardings of its empty KV cache, as ShapeDtypeStructs."""
+        return abstract_cache(self.config, self.layout, self.partition, batch, max_len, self.dtype)
+
+    def specs(self) -> Model:
+        """The PartitionSpec of every array."""
+        return self.replace(params=weights.specs(self.config, self.layout, self.partition))
+
+    def own(self) -> Model:
+        """This device's layer of every stacked slot."""
+
+        def own(block: Block) -> Block:
+            if not self.layout.stacks(len(block.mlp)):
+                return block
+            mine = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), block.attention)
+            return block.replace(attention=mine)
+
+        blocks = tuple(map(own, self.params.blocks))
+        return self.replace(params=self.params.replace(blocks=blocks))
 
 
 @struct.dataclass(kw_only=True)
@@ -256,7 +223,7 @@ def forward(
     step = make_step(model, cache, t, placement)
     x, blocks = run_blocks(model, embed(model, tokens), cache.blocks, step, run_block=run_block)
     length = cache.length + (t if num is None else num)
-    return final_norm(model, x), KVCache(blocks=blocks, length=length)
+    return final_norm(model, x), cache.replace(blocks=blocks, length=length)
 
 
 def make_step(
@@ -323,135 +290,3 @@ def logits(model: Model, hidden: jax.Array) -> jax.Array:
         with jax.named_scope("logits"):
             return lax.all_gather(out, model.layout.vocab, axis=2, tiled=True, to="invarying")
     return out
-
-
-# Dimension letters of every array of a checkpoint, for `Layout.spec`.
-LETTERS = {
-    **{"attn_norm": "D", "mlp_norm": "D", "q_norm": "H", "k_norm": "H"},
-    **{"wq": "DKJH", "wk": "DKH", "wv": "DKH", "bq": "KJH", "bk": "KH", "bv": "KH", "wo": "KJHD"},
-    **{"w_gate": "DF", "w_up": "DF", "w_down": "FD"},
-    **{"embed": "VD", "final_norm": "D", "lm_head": "DV"},
-}
-
-
-def arrange_attention(layer: dict[str, Any], *, split_query: bool) -> Attention:
-    """One layer of a checkpoint (`ModelConfig.layer_shapes`) as `Attention`; `split_query` keeps
-    queries apart.
-    """
-
-    def join(*parts):  # [..., K, G, H] queries, [..., K, H] keys and values
-        parts = [
-            p if i == 0 and len(parts) == 3 else jnp.expand_dims(p, -2) for i, p in enumerate(parts)
-        ]
-        return jnp.concatenate(parts, axis=-2)
-
-    has_bias = "bq" in layer
-    if split_query:
-        projections = {
-            "wqkv": layer["wq"],
-            "wkv": join(layer["wk"], layer["wv"]),
-            "bqkv": layer["bq"] if has_bias else None,
-            "bkv": join(layer["bk"], layer["bv"]) if has_bias else None,
-        }
-    else:
-        projections = {
-            "wqkv": join(layer["wq"], layer["wk"], layer["wv"]),
-            "bqkv": join(layer["bq"], layer["bk"], layer["bv"]) if has_bias else None,
-        }
-    return Attention(
-        norm=layer["attn_norm"],
-        wo=layer["wo"],
-        q_norm=layer.get("q_norm"),
-        k_norm=layer.get("k_norm"),
-        **projections,
-    )
-
-
-def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
-    """The layers of one block as checkpoints hold them, fused and, in a group over the axis
-    "layer", stacked by slot.
-    """
-    n, copies, read = layout.group_devices, [], layers
-    if layout.stacks(len(layers)):
-        if layout.copy:
-            apart = bool(layout.copy.query)
-            copies = [arrange_attention(layer, split_query=apart) for layer in layers]
-        # From parts as they were read to whole layers: the compiler finds no short way by itself.
-        read = [
-            {
-                name: lax.with_sharding_constraint(x, layout.named(LETTERS[name]))
-                for name, x in layer.items()
-            }
-            for layer in layers
-        ]
-    attentions = [arrange_attention(layer, split_query=bool(layout.query)) for layer in read]
-    if layout.stacks(len(layers)):
-        nothing = jax.tree.map(jnp.zeros_like, attentions[0])
-        attentions += [nothing] * (-len(layers) % n)
-        attentions = [
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *attentions[i : i + n])
-            for i in range(0, len(attentions), n)
-        ]
-    mlps = [
-        Mlp(
-            norm=layer["mlp_norm"],
-            w_gate_up=jnp.stack((layer["w_gate"], layer["w_up"]), axis=1),
-            w_down=layer["w_down"],
-        )
-        for layer in layers
-    ]
-    return Block(attention=tuple(attentions), mlp=tuple(mlps), copy=tuple(copies))
-
-
-def separate_block(block: Block, layout: Layout) -> list[dict[str, Any]]:
-    """The layers of a block as checkpoints hold them: `arrange_block` undone."""
-    n, stacked = layout.group_devices, layout.stacks(len(block.mlp))
-    layers = []
-    for j, mlp in enumerate(block.mlp):
-        one = block.attention[j // n if stacked else j]
-        if stacked:
-            one = jax.tree.map(lambda leaf, j=j: leaf[j % n], one)
-        gate_up = {"w_gate": mlp.w_gate_up[:, 0], "w_up": mlp.w_gate_up[:, 1]}
-        layers.append(
-            _separate_attention(one) | gate_up | {"mlp_norm": mlp.norm, "w_down": mlp.w_down}
-        )
-    return layers
-
-
-def _separate_attention(w: Attention) -> dict[str, Any]:
-    def split(heads, apart):
-        """Queries [..., K, G, H], keys and values [..., K, H]."""
-        q, kv = (heads, apart) if apart is not None else (heads[..., :-2, :], heads[..., -2:, :])
-        return q, kv[..., 0, :], kv[..., 1, :]
-
-    layer = {"attn_norm": w.norm, "wo": w.wo, "q_norm": w.q_norm, "k_norm": w.k_norm}
-    layer |= dict(zip(("wq", "wk", "wv"), split(w.wqkv, w.wkv), strict=True))
-    if w.bqkv is not None:
-        layer |= dict(zip(("bq", "bk", "bv"), split(w.bqkv, w.bkv), strict=True))
-    return {name: array for name, array in layer.items() if array is not None}
-
-
-def block_specs(config: ModelConfig, layout: Layout, size: int) -> Block:
-    """The PartitionSpecs of `arrange_block` for a block of `size` layers."""
-
-    def attention(layout, lead):
-        apart = bool(layout.query)
-        return Attention(
-            norm=layout.spec(lead + "D"),
-            wqkv=layout.spec(lead + "DKJH"),
-            wo=layout.spec(lead + "KJHD"),
-            wkv=layout.spec(lead + "DKEH") if apart else None,
-            bqkv=layout.spec(lead + "KJH") if config.qkv_bias else None,
-            bkv=layout.spec(lead + "KEH") if apart and config.qkv_bias else None,
-            q_norm=layout.spec(lead + "H") if config.qk_norm else None,
-            k_norm=layout.spec(lead + "H") if config.qk_norm else None,
-        )
-
-    mlps = Mlp(norm=layout.spec("D"), w_gate_up=layout.spec("DEF"), w_down=layout.spec("FD"))
-    if not layout.stacks(size):
-        return Block(attention=(attention(layout, ""),) * size, mlp=(mlps,) * size)
-    return Block(
-        attention=(attention(layout, "L"),) * -(-size // layout.group_devices),
-        mlp=(mlps,) * size,
-        copy=(attention(layout.copy, ""),) * size if layout.copy else (),
-    )

@@ -15,7 +15,6 @@ from jax import lax
 
 from easyspec_jax.config import is_integer
 from easyspec_jax.model import Model, wide_type
-from easyspec_jax.sharding import on_mesh
 
 BITS = (4, 8)
 # The axis of a matrix's inputs, from the end: a group never leaves its head in `wo`.
@@ -62,7 +61,6 @@ def quantize_weights(model: Model, *, bits: int = 4, group_size: int = 128) -> M
         block.replace(
             attention=tuple(map(rounded, block.attention)),
             mlp=tuple(map(rounded, block.mlp)),
-            copy=tuple(map(rounded, block.copy)),
         )
         for block in params.blocks
     )
@@ -97,4 +95,6 @@ def _run(w, axis, bits, group, sharding):
         codes = jnp.round(wide / jnp.where(scale > 0, scale, 1))
         return jnp.moveaxis((codes * scale).astype(w.dtype), 0, axis)
 
-    return lax.with_sharding_constraint(on_mesh(run, mesh, (spec,), spec)(w), sharding)
+    if mesh.size > 1:
+        run = jax.shard_map(run, mesh=mesh, in_specs=(spec,), out_specs=spec)
+    return lax.with_sharding_constraint(run(w), sharding)

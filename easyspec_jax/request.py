@@ -1,4 +1,7 @@
-"""What a request and a pair of models must be: one clear sentence otherwise, before allocation."""
+"""What is asked for: the inputs of a call, checked, and what of them every step needs to know.
+
+Anything that cannot be is refused in one clear sentence, before allocation.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,32 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 
 from easyspec_jax.config import ModelConfig, Sampling, is_integer, is_number
 from easyspec_jax.model import Model
+from easyspec_jax.sampling import Filters
 
 EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@struct.dataclass(kw_only=True)
 class Request:
-    """A checked request."""
+    """What a request fixes, for every function of the loop and of drafters; never donated."""
+
+    filters: Filters  # q is filtered as p is
+    eos_ids: jax.Array  # i32[E], padded with -1: nothing behind one of them is emitted
+    key: jax.Array  # of the whole run; every step folds in its number
+    # f32[], a row whose likeliest path falls below it drafts no further; None: never
+    min_probability: jax.Array | None = None
+    num_draft_tokens: int = struct.field(pytree_node=False)  # γ, at most; 0: autoregression
+    tree_width: int = struct.field(pytree_node=False, default=1)  # w; 1 is a chain
+    vocab_size: int = struct.field(pytree_node=False)  # V of the base: p and q cover these ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The checked arguments of one call."""
 
     rows: list[np.ndarray]  # i32[T] each, T at least 1
     max_new_tokens: int
@@ -38,7 +57,7 @@ class Request:
         return self.longest + self.max_new_tokens
 
 
-def make_request(
+def make_inputs(
     config: ModelConfig,
     prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
     max_new_tokens: int,
@@ -46,8 +65,8 @@ def make_request(
     eos_ids: Sequence[int] = (),
     seed: int = 0,
     logprobs: bool = False,
-) -> Request:
-    """The request, for a base of this configuration.
+) -> Inputs:
+    """The inputs of a call, for a base of this configuration.
 
     Raises:
       ValueError: on anything the base cannot do, naming the prompt or the option.
@@ -61,7 +80,7 @@ def make_request(
     rows = [_check_prompt(config, i, prompt) for i, prompt in enumerate(_listed(prompts))]
     if not rows:
         raise ValueError("no prompts given")
-    request = Request(
+    inputs = Inputs(
         rows=rows,
         max_new_tokens=int(max_new_tokens),
         sampling=sampling,
@@ -70,12 +89,12 @@ def make_request(
         logprobs=logprobs,
     )
     window = config.sliding_window
-    if window is not None and min(request.total, config.max_len) > window:
+    if window is not None and min(inputs.total, config.max_len) > window:
         raise ValueError(
-            f"prompt and max_new_tokens make {request.total} tokens, but the model attends to a "
+            f"prompt and max_new_tokens make {inputs.total} tokens, but the model attends to a "
             f"sliding window of {window}: ask for fewer tokens"
         )
-    return request
+    return inputs
 
 
 def _listed(prompts: Any) -> Iterable:
@@ -137,32 +156,30 @@ def check_stop_strings(stop_strings: Any, tokenizer: Any) -> tuple[str, ...]:
 
 
 def check_pair(
-    base: Model,
-    drafter: Any,
-    num_draft_tokens: int,
-    tree_width: int,
-    min_draft_probability: float | None,
+    base: Model, drafter: Any, num_draft_tokens: Any, tree_width: Any, least: Any
 ) -> None:
     """Refuse a base, drafter and options that cannot work together; warn of a short draft context.
+
+    Args:
+      num_draft_tokens: 0 only for a drafter that never drafts.
+      least: the probability that drafting stops at, or None.
 
     Raises:
       ValueError: saying which.
     """
+    if not hasattr(drafter, "propose"):
+        raise ValueError(
+            f"a drafter is needed, LayerParallelDrafter(draft) say, got {type(drafter).__name__}"
+        )
     for name, n in (("num_draft_tokens", num_draft_tokens), ("tree_width", tree_width)):
-        if not is_integer(n) or n < 1:
+        if not is_integer(n) or n < (1 if drafter.depth else 0):
             raise ValueError(f"{name} must be a whole number above 0, got {n!r}")
-    least = min_draft_probability
     if least is not None and (not is_number(least) or not 0 <= least <= 1):
         raise ValueError(f"min_draft_probability must be between 0 and 1, got {least!r}")
     if max(base.partition) > 1:
         raise ValueError("the base runs layer after layer: load it with group_size=1")
-    if drafter is not None and not hasattr(drafter, "propose"):
-        raise ValueError(
-            f"a drafter is needed, LayerParallelDrafter(draft) say, got {type(drafter).__name__}"
-        )
-    if drafter is not None:
-        drafter.check(base, num_draft_tokens, tree_width)
-    for draft in drafter.models() if drafter is not None else ():
+    drafter.check(base, num_draft_tokens, tree_width)
+    for draft in drafter.models():
         _check_draft(base, draft)
 
 

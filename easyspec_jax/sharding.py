@@ -8,6 +8,8 @@ layout only for the axes to sum over, so one device (no axes at all) and any mes
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -67,15 +69,14 @@ class LayoutRules:
     that do not divide a dimension, are left out when the rules are applied.
 
     Raises:
-      ValueError: an unknown axis, one named twice in a dimension, heads over the axis that carries
-        the layers of a group, or a copy for layers that are not spread.
+      ValueError: an unknown axis, one named twice in a dimension, or heads over the axis that
+        carries the layers of a group.
     """
 
     heads: tuple[str, ...] = (LAYER, TENSOR)  # of every attention, and with them its KV cache
     mlp: tuple[str, ...] = (LAYER, TENSOR)  # columns of every MLP
     vocab: tuple[str, ...] = (LAYER, TENSOR)  # embedding and head
     group: str | None = None  # the layers of a group stand side by side on this axis
-    exact: str = "turns"  # a group in the exact pass: devices take "turns", or a second "copy"
 
     def __post_init__(self):
         for name in ("heads", "mlp", "vocab"):
@@ -93,31 +94,26 @@ class LayoutRules:
                 f'the axis "{self.group}" carries the layers of a group: it cannot split their '
                 "heads too"
             )
-        if self.exact not in ("turns", "copy"):
-            raise ValueError(f'exact must be "turns" or "copy", got {self.exact!r}')
-        if self.exact == "copy" and self.group is None:
-            raise ValueError("a copy for exact passes needs layers of a group over a mesh axis")
 
 
 LAYOUTS = {
     "tensor": LayoutRules(),  # all devices share every layer: any base, and a draft's baseline
-    "layer": LayoutRules(heads=(TENSOR,), group=LAYER),  # EasySpec's draft
-    "replicated": LayoutRules(
-        heads=(), mlp=(), vocab=()
-    ),  # all devices do the same: a draft on one
+    "grouped": LayoutRules(heads=(TENSOR,), group=LAYER),  # EasySpec's draft
+    "replicated": LayoutRules(heads=(), mlp=(), vocab=()),  # a draft on one device: all do the same
 }
 
 MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}  # devices that share them
 
 
 def layout_rules(layout: str | LayoutRules | None, partition: tuple[int, ...]) -> LayoutRules:
-    """The rules that a `layout` argument means; None: "layer" for a model in groups, else "tensor".
+    """The rules that a `layout` argument means; None: "grouped" for a model in groups, else
+    "tensor".
 
     Raises:
       ValueError: an unknown name.
     """
     if layout is None:
-        layout = "layer" if max(partition) > 1 else "tensor"
+        layout = "grouped" if max(partition) > 1 else "tensor"
     if isinstance(layout, LayoutRules):
         return layout
     if not isinstance(layout, str) or layout not in LAYOUTS:
@@ -138,7 +134,6 @@ class Layout:
     mlp: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
     group: str | None = None  # carries the layers of a group; None: they share the devices
-    copy: Layout | None = None  # of a second copy of the attention of groups, for exact passes
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -159,11 +154,15 @@ class Layout:
         """Whether a block of this many layers is stacked over the axis `group`."""
         return size > 1 and self.group_devices > 1
 
+    def num_slots(self, size: int) -> int:
+        """Slots of a block of this many layers: each holds one layer per device of the group."""
+        return -(-size // self.group_devices) if self.stacks(size) else size
+
     def spec(self, letters: str) -> P:
-        """PartitionSpec for an array with these dimension letters: L stacked layers, K, J split
-        query heads, F, V.
+        """PartitionSpec for an array with these dimension letters: L stacked layers, K, G, F, V
+        may be split.
         """
-        axes = {"L": (self.group,), "K": self.kv, "J": self.query, "F": self.mlp, "V": self.vocab}
+        axes = {"L": (self.group,), "K": self.kv, "G": self.query, "F": self.mlp, "V": self.vocab}
         named = [axes.get(letter) or None for letter in letters]
         while named and named[-1] in (None, (None,)):
             named.pop()  # jit compares specs as written: one form for each
@@ -211,10 +210,6 @@ def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
     }
     group = next(iter(real((rules.group,) if rules.group else ())), None)
     layout = Layout(mesh, kv, query, mlp, vocab, group)
-    if group is not None and rules.exact == "copy":
-        layout = dataclasses.replace(layout, copy=_over_group(config, layout))
-        if group not in layout.copy.heads:
-            replicated["heads of the second copy"] = (group,)
     notes = [f"{name} over {'/'.join(axes)}" for name, axes in replicated.items() if axes]
     if notes:
         logger.info(
@@ -223,22 +218,6 @@ def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
             ", ".join(notes),
         )
     return layout
-
-
-def _over_group(config: ModelConfig, layout: Layout) -> Layout:
-    """The layout of a copy whose heads are split over the axis of the group too: over it last, so
-    that the heads of one device of `layout` lie side by side.
-    """
-    mesh, group = layout.mesh, layout.group
-
-    def left(heads, axes):
-        return heads // math.prod(mesh.shape[a] for a in axes)
-
-    if left(config.num_kv_heads, layout.kv) % mesh.shape[group] == 0:
-        return Layout(mesh, (*layout.kv, group), layout.query)
-    if left(config.num_groups, layout.query) % mesh.shape[group] == 0:
-        return Layout(mesh, layout.kv, (*layout.query, group))
-    return Layout(mesh, layout.kv, layout.query)
 
 
 def _split_heads(config: ModelConfig, mesh: Mesh, axes: tuple[str, ...]):
@@ -277,16 +256,6 @@ def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.psum(x, axes) if axes else x
 
 
-def specs_of(tree: Any) -> Any:
-    """The PartitionSpec of every array of a pytree; P() for what carries none."""
-
-    def spec(x):
-        sharding = getattr(x, "sharding", None)
-        return sharding.spec if isinstance(sharding, NamedSharding) else P()
-
-    return jax.tree.map(spec, tree)
-
-
 def replicate(x: Any, mesh: Mesh) -> jax.Array:
     """A host value, the same in every process, as an array on every device of the mesh."""
     sharding = NamedSharding(mesh, P())
@@ -298,8 +267,85 @@ def replicate(x: Any, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def on_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`fn` over local shards on every device of `mesh`; `fn` itself on one device."""
-    if mesh.size == 1:
-        return fn
-    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+def zeros(shapes: Any) -> Any:
+    """A pytree of ShapeDtypeStructs as arrays of zeros, allocated straight onto their devices."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)
+
+
+class Placed:
+    """A pytree whose static fields say how its arrays are split over a mesh: a model, a KV cache.
+
+    Every other array that a program gets is the same on all devices.
+    """
+
+    layout: Layout
+
+    def specs(self) -> Any:
+        """The same pytree with a PartitionSpec for every array."""
+        raise NotImplementedError
+
+    def own(self) -> Any:
+        """Inside `shard_map`: the same with this device's layer of every stacked slot, for good."""
+        return self
+
+    def stacked(self) -> Any:
+        """`own` undone, of what is returned from `shard_map`."""
+        return self
+
+
+def _over_placed(fn: Callable, others: Callable, tree: Any) -> Any:
+    """`fn` of every `Placed` part of a pytree, `others` of every other leaf."""
+    each = lambda x: fn(x) if isinstance(x, Placed) else others(x)  # noqa: E731
+    return jax.tree.map(each, tree, is_leaf=lambda x: isinstance(x, Placed))
+
+
+def specs_of(tree: Any) -> Any:
+    """A pytree of PartitionSpecs: those of its `Placed` parts, P() for every other array."""
+    return _over_placed(lambda x: x.specs(), lambda x: P(), tree)
+
+
+def mesh_jit(
+    *, out: str | tuple[str | None, ...] | None = None, donate: str | None = None, **options: Any
+) -> Callable[[Callable], Any]:
+    """A decorator: a function of local shards becomes a jitted function of arrays on a mesh.
+
+    The mesh and how everything is split are read off the `Placed` arguments while tracing, from
+    their static fields, so a call of what is compiled costs what a call of `jax.jit` costs. On one
+    device the function is jitted as it is.
+
+    Args:
+      out: the argument that the result is split like (and has the structure of), or one for each
+        result; None: the same on every device.
+      donate: the argument that is donated.
+      options: of `jax.jit`.
+    """
+
+    def decorate(fn: Callable) -> Any:
+        signature = inspect.signature(fn)
+        static = options.get("static_argnames", ())
+        static = (static,) if isinstance(static, str) else static
+
+        @functools.wraps(fn)
+        def run(*args, **kwargs):
+            arguments = signature.bind(*args, **kwargs).arguments
+            arrays = {k: v for k, v in arguments.items() if k not in static}
+            call = functools.partial(fn, **{k: v for k, v in arguments.items() if k in static})
+            parts = jax.tree.leaves(arrays, is_leaf=lambda x: isinstance(x, Placed))
+            mesh = next(x.layout.mesh for x in parts if isinstance(x, Placed))
+            if mesh.size == 1:
+                return call(**arrays)
+            in_specs = specs_of(arrays)
+            like = {None: P()} | in_specs
+            out_specs = tuple(map(like.get, out)) if isinstance(out, tuple) else like[out]
+
+            def local(arrays):
+                result = call(**_over_placed(lambda x: x.own(), lambda x: x, arrays))
+                return _over_placed(lambda x: x.stacked(), lambda x: x, result)
+
+            return jax.shard_map(local, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs)(
+                arrays
+            )
+
+        return jax.jit(run, donate_argnames=donate, **options)
+
+    return decorate

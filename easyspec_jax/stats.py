@@ -7,6 +7,7 @@ tokens behind the cut were not tried, accepted or emitted.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,18 @@ import numpy as np
 from flax import struct
 
 
+class Tally:
+    """A pytree of counts of one request: where a state is kept, the next one begins at zero."""
+
+
+def begin_tallies(state: Any) -> Any:
+    """A state with every `Tally` in it at zero."""
+    zero = lambda x: jax.tree.map(jnp.zeros_like, x) if isinstance(x, Tally) else x  # noqa: E731
+    return jax.tree.map(zero, state, is_leaf=lambda x: isinstance(x, Tally))
+
+
 @struct.dataclass(kw_only=True)
-class Counters:
+class Counters(Tally):
     """Running counts of every row of a batch."""
 
     steps: jax.Array  # i32[B], steps in which the row was active

@@ -15,7 +15,8 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.model import Placement
-from easyspec_jax.sampling import Filters, Proposal, ancestry, probabilities
+from easyspec_jax.sampling import Filters, probabilities
+from easyspec_jax.verify import Proposal
 
 BLOCK = 128  # of the vocabulary, for the best of it
 
@@ -201,17 +202,3 @@ def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     top, at = lax.top_k(few.reshape(*x.shape[:-1], -1), k)
     index = jnp.take_along_axis(where, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
     return top, jnp.minimum(index, size - 1)
-
-
-def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | None:
-    """Where root and nodes stand in the base's pass: entry start[b] + i, position by depth; None
-    for a chain.
-    """
-    if proposal.is_chain:
-        return None
-    related = ancestry(proposal)
-    depths = related.sum(axis=-1, dtype=jnp.int32)
-    positions = start[:, None] + jnp.pad(depths, ((0, 0), (1, 0)))
-    ancestors = jnp.pad(related, ((0, 0), (1, 0), (0, 0)))
-    ancestors = jnp.pad(ancestors, ((0, 0), (0, 0), (1, 0)), constant_values=True)
-    return Placement(origin=start, positions=positions, ancestors=ancestors)

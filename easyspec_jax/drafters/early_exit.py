@@ -20,7 +20,7 @@ from jax import lax
 from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafters.base import DrafterBase, DraftOptions
+from easyspec_jax.drafters.base import Drafter
 from easyspec_jax.drafters.exit_statistics import ExitStatistics, choose_exit
 from easyspec_jax.model import (
     Model,
@@ -32,27 +32,36 @@ from easyspec_jax.model import (
     run_blocks,
     wide_type,
 )
-from easyspec_jax.sampling import Proposal, Verdict, argmax, fit_vocab
+from easyspec_jax.request import Request
+from easyspec_jax.sampling import argmax, fit_vocab
+from easyspec_jax.stats import Tally
+from easyspec_jax.verify import Proposal, Verdict
 
 NUM_EXITS = 6  # by default
+
+
+@struct.dataclass(kw_only=True)
+class ExitCounters(Tally):
+    """What the steps of one request did. X exits."""
+
+    chosen: jax.Array  # i32[X], steps that drafted from each exit
+    num_steps: jax.Array  # i32[]
+    num_drafted: jax.Array  # i32[], tokens drafted
+    num_accepted: jax.Array  # i32[]
+    layer_passes: jax.Array  # i32[], layers run, each over one token (drafting) or a window
 
 
 @struct.dataclass(kw_only=True)
 class ExitState:
     """Between steps: where the next step drafts, why, and what was done so far. X exits."""
 
-    options: DraftOptions
     statistics: ExitStatistics
     exit: jax.Array  # i32[], index of the exit of the next (while verifying: of this) step
     limit: jax.Array  # i32[], most tokens the next step drafts; 0: it does not
     # [X, 1, γ + 1, D], of a step: residual stream of root and drafted tokens at exits up to `exit`
     hidden: jax.Array
     drafted: jax.Array  # i32[], tokens drafted in the newest step
-    chosen: jax.Array  # i32[X], steps that drafted from each exit
-    num_steps: jax.Array  # i32[]
-    num_drafted: jax.Array  # i32[], tokens drafted in all steps
-    num_accepted: jax.Array  # i32[]
-    layer_passes: jax.Array  # i32[], layers run, each over one token (drafting) or a window
+    counters: ExitCounters
 
 
 @struct.dataclass(kw_only=True)
@@ -76,7 +85,7 @@ class Verified:
 
 
 @struct.dataclass
-class EarlyExitDrafter(DrafterBase):
+class EarlyExitDrafter(Drafter):
     """Drafts chains with the first layers of the base itself, for one row at a time.
 
     Each step drafts from one of a few candidate exits, the one that brought most tokens per layer
@@ -97,6 +106,8 @@ class EarlyExitDrafter(DrafterBase):
       ValueError: a base in groups or of one layer, exits that are no such list, more or less than
         one exit with adaptive=False.
     """
+
+    shares_base_cache = True
 
     base: Model
     exits: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
@@ -124,8 +135,8 @@ class EarlyExitDrafter(DrafterBase):
         if tree_width > 1:
             raise ValueError(f"an early exit drafts chains: tree_width must be 1, got {tree_width}")
 
-    def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> ExitState:
-        """Shapes of `init`'s result: it needs no cache.
+    def abstract_state(self, batch: int, max_len: int, request: Request) -> ExitState:
+        """No cache: drafting uses the base's.
 
         Raises:
           ValueError: more than one row.
@@ -133,43 +144,45 @@ class EarlyExitDrafter(DrafterBase):
         del max_len
         if batch > 1:
             raise ValueError(f"an early exit drafts for one prompt at a time, got {batch} prompts")
-        return jax.eval_shape(functools.partial(self._empty, options.num_draft_tokens)).replace(
-            options=options
-        )
-
-    def init(self, batch: int, max_len: int, options: DraftOptions) -> ExitState:
-        """Nothing counted yet; the first step drafts one token from the first exit."""
-        self.abstract_state(batch, max_len, options)
-        return self._empty(options.num_draft_tokens).replace(options=options)
-
-    def _empty(self, gamma: int) -> ExitState:
-        x, d = len(self.exits), self.base.config.embed_dim
-        names = ("exit", "drafted", "num_steps", "num_drafted", "num_accepted", "layer_passes")
+        x, gamma = len(self.exits), request.num_draft_tokens
+        count, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (x,)))
+        shape = (x, 1, gamma + 1, self.base.config.embed_dim)
         return ExitState(
-            options=None,
-            statistics=ExitStatistics.empty(x),
-            limit=jnp.array(1 if self.adaptive else gamma, jnp.int32),
-            hidden=jnp.zeros((x, 1, gamma + 1, d), self.base.dtype),
-            chosen=jnp.zeros((x,), jnp.int32),
-            **{name: jnp.array(0, jnp.int32) for name in names},
+            statistics=jax.eval_shape(lambda: ExitStatistics.empty(x)),
+            exit=count,
+            limit=count,
+            hidden=jax.ShapeDtypeStruct(shape, self.base.dtype),
+            drafted=count,
+            counters=ExitCounters(
+                chosen=counts,
+                num_steps=count,
+                num_drafted=count,
+                num_accepted=count,
+                layer_passes=count,
+            ),
         )
 
-    def resume(self, state: ExitState, options: DraftOptions) -> ExitState:
-        """The same statistics, other options; counters start anew."""
-        names = ("drafted", "chosen", "num_steps", "num_drafted", "num_accepted", "layer_passes")
-        counters = {name: jnp.zeros_like(getattr(state, name)) for name in names}
-        return state.replace(options=options, **counters)
+    def init(self, batch: int, max_len: int, request: Request) -> ExitState:
+        """Nothing counted yet; the first step drafts one token from the first exit."""
+        first = 1 if self.adaptive else request.num_draft_tokens
+        return super().init(batch, max_len, request).replace(limit=np.int32(first))
 
     def prefill(
-        self, state: ExitState, tokens: jax.Array, start: jax.Array, num: jax.Array
+        self,
+        state: ExitState,
+        request: Request,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
     ) -> ExitState:
         """Nothing: the cache is the base's."""
-        del tokens, start, num
+        del request, tokens, start, num
         return state
 
     def propose(
         self,
         state: ExitState,
+        request: Request,
         base_cache: KVCache,
         tokens: jax.Array,
         start: jax.Array,
@@ -180,19 +193,18 @@ class EarlyExitDrafter(DrafterBase):
         drawn is also run.
         """
         del start
-        options, origin = state.options, base_cache.length
-        gamma = options.num_draft_tokens
+        origin, gamma = base_cache.length, request.num_draft_tokens
         limit = jnp.minimum(state.limit, gamma)
         threshold = state.statistics.threshold[state.exit]
         keys = jax.random.split(key, gamma)
         root = jnp.take_along_axis(tokens, jnp.maximum(num - 1, 0)[:, None], axis=1)
 
         def draw(count, x, tree):
-            scores = fit_vocab(logits(self.base, final_norm(self.base, x)), options.vocab_size)
-            least = options.min_probability
-            tree = trees.grow(tree, count, scores, options.filters, keys[count], least)
+            scores = fit_vocab(logits(self.base, final_norm(self.base, x)), request.vocab_size)
+            least = request.min_probability
+            tree = trees.grow(tree, count, scores, request.filters, keys[count], least)
             # Only the next token is stopped, never one that was drawn: that would bias the text.
-            stopped = tree.stopped | (tree.newest == options.eos_ids[None]).any(axis=1)
+            stopped = tree.stopped | (tree.newest == request.eos_ids[None]).any(axis=1)
             if self.adaptive:
                 stopped = stopped | (confidences(scores)[:, 0] < threshold)
             return tree.replace(stopped=stopped)
@@ -207,8 +219,8 @@ class EarlyExitDrafter(DrafterBase):
             count = draft.count + 1
             return Draft(tree=tree, count=count, more=more, hidden=hidden, cache=cache)
 
-        drawn = not options.filters.greedy
-        tree = trees.plant(num > 0, gamma, 1, options.vocab_size, drawn=drawn)
+        drawn = not request.filters.greedy
+        tree = trees.plant(num > 0, gamma, 1, request.vocab_size, drawn=drawn)
         draft = Draft(
             tree=tree.replace(newest=root),
             count=jnp.int32(0),
@@ -316,20 +328,21 @@ class EarlyExitDrafter(DrafterBase):
         then choose exit and number of tokens for the next step.
         """
         accepted, num_layers = verdict.num_accepted[0], self.base.config.num_layers
-        exits = jnp.asarray(self.exits, jnp.int32)
-        state = state.replace(
-            chosen=state.chosen.at[state.exit].add((state.drafted > 0).astype(jnp.int32)),
-            num_steps=state.num_steps + 1,
-            num_drafted=state.num_drafted + state.drafted,
-            num_accepted=state.num_accepted + accepted,
-            layer_passes=state.layer_passes + state.drafted * exits[state.exit] + num_layers,
+        exits, counts = jnp.asarray(self.exits, jnp.int32), state.counters
+        counters = ExitCounters(
+            chosen=counts.chosen.at[state.exit].add((state.drafted > 0).astype(jnp.int32)),
+            num_steps=counts.num_steps + 1,
+            num_drafted=counts.num_drafted + state.drafted,
+            num_accepted=counts.num_accepted + accepted,
+            layer_passes=counts.layer_passes + state.drafted * exits[state.exit] + num_layers,
         )
+        state = state.replace(counters=counters)
         if not self.adaptive:
             return state
         counted = jnp.arange(aux.truth.shape[0], dtype=jnp.int32) <= accepted
         statistics = state.statistics.count(aux.shadow == aux.truth[None], aux.confidence, counted)
-        gamma = state.options.num_draft_tokens
-        exit, limit = choose_exit(statistics, self.exits, num_layers, gamma)
+        depth = verdict.path.shape[1]
+        exit, limit = choose_exit(statistics, self.exits, num_layers, depth)
         return state.replace(statistics=statistics, exit=exit, limit=limit)
 
     def report(self, state: ExitState) -> dict[str, Any]:
@@ -338,19 +351,18 @@ class EarlyExitDrafter(DrafterBase):
         they are now. A layer pass is one layer run once, over a token or a window; autoregression
         makes `num_layers` of them per token.
         """
-        s = jax.device_get(state.replace(options=None, hidden=None))
-        names = ("matched", "mismatched", "alpha", "threshold")
-        found = {name: getattr(s.statistics, name) for name in names} if self.adaptive else {}
-        tokens = int(s.num_accepted + s.num_steps)
+        statistics, counters = jax.device_get((state.statistics, state.counters))
+        names = ("matched", "mismatched", "alpha", "threshold") if self.adaptive else ()
+        tokens = int(counters.num_accepted + counters.num_steps)
         return {
             "exits": list(self.exits),
-            **{name: np.asarray(values).tolist() for name, values in found.items()},
-            "chosen": s.chosen.tolist(),
-            "not_drafted": int(s.num_steps - s.chosen.sum()),
-            "num_drafted": int(s.num_drafted),
-            "num_accepted": int(s.num_accepted),
-            "layer_passes": int(s.layer_passes),
-            "layer_passes_per_token": float(s.layer_passes / max(tokens, 1)),
+            **{name: np.asarray(getattr(statistics, name)).tolist() for name in names},
+            "chosen": counters.chosen.tolist(),
+            "not_drafted": int(counters.num_steps - counters.chosen.sum()),
+            "num_drafted": int(counters.num_drafted),
+            "num_accepted": int(counters.num_accepted),
+            "layer_passes": int(counters.layer_passes),
+            "layer_passes_per_token": float(counters.layer_passes / max(tokens, 1)),
             "num_layers": self.base.config.num_layers,
         }
 

@@ -13,27 +13,19 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax import tree as trees
-from easyspec_jax.cache import KVCache, abstract_cache, zeros
-from easyspec_jax.drafters.base import DrafterBase, DraftOptions
+from easyspec_jax.cache import KVCache
+from easyspec_jax.drafters.base import Drafter
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, logits
-from easyspec_jax.sampling import Proposal, fit_vocab
+from easyspec_jax.request import Request
+from easyspec_jax.sampling import fit_vocab
+from easyspec_jax.verify import Proposal
 
 CANDIDATES = ("sampled", "best")
 
 
-@struct.dataclass(kw_only=True)
-class DraftState:
-    """Between steps the cache's first `length` entries cover the absorbed tokens; with calibration
-    they are exact.
-    """
-
-    cache: KVCache
-    options: DraftOptions
-
-
 @struct.dataclass
-class LayerParallelDrafter(DrafterBase):
+class LayerParallelDrafter(Drafter):
     """Drafts chains and trees with `draft`, whose partition says which layers run at once; all
     groups of one layer = exact drafting.
 
@@ -47,9 +39,11 @@ class LayerParallelDrafter(DrafterBase):
         replacement), "best" takes the likeliest; both are lossless, and sampled ones were accepted
         more often wherever the draft is good.
 
+    Its state is the draft's KV cache: between steps the first `length` entries cover the absorbed
+    tokens, and with calibration they are exact.
+
     Raises:
-      ValueError: an unknown `parallel` or `candidates`; without calibration a draft with a second
-        copy for exact passes, as the copy's cache would miss what is absorbed in groups.
+      ValueError: an unknown `parallel` or `candidates`.
     """
 
     draft: Model
@@ -62,81 +56,67 @@ class LayerParallelDrafter(DrafterBase):
         if self.candidates not in CANDIDATES:
             names = ", ".join(map(repr, CANDIDATES))
             raise ValueError(f"candidates must be one of {names}, got {self.candidates!r}")
-        layout = getattr(self.draft, "layout", None)  # jax also puts placeholders there
-        grouped = layout is not None and max(self.draft.partition) > 1
-        if not self.calibrate and grouped and layout.copy is not None:
-            raise ValueError('a draft with exact="copy" needs calibrate=True')
 
     def models(self) -> tuple[Model, ...]:
         """The draft."""
         return (self.draft,)
 
-    def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> DraftState:
-        """Shapes and shardings of `init`'s result."""
-        m = self.draft
-        cache = abstract_cache(m.config, m.layout, m.partition, batch, max_len, m.dtype)
-        return DraftState(cache=cache, options=options)
-
-    def init(self, batch: int, max_len: int, options: DraftOptions) -> DraftState:
-        """An empty cache of `max_len` tokens for `batch` rows."""
-        abstract = self.abstract_state(batch, max_len, options)
-        return abstract.replace(cache=zeros(abstract.cache))
-
-    def resume(self, state: DraftState, options: DraftOptions) -> DraftState:
-        """The same cache, other options."""
-        return state.replace(options=options)
+    def abstract_state(self, batch: int, max_len: int, request: Request) -> KVCache:
+        """A cache of `max_len` tokens for `batch` rows."""
+        del request
+        return self.draft.abstract_cache(batch, max_len)
 
     def prefill(
-        self, state: DraftState, tokens: jax.Array, start: jax.Array, num: jax.Array
-    ) -> DraftState:
+        self, state: KVCache, request: Request, tokens: jax.Array, start: jax.Array, num: jax.Array
+    ) -> KVCache:
         """Absorb prompt tokens exactly, whatever `calibrate` says."""
-        _, cache = forward(
-            self.draft, tokens, state.cache.rollback(start), num=num, run_block=run_exact
-        )
-        return state.replace(cache=cache)
+        del request
+        cache = state.rollback(start)
+        return forward(self.draft, tokens, cache, num=num, run_block=run_exact)[1]
 
     def propose(
         self,
-        state: DraftState,
+        state: KVCache,
+        request: Request,
         base_cache: KVCache,
         tokens: jax.Array,
         start: jax.Array,
         num: jax.Array,
         key: jax.Array,
-    ) -> tuple[Proposal, DraftState, KVCache]:
+    ) -> tuple[Proposal, KVCache, KVCache]:
         """Calibrate, then draft γ levels: the first from the calibration pass, each further one
         from a parallel pass over the level before.
         """
-        keys = jax.random.split(key, state.options.num_draft_tokens)
+        keys = jax.random.split(key, request.num_draft_tokens)
         with jax.named_scope("calibrate"):
             window = run_exact if self.calibrate else draft_runner(self.parallel)
             hidden, cache = forward(
-                self.draft, tokens, state.cache.rollback(start), num=num, run_block=window
+                self.draft, tokens, state.rollback(start), num=num, run_block=window
             )
             last = jnp.maximum(num - 1, 0)[:, None, None]
             hidden = jnp.take_along_axis(hidden, last, axis=1)
         absorbed = cache.length
         with jax.named_scope("draft"):
-            proposal, cache = self._draft(hidden, cache, num > 0, state.options, keys)
-        return proposal, state.replace(cache=cache.rollback(absorbed)), base_cache
+            proposal, cache = self._draft(hidden, cache, num > 0, request, keys)
+        return proposal, cache.rollback(absorbed), base_cache
 
     def _draft(
         self,
         hidden: jax.Array,
         cache: KVCache,
         active: jax.Array,
-        options: DraftOptions,
+        request: Request,
         keys: jax.Array,
     ) -> tuple[Proposal, KVCache]:
         """The whole draft behind `hidden` ([B, 1, D], the root's) of the rows that are active, and
         the cache with its nodes as scratch.
         """
-        gamma, width, least = options.num_draft_tokens, options.tree_width, options.min_probability
+        gamma, width, least = request.num_draft_tokens, request.tree_width, request.min_probability
         origin, fuzzy = cache.length, draft_runner(self.parallel)
 
         def grow(tree, depth, hidden):
-            scores = fit_vocab(logits(self.draft, hidden), options.vocab_size)
-            return trees.grow(tree, depth, scores, options.filters, keys[depth], least)
+            scores = fit_vocab(logits(self.draft, hidden), request.vocab_size)
+            return trees.grow(tree, depth, scores, request.filters, keys[depth], least)
 
         def level(carry):
             depth, tree, cache = carry
@@ -146,8 +126,8 @@ class LayerParallelDrafter(DrafterBase):
             )
             return depth + 1, grow(tree, depth, hidden), cache
 
-        drawn = self.candidates == "sampled" and not options.filters.greedy
-        tree = trees.plant(active, gamma, width, options.vocab_size, drawn=drawn)
+        drawn = self.candidates == "sampled" and not request.filters.greedy
+        tree = trees.plant(active, gamma, width, request.vocab_size, drawn=drawn)
         carry = (jnp.int32(1), grow(tree, 0, hidden), cache)
         if gamma > 1 and least is None:
             carry = lax.fori_loop(1, gamma, lambda _, carry: level(carry), carry)

@@ -16,15 +16,26 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from easyspec_jax import loop  # imports this package: its names are there only when called
-from easyspec_jax.cache import KVCache, abstract_cache, zeros
+from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafters.base import Drafter, DrafterBase, DraftOptions
-from easyspec_jax.model import Model, forward
-from easyspec_jax.sampling import Proposal, probabilities
-from easyspec_jax.stats import Counters, make_stats
+from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.loop import DecodeState, put_rows, step, window
+from easyspec_jax.model import Model, forward, logits
+from easyspec_jax.request import Request
+from easyspec_jax.sampling import fit_vocab, probabilities
+from easyspec_jax.sharding import zeros
+from easyspec_jax.stats import Counters, Tally, make_stats
+from easyspec_jax.verify import Proposal
 
 NEVER = np.iinfo(np.int32).max
+
+
+@struct.dataclass(kw_only=True)
+class CatchUps(Tally):
+    """Passes over a single committed token."""
+
+    middle: jax.Array  # i32[B]
+    inner: jax.Array  # i32[B], of the inner drafter
 
 
 @struct.dataclass(kw_only=True)
@@ -33,14 +44,69 @@ class PolybasicState:
     what the base made of the buffer behind its committed tokens shows in the next call.
     """
 
-    stage: Any  # loop.DecodeState with the middle as base; nothing but `mu` ends its rows
-    # i32[B, 2], passes over a single committed token that the middle, the inner drafter lacked
-    catch_ups: jax.Array
-    options: DraftOptions
+    stage: DecodeState  # with the middle as base; a stop id or `mu` tokens end its rows
+    catch_ups: CatchUps
+
+
+@struct.dataclass(kw_only=True)
+class FillState:
+    """The inner drafter's state while one buffer is filled."""
+
+    inner: Any
+    # f32[B, γ, V], the middle's logits that each token was chosen by; None where greedy
+    scores: jax.Array | None
+    origin: jax.Array  # i32[B], length of the text before the buffer
+    at: jax.Array  # i32[B], tokens in the buffer before this step
+    active: jax.Array  # bool[B], rows that this step fills
+    # i32[B], 1 where the middle's cache lacks the entry before the root, of the token `before`
+    missing: jax.Array
+    before: jax.Array  # i32[B]
 
 
 @struct.dataclass
-class PolybasicDrafter(DrafterBase):
+class Fill(Drafter):
+    """The inner drafter, as the middle's stage has it: what the middle says is remembered, and its
+    pass begins where its cache ends.
+    """
+
+    drafter: Drafter
+
+    def propose(self, state, request, base_cache, tokens, start, num, key):
+        """As the inner drafter."""
+        proposal, inner, base_cache = self.drafter.propose(
+            state.inner, request, base_cache, tokens, start, num, key
+        )
+        state = state.replace(inner=inner, at=start + num - state.origin, active=num > 0)
+        return proposal, state, base_cache
+
+    def verify(self, base, base_cache, root, proposal, state):
+        """As the inner drafter; the default pass may begin one token before the root."""
+        if self.drafter.shares_base_cache:
+            scores, cache, aux = self.drafter.verify(base, base_cache, root, proposal, state.inner)
+            return scores, cache, (scores, aux)
+        n = proposal.tokens.shape[1]
+        text = jnp.concatenate((state.before[:, None], root[:, None], proposal.tokens), axis=1)
+        text = window(jnp.pad(text, ((0, 0), (0, 1))), 1 - state.missing, n + 2)
+        cache = base_cache.rollback(base_cache.length - state.missing)
+        hidden, cache = forward(base, text, cache)
+        scores = logits(base, window(hidden, state.missing, n + 1))
+        return scores, cache, (scores, None)
+
+    def observe(self, state, verdict, aux):
+        """The middle lacks nothing now; its scores stand where the tokens do."""
+        scores, aux = aux
+        kept = state.scores
+        if kept is not None:
+            rows = fit_vocab(scores, kept.shape[-1]).astype(kept.dtype)
+            # Where a full row's end is beyond the last place, both slices move back alike.
+            old = window(kept, state.at, rows.shape[1])
+            kept = put_rows(kept, jnp.where(state.active[:, None, None], rows, old), state.at)
+        inner = self.drafter.observe(state.inner, verdict, aux)
+        return state.replace(inner=inner, scores=kept, missing=jnp.zeros_like(state.missing))
+
+
+@struct.dataclass
+class PolybasicDrafter(Drafter):
     """Drafts chains of tokens that `middle` has verified of what `drafter` drafts for it.
 
     Of `num_draft_tokens` = γ, the capacity of the buffer, the drafter below gets γ - mu levels: the
@@ -69,6 +135,11 @@ class PolybasicDrafter(DrafterBase):
     def __post_init__(self):
         if not is_integer(self.mu) or self.mu < 1:
             raise ValueError(f"mu must be a whole number above 0, got {self.mu!r}")
+
+    @property
+    def depth(self) -> int:
+        """A full buffer and the last draft of the one below."""
+        return self.mu + self.drafter.depth
 
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
         """Refuse trees, a buffer without room for the inner drafter, a middle in groups, and what
@@ -105,67 +176,57 @@ class PolybasicDrafter(DrafterBase):
         """The middle and those of the inner drafter."""
         return (self.middle, *self.drafter.models())
 
-    def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> PolybasicState:
-        """Shapes of `init`'s result; small arrays as they are."""
-        inner = self._inner_options(options)
+    def abstract_state(self, batch: int, max_len: int, request: Request) -> PolybasicState:
+        """Caches of the middle and of the inner drafter."""
+        inner = self._inner(request)
         # A row whose buffer is full is run on with those that fill theirs: its scratch needs room.
         size = max_len + inner.num_draft_tokens + 1
-        m = self.middle
-        none = np.zeros((batch,), np.int32)
-        stage = loop.DecodeState(
-            tokens=np.zeros((batch, size), np.int32),
-            length=none + 1,
-            limit=none + NEVER,
-            absorbed=none,
-            done=np.zeros((batch,), bool),
-            cache=abstract_cache(m.config, m.layout, m.partition, batch, size, m.dtype),
+        row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        counters = Counters.zeros(batch, inner.num_draft_tokens)
+        stage = DecodeState(
+            tokens=jax.ShapeDtypeStruct((batch, size), jnp.int32),
+            length=row,
+            limit=row,
+            absorbed=row,
+            done=jax.ShapeDtypeStruct((batch,), bool),
+            cache=self.middle.abstract_cache(batch, size),
             draft=self.drafter.abstract_state(batch, size, inner),
-            counters=Counters.zeros(batch, inner.num_draft_tokens),
+            counters=jax.eval_shape(lambda: counters),
             logprobs=None,
-            key=jax.random.key(0),
-            step=np.int32(0),
-            eos_ids=np.full((1,), -1, np.int32),
-            filters=options.filters,
+            step=jax.ShapeDtypeStruct((), jnp.int32),
         )
-        return PolybasicState(
-            stage=stage, catch_ups=np.zeros((batch, 2), np.int32), options=options
-        )
+        return PolybasicState(stage=stage, catch_ups=CatchUps(middle=row, inner=row))
 
-    def init(self, batch: int, max_len: int, options: DraftOptions) -> PolybasicState:
-        """Empty caches of the middle and of the inner drafter."""
-        abstract = self.abstract_state(batch, max_len, options)
-        size = abstract.stage.tokens.shape[1]
-        stage = abstract.stage.replace(
-            cache=zeros(abstract.stage.cache),
-            draft=self.drafter.init(batch, size, _own(self._inner_options(options))),
-            filters=_own(options.filters),
-        )
-        return abstract.replace(stage=stage)
-
-    def resume(self, state: PolybasicState, options: DraftOptions) -> PolybasicState:
-        """The same caches, other options; counters start anew."""
+    def init(self, batch: int, max_len: int, request: Request) -> PolybasicState:
+        """Empty caches of the middle and of the inner drafter; no row ends by its length."""
+        shapes = self.abstract_state(batch, max_len, request)
+        size = shapes.stage.tokens.shape[1]
+        state = zeros(shapes.replace(stage=shapes.stage.replace(draft=None)))
         stage = state.stage.replace(
-            draft=self.drafter.resume(state.stage.draft, _own(self._inner_options(options))),
-            filters=_own(options.filters),
-            counters=jax.tree.map(jnp.zeros_like, state.stage.counters),
+            length=np.ones((batch,), np.int32),
+            limit=np.full((batch,), NEVER, np.int32),
+            draft=self.drafter.init(batch, size, self._inner(request)),
         )
-        return PolybasicState(
-            stage=stage, catch_ups=jnp.zeros_like(state.catch_ups), options=options
-        )
+        return state.replace(stage=stage)
 
     def prefill(
-        self, state: PolybasicState, tokens: jax.Array, start: jax.Array, num: jax.Array
+        self,
+        state: PolybasicState,
+        request: Request,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
     ) -> PolybasicState:
         """Both stages absorb prompt tokens."""
-        stage = state.stage
+        stage, inner = state.stage, self._inner(request)
         _, cache = forward(self.middle, tokens, stage.cache.rollback(start), num=num)
         # A short row of a batch meets chunks that begin behind its end.
         covered = jnp.where(num > 0, start + num, jnp.minimum(stage.cache.length, start))
         stage = stage.replace(
-            tokens=loop.put_rows(stage.tokens, tokens, start),
+            tokens=put_rows(stage.tokens, tokens, start),
             length=covered + 1,
             cache=cache.rollback(covered),
-            draft=self.drafter.prefill(stage.draft, tokens, start, num),
+            draft=self.drafter.prefill(stage.draft, inner, tokens, start, num),
             absorbed=covered,
         )
         return state.replace(stage=stage)
@@ -173,6 +234,7 @@ class PolybasicDrafter(DrafterBase):
     def propose(
         self,
         state: PolybasicState,
+        request: Request,
         base_cache: KVCache,
         tokens: jax.Array,
         start: jax.Array,
@@ -182,24 +244,23 @@ class PolybasicDrafter(DrafterBase):
         """Absorb the committed tokens, most of which the stages have made themselves, then fill the
         buffer. With γ <= mu (`check` refuses it) nothing is drafted.
         """
-        options = state.options
         with jax.named_scope("absorb"):
-            stage, behind = self._absorb(state.stage, tokens, start, num)
-        state = state.replace(catch_ups=state.catch_ups + behind)
+            stage, behind = self._absorb(state.stage, request, tokens, start, num)
+        caught_up = jax.tree.map(jnp.add, state.catch_ups, behind)
         origin, scores = stage.length, None
-        if options.num_draft_tokens > self.mu:
+        if request.num_draft_tokens > self.mu:
             with jax.named_scope("middle"):
-                stage, scores = self._fill(stage.replace(key=key), num > 0, options)
-        at = jnp.arange(options.num_draft_tokens, dtype=jnp.int32)[None]
-        drafted = loop.window(stage.tokens, origin, options.num_draft_tokens)
+                stage, scores = self._fill(stage, request.replace(key=key), num > 0)
+        at = jnp.arange(request.num_draft_tokens, dtype=jnp.int32)[None]
+        drafted = window(stage.tokens, origin, request.num_draft_tokens)
         proposal = Proposal(
             tokens=drafted,
             parents=jnp.broadcast_to(at - 1, drafted.shape),
             valid=at < (stage.length - origin)[:, None],
-            probs=None if scores is None else probabilities(scores, options.filters),
-            depth=options.num_draft_tokens,
+            probs=None if scores is None else probabilities(scores, request.filters),
+            depth=request.num_draft_tokens,
         )
-        return proposal, state.replace(stage=stage), base_cache
+        return proposal, PolybasicState(stage=stage, catch_ups=caught_up), base_cache
 
     def report(self, state: PolybasicState) -> dict[str, Any]:
         """How the middle's stage went, summed over rows; passes are those a row took part in.
@@ -211,7 +272,8 @@ class PolybasicDrafter(DrafterBase):
         inner_catch_up_passes), and inner, the inner drafter's own report.
         """
         stats = make_stats(state.stage.counters)
-        middle, inner = np.asarray(state.catch_ups).sum(axis=0).tolist()
+        caught_up = state.catch_ups
+        middle, inner = (int(np.asarray(n).sum()) for n in (caught_up.middle, caught_up.inner))
         return {
             "middle_passes": stats.steps + middle,
             "middle_catch_up_passes": middle,
@@ -230,30 +292,36 @@ class PolybasicDrafter(DrafterBase):
         """Where the base accepts a whole buffer, the middle lacks the token before its root: it
         runs over that in its next pass, unless the inner drafter works with the middle's cache.
         """
-        return int(type(self.drafter).verify is DrafterBase.verify)
+        return 0 if self.drafter.shares_base_cache else 1
 
-    def _inner_options(self, options: DraftOptions) -> DraftOptions:
-        levels = max(options.num_draft_tokens - self.mu, 1)
-        return options.replace(num_draft_tokens=levels, tree_width=1)
+    def _inner(self, request: Request) -> Request:
+        """What the inner drafter is asked for."""
+        levels = max(request.num_draft_tokens - self.mu, 1)
+        return request.replace(num_draft_tokens=levels, tree_width=1)
 
     def _absorb(
-        self, stage: Any, tokens: jax.Array, start: jax.Array, num: jax.Array
-    ) -> tuple[Any, jax.Array]:
+        self,
+        stage: DecodeState,
+        request: Request,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
+    ) -> tuple[DecodeState, CatchUps]:
         """The stage at the end of the committed tokens (arguments as `propose`'s), with no more
-        missing than its step absorbs by itself; and the passes this took, i32[B, 2]: the middle's,
-        the inner drafter's.
+        missing than its step absorbs by itself; and the passes this took.
 
         Entries of tokens that it had in its buffer are kept as they are. A row with num = 0 stays
         as it is.
         """
-        active, width = num > 0, stage.num_draft_tokens + 1
+        inner = self._inner(request)
+        active, width = num > 0, inner.num_draft_tokens + 1
         at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        known = loop.window(stage.tokens, start, tokens.shape[1])
+        known = window(stage.tokens, start, tokens.shape[1])
         new = at < num[:, None]
         agreed = start + jnp.cumprod((known == tokens) & new, axis=1, dtype=jnp.int32).sum(
             axis=1, dtype=jnp.int32
         )
-        text = loop.put_rows(stage.tokens, jnp.where(new, tokens, known), start)
+        text = put_rows(stage.tokens, jnp.where(new, tokens, known), start)
         length = jnp.where(active, start + num, stage.length)
 
         def covered(count):
@@ -266,13 +334,14 @@ class PolybasicDrafter(DrafterBase):
         def middle_catches_up(carry):
             cache, passes = carry
             num = lacking(cache.length, 1 + self._lag)
-            _, cache = forward(self.middle, loop.window(text, cache.length, 1), cache, num=num)
+            _, cache = forward(self.middle, window(text, cache.length, 1), cache, num=num)
             return cache, passes + num
 
         def inner_catches_up(carry):
             (draft, absorbed), passes = carry
             num = lacking(absorbed, width)
-            draft = self.drafter.prefill(draft, loop.window(text, absorbed, 1), absorbed, num)
+            one = window(text, absorbed, 1)
+            draft = self.drafter.prefill(draft, inner, one, absorbed, num)
             return (draft, absorbed + num), passes + num
 
         cache, none = stage.cache.rollback(covered(stage.cache.length)), jnp.zeros_like(num)
@@ -281,7 +350,7 @@ class PolybasicDrafter(DrafterBase):
             middle_catches_up,
             (cache, none),
         )
-        (draft, absorbed), inner = lax.while_loop(
+        (draft, absorbed), passes = lax.while_loop(
             lambda c: (lacking(c[0][1], width) > 0).any(),
             inner_catches_up,
             ((stage.draft, covered(stage.absorbed)), none),
@@ -289,37 +358,31 @@ class PolybasicDrafter(DrafterBase):
         stage = stage.replace(
             tokens=text, length=length, absorbed=absorbed, cache=cache, draft=draft
         )
-        return stage, jnp.stack((middle, inner), axis=1)
+        return stage, CatchUps(middle=middle, inner=passes)
 
     def _fill(
-        self, stage: Any, active: jax.Array, options: DraftOptions
-    ) -> tuple[Any, jax.Array | None]:
+        self, stage: DecodeState, request: Request, active: jax.Array
+    ) -> tuple[DecodeState, jax.Array | None]:
         """The stage after enough steps for mu tokens in every active row, and the middle's logits
         (f[B, γ, V]) that each of them was chosen by; None where greedy.
         """
-        origin, steps = stage.length, stage.num_draft_tokens + 1
-        shape = (active.shape[0], options.num_draft_tokens, options.vocab_size)
-
-        def fill(carry):
-            before, scores = carry
-            after, out = loop.step(
-                self.middle, self.drafter, before, vocab_size=options.vocab_size, lag=self._lag
-            )
-            if scores is not None:
-                at = before.length - origin
-                # Where a full row's end is beyond the last place, both slices move back alike.
-                kept = loop.window(scores, at, steps)
-                rows = jnp.where(before.done[:, None, None], kept, out.scores.astype(kept.dtype))
-                scores = loop.put_rows(scores, rows, at)
-            full = after.length - origin >= self.mu
-            return after.replace(done=after.done | full), scores
-
-        scores = None if options.filters.greedy else jnp.zeros(shape, jnp.float32)
-        return lax.while_loop(
-            lambda carry: ~carry[0].done.all(), fill, (stage.replace(done=~active), scores)
+        origin, inner, none = stage.length, self._inner(request), jnp.zeros_like(stage.length)
+        shape = (active.shape[0], request.num_draft_tokens, request.vocab_size)
+        draft = FillState(
+            inner=stage.draft,
+            scores=None if request.filters.greedy else jnp.zeros(shape, jnp.float32),
+            origin=origin,
+            at=none,
+            active=active,
+            missing=(stage.cache.length < origin - 1).astype(jnp.int32),
+            before=window(stage.tokens, origin - 2, 1)[:, 0],
         )
 
+        def fill(before):
+            after, _ = step(self.middle, Fill(self.drafter), inner, before)
+            return after.replace(done=after.done | (after.length - origin >= self.mu))
 
-def _own(tree: Any) -> Any:
-    """Copies: a buffer that stands twice in a state could not be donated."""
-    return jax.tree.map(jnp.copy, tree)
+        stage = lax.while_loop(
+            lambda s: ~s.done.all(), fill, stage.replace(done=~active, draft=draft)
+        )
+        return stage.replace(draft=stage.draft.inner), stage.draft.scores

@@ -15,20 +15,13 @@ from jax import lax
 
 from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafters.base import DrafterBase, DraftOptions
-from easyspec_jax.sampling import Proposal
+from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.request import Request
+from easyspec_jax.verify import Proposal
 
 
 @struct.dataclass(kw_only=True)
-class LookupState:
-    """The text by absolute position; every call says how much of it counts."""
-
-    tokens: jax.Array  # i32[B, S]
-    options: DraftOptions
-
-
-@struct.dataclass(kw_only=True)
-class PromptLookupDrafter(DrafterBase):
+class PromptLookupDrafter(Drafter):
     """Drafts what followed the last tokens of the text where they stood before.
 
     The longest repeated ending of at most `max_ngram` tokens counts; of its places, one with γ
@@ -36,6 +29,8 @@ class PromptLookupDrafter(DrafterBase):
     the w best places whose tokens differ, each as one chain (they share what they begin with). A
     text whose last token is new drafts nothing: that step is plain autoregression. Draft tokens are
     chosen, not drawn, so the text is lossless at any temperature.
+
+    Its state is the text by absolute position, i32[B, S]; every call says how much of it counts.
 
     Args:
       max_ngram: tokens of the ending that is looked up, at most.
@@ -50,54 +45,48 @@ class PromptLookupDrafter(DrafterBase):
         if not is_integer(self.max_ngram) or self.max_ngram < 1:
             raise ValueError(f"max_ngram must be a whole number above 0, got {self.max_ngram!r}")
 
-    def abstract_state(self, batch: int, max_len: int, options: DraftOptions) -> LookupState:
-        """Shapes of `init`'s result.
+    def abstract_state(self, batch: int, max_len: int, request: Request) -> jax.ShapeDtypeStruct:
+        """Room for `max_len` tokens of `batch` rows.
 
         Raises:
           ValueError: drafting is to stop at a probability.
         """
-        if options.min_probability is not None:
+        if request.min_probability is not None:
             raise ValueError(
                 "prompt lookup has no probabilities that drafting could stop at: leave "
                 "min_draft_probability out"
             )
-        tokens = jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
-        return LookupState(tokens=tokens, options=options)
-
-    def init(self, batch: int, max_len: int, options: DraftOptions) -> LookupState:
-        """Room for `max_len` tokens of `batch` rows."""
-        abstract = self.abstract_state(batch, max_len, options)
-        return abstract.replace(tokens=jnp.zeros(abstract.tokens.shape, jnp.int32))
-
-    def resume(self, state: LookupState, options: DraftOptions) -> LookupState:
-        """The same text, other options."""
-        return state.replace(options=options)
+        return jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
 
     def prefill(
-        self, state: LookupState, tokens: jax.Array, start: jax.Array, num: jax.Array
-    ) -> LookupState:
+        self,
+        state: jax.Array,
+        request: Request,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
+    ) -> jax.Array:
         """Remember prompt tokens."""
-        del num  # what lies behind them is written again before it counts
+        del request, num  # what lies behind `num` is written again before it counts
         write = lambda row, new, at: lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
-        return state.replace(tokens=jax.vmap(write)(state.tokens, tokens, start))
+        return jax.vmap(write)(state, tokens, start)
 
     def propose(
         self,
-        state: LookupState,
+        state: jax.Array,
+        request: Request,
         base_cache: KVCache,
         tokens: jax.Array,
         start: jax.Array,
         num: jax.Array,
         key: jax.Array,
-    ) -> tuple[Proposal, LookupState, KVCache]:
+    ) -> tuple[Proposal, jax.Array, KVCache]:
         """Remember the committed tokens and look up the last of them."""
         del key
-        state = self.prefill(state, tokens, start, num)
-        gamma, width = state.options.num_draft_tokens, state.options.tree_width
+        state = self.prefill(state, request, tokens, start, num)
+        gamma, width = request.num_draft_tokens, request.tree_width
         with jax.named_scope("draft"):
-            chains, known = look_up(
-                state.tokens, start + num, self.max_ngram, depth=gamma, width=width
-            )
+            chains, known = look_up(state, start + num, self.max_ngram, depth=gamma, width=width)
             return share_prefixes(chains, known), state, base_cache
 
 

@@ -1,0 +1,254 @@
+"""Verification: what a drafter proposes, the base's pass over it, and the rule that keeps decoding
+lossless.
+
+Chains, trees of chosen and trees of drawn tokens are one kind of proposal with one rule. Drafters
+and the loop both stand on this.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from easyspec_jax.cache import KVCache
+from easyspec_jax.model import Model, Placement, forward, logits, wide_type
+from easyspec_jax.sampling import Filters, argmax, probabilities, sample
+
+
+@struct.dataclass(kw_only=True)
+class Proposal:
+    """What a drafter proposes for one step: n nodes, each hanging on the root (the current token)
+    or on an earlier node. Siblings have different tokens and are tried in order.
+    """
+
+    tokens: jax.Array  # i32[B, n]
+    parents: jax.Array  # i32[B, n], index of the parent node, -1 = root
+    valid: jax.Array  # bool[B, n]; an invalid node is never accepted and never counted
+    # f32[B, m, V], m <= n: row i + 1 is the q that the children of node i were drawn from without
+    # replacement, row 0 that of the root's children; None: nodes were chosen, not drawn
+    probs: jax.Array | None = None
+    # i32[], of a draft that may stop early, its nodes in level order: only the first `levels` of
+    # `depth` equal parts hold valid nodes; None: all may
+    levels: jax.Array | None = None
+    depth: int = struct.field(pytree_node=False)  # nodes on the longest path
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node hangs on the one before: the longest path is all of them."""
+        return self.depth == self.tokens.shape[1]
+
+    def first(self, levels: int) -> Proposal:
+        """The same without what lies behind this many levels."""
+        n = self.tokens.shape[1] // self.depth * levels
+        nodes = {name: getattr(self, name)[:, :n] for name in ("tokens", "parents", "valid")}
+        return self.replace(**nodes, depth=levels, levels=None)
+
+
+@struct.dataclass(kw_only=True)
+class Verdict:
+    """What the base model decided about one proposal."""
+
+    num_accepted: jax.Array  # i32[B], in [0, depth]
+    # i32[B, depth], the accepted nodes; what lies beyond num_accepted means nothing
+    path: jax.Array
+    next_token: jax.Array  # i32[B], the residual sample, or the bonus token behind a leaf
+    tries: jax.Array  # i32[B, depth], nodes tried at each depth; the last of them was accepted
+
+
+def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | None:
+    """Where root and nodes stand in the base's pass: entry start[b] + i, position by depth; None
+    for a chain.
+    """
+    if proposal.is_chain:
+        return None
+    related = ancestry(proposal)
+    depths = related.sum(axis=-1, dtype=jnp.int32)
+    positions = start[:, None] + jnp.pad(depths, ((0, 0), (1, 0)))
+    ancestors = jnp.pad(related, ((0, 0), (1, 0), (0, 0)))
+    ancestors = jnp.pad(ancestors, ((0, 0), (0, 0), (1, 0)), constant_values=True)
+    return Placement(origin=start, positions=positions, ancestors=ancestors)
+
+
+def verify_in_one_pass(
+    base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
+) -> tuple[jax.Array, KVCache, None]:
+    """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache.
+
+    Of a draft that may stop early, the smallest of a few compiled sizes that holds its levels is
+    run; logits behind nodes that were left out are zero.
+    """
+
+    def run(proposal, cache):
+        tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
+        placement = verification_placement(cache.length, proposal)
+        hidden, cache = forward(base, tokens, cache, placement=placement)
+        return logits(base, hidden), cache
+
+    def run_first(levels, state):
+        _, scores, cache = state
+        some, cache = run(proposal.first(levels), cache)
+        return jnp.bool_(False), lax.dynamic_update_slice(scores, some, (0, 0, 0)), cache
+
+    if proposal.levels is None:
+        return *run(proposal, base_cache), None
+    batch, n = proposal.tokens.shape
+    scores = jnp.zeros((batch, n + 1, base.config.vocab_size), wide_type(base.dtype))
+    smaller = -1
+    for levels in verification_sizes(proposal.depth):
+        # A loop of at most one turn writes the cache in place; a `cond` or `switch` copies it.
+        fits = (proposal.levels <= levels) & (proposal.levels > smaller)
+        body = functools.partial(run_first, levels)
+        _, scores, base_cache = lax.while_loop(lambda s: s[0], body, (fits, scores, base_cache))
+        smaller = levels
+    return scores, base_cache, None
+
+
+def verification_sizes(depth: int) -> tuple[int, ...]:
+    """Numbers of levels that verification is compiled for: `depth`, halved down to 1; rising."""
+    sizes = {depth}
+    while depth > 1:
+        depth = -(-depth // 2)
+        sizes.add(depth)
+    return tuple(sorted(sizes))
+
+
+def accept_path(scores: jax.Array, proposal: Proposal, filters: Filters, key: jax.Array) -> Verdict:
+    """Accept a path from the root down so that the base model's distribution is kept.
+
+    At every node its children are tried in order; the first accepted one is the next node, and
+    where all are rejected (or there are none) the step's last token is drawn from what is left of
+    p. A chosen child x is accepted with p(x) over the mass its siblings left; a drawn one with
+    min(1, p(x) / q(x)), a rejection leaving p = norm(max(p - q, 0)) and q without x (Leviathan et
+    al. 2023, Algorithm 1, for a chain; Jeon et al. 2024, recursive rejection sampling without
+    replacement, for a tree). Greedily, a child is accepted if it is the base's argmax.
+
+    Args:
+      scores: logits [B, n + 1, V] of the base model at the root and behind each node.
+      proposal: a chain or a tree.
+      filters: applied to the base's logits; the draft's q had the same.
+      key: consumed.
+    """
+    if filters.greedy:
+        target = argmax(scores)
+        passes = proposal.tokens == jnp.take_along_axis(target, proposal.parents + 1, axis=1)
+        verdict, last = _follow(proposal, passes)
+        return verdict.replace(next_token=_at(target, last))
+    p = probabilities(scores, filters)
+    accept_key, sample_key = jax.random.split(key)
+    u = jax.random.uniform(accept_key, proposal.tokens.shape, jnp.float32)
+    if proposal.probs is None:
+        passes = _pass_chosen(p, proposal, u)
+        verdict, last = _follow(proposal, passes)
+        rest = _without_children(_at(p, last), proposal, last)
+    else:
+        passes, rest = _try_drawn(p, proposal, u)
+        verdict, _ = _follow(proposal, passes)
+    return verdict.replace(next_token=sample(sample_key, rest))
+
+
+def ancestry(proposal: Proposal) -> jax.Array:
+    """bool[B, n, n]: entry [i, j] says whether node j is node i or one of its ancestors."""
+    batch, n = proposal.tokens.shape
+    node = jnp.arange(n, dtype=jnp.int32)
+    if proposal.is_chain:
+        return jnp.broadcast_to((node[:, None] >= node[None])[None], (batch, n, n))
+    up = (proposal.parents[..., None] == node[None, None]) | (node[:, None] == node[None])[None]
+    for _ in range((proposal.depth - 1).bit_length()):  # each product doubles the generations
+        up = jnp.matmul(up.astype(jnp.float32), up.astype(jnp.float32)) > 0
+    return up
+
+
+def _siblings_before(proposal: Proposal) -> jax.Array:
+    """bool[B, n, n]: entry [i, j] says whether j is a valid sibling tried before node i."""
+    node = jnp.arange(proposal.tokens.shape[1], dtype=jnp.int32)
+    same = proposal.parents[..., None] == proposal.parents[:, None]
+    return same & (node[:, None] > node[None])[None] & proposal.valid[:, None]
+
+
+def _follow(proposal: Proposal, passes: jax.Array) -> tuple[Verdict, jax.Array]:
+    """The verdict (without its last token) when the nodes that would be accepted, once tried, are
+    bool[B, n] `passes`; and where the path ends: 0 the root, i + 1 node i.
+    """
+    n, depth = proposal.tokens.shape[1], proposal.depth
+    count = lambda x: x.sum(axis=1, dtype=jnp.int32)  # noqa: E731
+    related, before = ancestry(proposal), _siblings_before(proposal)
+    passes = passes & proposal.valid
+    beaten = (before & passes[:, None]).any(axis=-1)
+    accepted = (~related | (passes & ~beaten)[:, None]).all(axis=-1)
+    visited = jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=True)
+    reached = jnp.take_along_axis(visited, proposal.parents + 1, axis=1)
+    tried = proposal.valid & reached & ~beaten
+    level = jnp.arange(depth, dtype=jnp.int32)[None, None]
+    depths = related.sum(axis=-1, dtype=jnp.int32)[..., None] - 1
+    index = jnp.arange(n, dtype=jnp.int32)[None, :, None]
+    path = count(jnp.where(accepted[..., None] & (depths == level), index, 0))
+    last = jnp.where(accepted, index[..., 0] + 1, 0).max(axis=1, initial=0)
+    tries = count(tried[..., None] & (depths == level))
+    num = count(accepted)
+    return Verdict(num_accepted=num, path=path, next_token=num, tries=tries), last
+
+
+def _pass_chosen(p: jax.Array, proposal: Proposal, u: jax.Array) -> jax.Array:
+    """Which chosen nodes would be accepted, bool[B, n], for uniforms f32[B, n]."""
+    p_x = _at_node(p, proposal.parents + 1, proposal.tokens)
+    removed = jnp.where(_siblings_before(proposal), p_x[:, None], 0.0).sum(axis=-1)
+    return u * jnp.maximum(1.0 - removed, 0.0) < p_x
+
+
+def _without_children(p: jax.Array, proposal: Proposal, last: jax.Array) -> jax.Array:
+    """p (f32[B, V]) at the end of a path (as `_follow` says) without the tokens rejected there."""
+    rejected = proposal.valid & (proposal.parents == last[:, None] - 1)
+    nowhere = jnp.where(rejected, proposal.tokens, p.shape[-1])
+    rest = jax.vmap(lambda row, x: row.at[x].set(0.0, mode="drop"))(p, nowhere)
+    # The children had all of p up to rounding: then every draw from p is right.
+    return jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
+
+
+def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Try drawn nodes (p: f32[B, n + 1, V], uniforms f32[B, n]) on the way down from the root.
+
+    Returns:
+      bool[B, n], the accepted nodes, and what is left of p where the path ends, f32[B, V].
+    """
+    n, vocab = proposal.tokens.shape[1], p.shape[-1]
+    ids = jnp.arange(vocab, dtype=jnp.int32)[None]
+
+    def try_node(i, state):
+        last, rest, p_sum, q, q_sum, passes = state
+        x = proposal.tokens[:, i]
+        tried = proposal.valid[:, i] & (proposal.parents[:, i] == last - 1)
+        # u < p / q, each normalised, and neither product so small that it vanishes.
+        accept = tried & (u[:, i] * (_at(q, x) / q_sum) < _at(rest, x) / p_sum)
+        left = jnp.maximum(rest / p_sum[:, None] - q / q_sum[:, None], 0.0)
+        # p = q up to rounding leaves nothing: then every draw from p is right.
+        left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, rest)
+        reject = (tried & ~accept)[:, None]
+        last = jnp.where(accept, i + 1, last)
+        rest = jnp.where(accept[:, None], p[:, i + 1], jnp.where(reject, left, rest))
+        below = proposal.probs[:, jnp.minimum(i + 1, proposal.probs.shape[1] - 1)]
+        without = jnp.where(ids == x[:, None], 0.0, q)
+        q = jnp.where(accept[:, None], below, jnp.where(reject, without, q))
+        p_sum = jnp.where(accept, 1.0, jnp.where(tried, rest.sum(axis=-1), p_sum))
+        q_sum = jnp.where(accept, 1.0, jnp.where(tried, q.sum(axis=-1), q_sum))
+        return last, rest, p_sum, q, q_sum, passes.at[:, i].set(accept)
+
+    one = jnp.ones_like(p[:, 0, 0])
+    root = jnp.zeros_like(proposal.tokens[:, 0])
+    state = (root, p[:, 0], one, proposal.probs[:, 0], one, jnp.zeros_like(proposal.valid))
+    _, rest, _, _, _, passes = lax.fori_loop(0, n, try_node, state)
+    return passes, rest
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[b, index[b]] for every row b."""
+    index = index.reshape(index.shape + (1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, index, axis=1).squeeze(1)
+
+
+def _at_node(p: jax.Array, node: jax.Array, token: jax.Array) -> jax.Array:
+    """p[b, node[b, i], token[b, i]] of f32[B, m, V], without a copy of its rows: f32[B, n]."""
+    return jax.vmap(lambda row, i, x: row[i, x])(p, node, token)

@@ -1,0 +1,302 @@
+"""Every weight of a model, described once: dimensions, initialiser, and what others call it.
+
+A checkpoint holds the arrays of `LAYER` for every layer and those of `TOP` once, matrices with
+their inputs first. A model runs on the same numbers arranged: queries, keys and values in one
+matrix, gate and up in another, the layers of a group stacked. Shapes, splits over a mesh, random
+weights, conversion, loading and saving all read the tables here, so a family with one more norm is
+one more entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One array of a checkpoint."""
+
+    name: str
+    # Letters of its dimensions, those that a product sums over first: D embed, F mlp, V vocabulary,
+    # K kv heads, G query heads of each, H head width.
+    dims: str
+    hf: str  # in transformers, behind `HF_LAYER` where it is a layer's
+    gguf: str  # in GGUF files, behind `GGUF_LAYER`
+    # How many of `dims` are inputs of a matrix, which others store transposed; 0: no matrix.
+    num_inputs: int = 0
+    # What a standard normal draw is multiplied by; None: a matrix keeps the size of its inputs,
+    # and a norm is all ones.
+    spread: float | None = None
+    exists: Callable[[ModelConfig], bool] = lambda config: True
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Of the array in a checkpoint."""
+        sizes = {
+            "D": config.embed_dim,
+            "F": config.mlp_dim,
+            "V": config.vocab_size,
+            "K": config.num_kv_heads,
+            "G": config.num_groups,
+            "H": config.head_dim,
+        }
+        return tuple(sizes[letter] for letter in self.dims)
+
+    def matrix(self, config: ModelConfig) -> tuple[int, int]:
+        """Inputs and outputs of a matrix."""
+        shape = self.shape(config)
+        return math.prod(shape[: self.num_inputs]), math.prod(shape[self.num_inputs :])
+
+    def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Of the tensor in transformers: matrices are [out, in], heads are joined."""
+        if self.num_inputs:
+            return self.matrix(config)[::-1]
+        return self.shape(config) if self.dims == "VD" else (math.prod(self.shape(config)),)
+
+    def scaled(self, draw: jax.Array) -> jax.Array:
+        """A standard normal draw of its shape as random weights."""
+        if self.spread is not None:
+            return draw * self.spread
+        if not self.num_inputs:
+            return jnp.ones_like(draw)
+        return draw * math.prod(draw.shape[: self.num_inputs]) ** -0.5
+
+
+def _has_bias(config: ModelConfig) -> bool:
+    return config.qkv_bias
+
+
+def _has_qk_norm(config: ModelConfig) -> bool:
+    return config.qk_norm
+
+
+def _has_head(config: ModelConfig) -> bool:
+    return not config.tie_embeddings
+
+
+HF_LAYER, GGUF_LAYER = "model.layers.{}.", "blk.{}."
+_BIAS: dict[str, Any] = {"spread": 0.02, "exists": _has_bias}
+
+LAYER = (
+    Weight("attn_norm", "D", "input_layernorm.weight", "attn_norm.weight"),
+    Weight("wq", "DKGH", "self_attn.q_proj.weight", "attn_q.weight", 1),
+    Weight("wk", "DKH", "self_attn.k_proj.weight", "attn_k.weight", 1),
+    Weight("wv", "DKH", "self_attn.v_proj.weight", "attn_v.weight", 1),
+    Weight("wo", "KGHD", "self_attn.o_proj.weight", "attn_output.weight", 3),
+    Weight("bq", "KGH", "self_attn.q_proj.bias", "attn_q.bias", **_BIAS),
+    Weight("bk", "KH", "self_attn.k_proj.bias", "attn_k.bias", **_BIAS),
+    Weight("bv", "KH", "self_attn.v_proj.bias", "attn_v.bias", **_BIAS),
+    Weight("q_norm", "H", "self_attn.q_norm.weight", "attn_q_norm.weight", exists=_has_qk_norm),
+    Weight("k_norm", "H", "self_attn.k_norm.weight", "attn_k_norm.weight", exists=_has_qk_norm),
+    Weight("mlp_norm", "D", "post_attention_layernorm.weight", "ffn_norm.weight"),
+    Weight("w_gate", "DF", "mlp.gate_proj.weight", "ffn_gate.weight", 1),
+    Weight("w_up", "DF", "mlp.up_proj.weight", "ffn_up.weight", 1),
+    Weight("w_down", "FD", "mlp.down_proj.weight", "ffn_down.weight", 1),
+)
+TOP = (
+    Weight("embed", "VD", "model.embed_tokens.weight", "token_embd.weight", spread=1.0),
+    Weight("final_norm", "D", "model.norm.weight", "output_norm.weight"),
+    Weight("lm_head", "DV", "lm_head.weight", "output.weight", 1, exists=_has_head),
+)
+# Letters of the arrays that a model runs with. E counts what is fused: key and value, gate and up;
+# the G of "wqkv" and "bqkv" holds key and value too, where they are not apart.
+ARRANGED = {
+    **{"norm": "D", "wqkv": "DKGH", "wkv": "DKEH", "wo": "KGHD", "bqkv": "KGH", "bkv": "KEH"},
+    **{"q_norm": "H", "k_norm": "H", "w_gate_up": "DEF", "w_down": "FD"},
+    **{"embed": "VD", "final_norm": "D", "lm_head": "DV"},
+}
+
+
+def present(table: Iterable[Weight], config: ModelConfig) -> dict[str, Weight]:
+    """The weights of a table that a model has, by name."""
+    return {weight.name: weight for weight in table if weight.exists(config)}
+
+
+@struct.dataclass(kw_only=True)
+class Attention:
+    """Attention weights of one layer, or of one slot of a group with a leading axis over the mesh
+    axis "layer".
+    """
+
+    norm: Any  # [D]
+    # [D, K, G + 2, H]: per kv head its queries, the key, the value; [D, K, G, H] beside a wkv
+    wqkv: Any
+    wo: Any  # [K, G, H, D]
+    # [D, K, 2, H], apart only where devices share a kv head but not its query heads
+    wkv: Any = None
+    bqkv: Any = None  # as wqkv, without D
+    bkv: Any = None  # as wkv, without D
+    q_norm: Any = None  # [H]
+    k_norm: Any = None  # [H]
+
+
+@struct.dataclass(kw_only=True)
+class Mlp:
+    """Gated MLP weights of one layer."""
+
+    norm: Any  # [D]
+    w_gate_up: Any  # [D, 2, F]
+    w_down: Any  # [F, D]
+
+
+@struct.dataclass(kw_only=True)
+class Block:
+    """One layer, or a group of layers whose attentions may run at once.
+
+    Layer j of a group is in slot j // n on device j % n of the mesh axis "layer" (n devices); a
+    short last slot is padded with zero layers. Where n = 1 every layer is a slot of its own, not
+    stacked.
+    """
+
+    attention: tuple[Attention, ...]  # one per slot
+    mlp: tuple[Mlp, ...]  # one per layer
+
+
+@struct.dataclass(kw_only=True)
+class Params:
+    """All weights of a model, arranged for its layout."""
+
+    embed: Any  # [V, D]; None when tied: the head is read by columns
+    blocks: tuple[Block, ...]
+    final_norm: Any  # [D]
+    lm_head: Any  # [D, V]
+
+
+def specs(config: ModelConfig, layout: Layout, partition: tuple[int, ...]) -> Params:
+    """The PartitionSpec of every array of a model of these groups."""
+
+    def split(names: Iterable[str], lead: str = "") -> dict[str, PartitionSpec]:
+        return {name: layout.spec(lead + ARRANGED[name]) for name in names}
+
+    def block(size: int) -> Block:
+        names = ["norm", "wqkv", "wo"] + ["wkv"] * bool(layout.query)
+        if config.qkv_bias:
+            names += ["bqkv"] + ["bkv"] * bool(layout.query)
+        if config.qk_norm:
+            names += ["q_norm", "k_norm"]
+        stacked = layout.stacks(size)
+        attention = Attention(**split(names, "L" if stacked else ""))
+        mlp = Mlp(**split(("norm", "w_gate_up", "w_down")))
+        return Block(attention=(attention,) * layout.num_slots(size), mlp=(mlp,) * size)
+
+    top = split(("embed", "final_norm", "lm_head"))
+    if config.tie_embeddings:
+        top["embed"] = None
+    return Params(blocks=tuple(block(size) for size in partition), **top)
+
+
+def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
+    """The layers of one block as checkpoints hold them, fused and, in a group over the axis
+    "layer", stacked by slot.
+    """
+    n = layout.group_devices
+    stacked = layout.stacks(len(layers))
+    if stacked:
+        # From parts as they were read to whole layers: the compiler finds no short way by itself.
+        dims = {weight.name: weight.dims for weight in LAYER}
+        layers = [
+            {
+                name: lax.with_sharding_constraint(x, layout.named(dims[name]))
+                for name, x in layer.items()
+            }
+            for layer in layers
+        ]
+    attentions = [_arrange_attention(layer, apart=bool(layout.query)) for layer in layers]
+    if stacked:
+        nothing = jax.tree.map(jnp.zeros_like, attentions[0])
+        attentions += [nothing] * (-len(layers) % n)
+        attentions = [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *attentions[i : i + n])
+            for i in range(0, len(attentions), n)
+        ]
+    mlps = [
+        Mlp(
+            norm=layer["mlp_norm"],
+            w_gate_up=jnp.stack((layer["w_gate"], layer["w_up"]), axis=1),
+            w_down=layer["w_down"],
+        )
+        for layer in layers
+    ]
+    return Block(attention=tuple(attentions), mlp=tuple(mlps))
+
+
+def _arrange_attention(layer: dict[str, Any], *, apart: bool) -> Attention:
+    """One layer's; `apart` keeps keys and values apart from queries."""
+
+    def fuse(q: str, k: str, v: str) -> tuple[Any, Any]:  # [..., K, G, H], [..., K, H] twice
+        if q not in layer:
+            return None, None
+        kv = [jnp.expand_dims(layer[name], -2) for name in (k, v)]
+        if apart:
+            return layer[q], jnp.concatenate(kv, axis=-2)
+        return jnp.concatenate((layer[q], *kv), axis=-2), None
+
+    wqkv, wkv = fuse("wq", "wk", "wv")
+    bqkv, bkv = fuse("bq", "bk", "bv")
+    return Attention(
+        norm=layer["attn_norm"],
+        wqkv=wqkv,
+        wo=layer["wo"],
+        wkv=wkv,
+        bqkv=bqkv,
+        bkv=bkv,
+        q_norm=layer.get("q_norm"),
+        k_norm=layer.get("k_norm"),
+    )
+
+
+def separate_block(block: Block, layout: Layout) -> list[dict[str, Any]]:
+    """The layers of a block as checkpoints hold them: `arrange_block` undone."""
+    n, stacked = layout.group_devices, layout.stacks(len(block.mlp))
+    layers = []
+    for j, mlp in enumerate(block.mlp):
+        one = block.attention[j // n if stacked else j]
+        if stacked:
+            one = jax.tree.map(lambda leaf, j=j: leaf[j % n], one)
+        gate_up = {"w_gate": mlp.w_gate_up[:, 0], "w_up": mlp.w_gate_up[:, 1]}
+        layers.append(
+            _separate_attention(one) | gate_up | {"mlp_norm": mlp.norm, "w_down": mlp.w_down}
+        )
+    return layers
+
+
+def _separate_attention(w: Attention) -> dict[str, Any]:
+    def split(heads, apart):
+        """Queries [..., K, G, H], keys and values [..., K, H]."""
+        q, kv = (heads, apart) if apart is not None else (heads[..., :-2, :], heads[..., -2:, :])
+        return q, kv[..., 0, :], kv[..., 1, :]
+
+    layer = {"attn_norm": w.norm, "wo": w.wo, "q_norm": w.q_norm, "k_norm": w.k_norm}
+    layer |= dict(zip(("wq", "wk", "wv"), split(w.wqkv, w.wkv), strict=True))
+    if w.bqkv is not None:
+        layer |= dict(zip(("bq", "bk", "bv"), split(w.bqkv, w.bkv), strict=True))
+    return {name: array for name, array in layer.items() if array is not None}
+
+
+def arrange_top(top: dict[str, Any]) -> dict[str, Any]:
+    """What stands outside the layers, as fields of `Params`."""
+    head = top["lm_head"] if "lm_head" in top else top["embed"].T
+    embed = top["embed"] if "lm_head" in top else None
+    return {"embed": embed, "final_norm": top["final_norm"], "lm_head": head}
+
+
+def separate_top(params: Params) -> dict[str, Any]:
+    """The same as checkpoints hold it: `arrange_top` undone."""
+    if params.embed is None:
+        return {"embed": params.lm_head.T, "final_norm": params.final_norm}
+    return {
+        "embed": params.embed,
+        "final_norm": params.final_norm,
+        "lm_head": params.lm_head,
+    }
