@@ -17,11 +17,10 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.sharding import Layout, Placed
+from easyspec_jax.sharding import Layout, Placed, shape_of
 
 
-@struct.dataclass(kw_only=True)
-class LayerKV:
+class LayerKV(struct.PyTreeNode, kw_only=True):
     """Keys (rotated) and values of one layer, or of one slot: the layers of a group stacked over
     the mesh axis "layer".
     """
@@ -62,8 +61,7 @@ def _keep(cache, start, index):
     return _write(cache, kept, start)
 
 
-@struct.dataclass(kw_only=True)
-class KVCache(Placed):
+class KVCache(Placed, struct.PyTreeNode, kw_only=True):
     """All layers' keys and values; the first `length[b]` entries of row b belong to committed
     tokens.
     """
@@ -130,13 +128,13 @@ def abstract_cache(
 
     def slots(size: int) -> tuple[LayerKV, ...]:
         stacked = layout.stacks(size)
-        one = jax.ShapeDtypeStruct(
+        one = shape_of(
             (layout.group_devices, *shape) if stacked else shape,
             dtype,
             sharding=layout.named("LKSH" if stacked else "KSH"),
         )
         return (LayerKV(k=one, v=one),) * layout.num_slots(size)
 
-    length = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=layout.named("B"))
+    length = shape_of((batch,), jnp.int32, sharding=layout.named("B"))
     blocks = tuple(slots(size) for size in partition)
     return KVCache(blocks=blocks, length=length, layout=layout, partition=partition)

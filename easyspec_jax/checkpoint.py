@@ -61,8 +61,9 @@ def layer_name(index: int) -> str:
 
 def save_part(folder: pathlib.Path, name: str, arrays: dict[str, np.ndarray]) -> None:
     """Write one part (`TOP_PART` or a `layer_name`) of a checkpoint, arrays as in `weights`."""
-    from orbax.checkpoint import v1 as ocp
+    from orbax.checkpoint import v1
 
+    ocp: Any = v1  # its options are looser than their declared types
     dims = {weight.name: weight.dims for weight in (*weights.LAYER, *weights.TOP)}
 
     def pieces(keypath, value):
@@ -86,7 +87,7 @@ def checksum(name: str, arrays: dict[str, np.ndarray]) -> int:
     crc = zlib.crc32(name.encode())
     for key in sorted(arrays):
         flat = np.ascontiguousarray(arrays[key]).reshape(-1)
-        crc = zlib.crc32(flat.view(np.uint8), crc)
+        crc = zlib.crc32(flat.view(np.uint8).data, crc)
     return crc
 
 
@@ -283,7 +284,7 @@ def _float_type(dtype: Any) -> jnp.dtype:
     except TypeError:
         found = None
     known = ["bfloat16", "float16", "float32"]
-    known += ["float64"] if jax.config.jax_enable_x64 else []
+    known += ["float64"] if jax.config.read("jax_enable_x64") else []
     if found is None or found.name not in known:
         raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype}")
     return found

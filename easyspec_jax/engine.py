@@ -57,11 +57,10 @@ class Engine:
             different tokenizers.
         """
         drafter = Autoregression() if drafter is None else drafter
-        if num_draft_tokens is None:
-            num_draft_tokens = getattr(drafter, "depth", 0)
-        check_pair(base, drafter, num_draft_tokens, tree_width, min_draft_probability)
+        depth = getattr(drafter, "depth", 0) if num_draft_tokens is None else num_draft_tokens
+        check_pair(base, drafter, depth, tree_width, min_draft_probability)
         self.base, self.drafter = base, drafter
-        self.num_draft_tokens = int(num_draft_tokens) if drafter.depth else 0
+        self.num_draft_tokens = int(depth) if drafter.depth else 0
         self.tree_width = int(tree_width) if drafter.depth else 1
         self.min_draft_probability = min_draft_probability or None
 
@@ -167,11 +166,13 @@ class Engine:
     def _request(self, inputs: Inputs) -> Request:
         """The request of checked inputs, on the host."""
         least = self.min_draft_probability
+        eos_ids: Any = inputs.eos_ids
+        min_probability: Any = None if least is None else np.float32(least)
         return Request(
             filters=make_filters(inputs.sampling),
-            eos_ids=inputs.eos_ids,
+            eos_ids=eos_ids,
             key=jax.random.key(inputs.seed),
-            min_probability=None if least is None else np.float32(least),
+            min_probability=min_probability,
             num_draft_tokens=self.num_draft_tokens,
             tree_width=self.tree_width,
             vocab_size=self.base.config.vocab_size,

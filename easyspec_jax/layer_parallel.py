@@ -70,13 +70,13 @@ def run_exact(
     """
     if len(block.mlp) == 1:
         return run_layer(model, block, x, kv, step)
-    kv = list(kv)
+    slots = list(kv)
     for j, weights in enumerate(block.mlp):
         slot = j // model.layout.group_devices
-        delta, kv[slot] = _turn(model, block, x, kv[slot], step, j)
+        delta, slots[slot] = _turn(model, block, x, slots[slot], step, j)
         x = x + psum(delta, _attention_axes(model))
         x = x + psum(mlp(model, weights, x), model.layout.mlp)
-    return x, tuple(kv)
+    return x, tuple(slots)
 
 
 def _turn(
@@ -125,9 +125,8 @@ def run_whole_layers(
         return run_layer(model, block, x, kv, step)
     deltas, kv = _attend_at_once(model, block, x, kv, step)
     deltas = deltas[: len(block.mlp)]
-    added = sum(
-        mlp(model, weights, x + delta) for weights, delta in zip(block.mlp, deltas, strict=True)
-    )
+    pairs = zip(block.mlp, deltas, strict=True)
+    added = sum((mlp(model, w, x + delta) for w, delta in pairs), jnp.zeros_like(x))
     return x + sum(deltas) + psum(added, model.layout.mlp), kv
 
 

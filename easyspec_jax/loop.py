@@ -27,8 +27,7 @@ from easyspec_jax.verify import Proposal, Verdict, accept_path
 PHASES = ("calibrate", "draft", "verify", "commit")
 
 
-@struct.dataclass(kw_only=True)
-class DecodeState:
+class DecodeState(struct.PyTreeNode, kw_only=True):
     """Everything that one batch carries from step to step.
 
     Between steps the base cache covers all committed tokens but the last, the root of the next
@@ -49,8 +48,7 @@ class DecodeState:
     step: jax.Array  # i32[]
 
 
-@struct.dataclass(kw_only=True)
-class Emission:
+class Emission(struct.PyTreeNode, kw_only=True):
     """What one step committed: tokens[b, :num_emitted[b]]."""
 
     tokens: jax.Array  # i32[B, γ + 1]

@@ -26,8 +26,7 @@ from easyspec_jax.sharding import Layout, Placed, psum
 from easyspec_jax.weights import Attention, Block, Mlp, Params
 
 
-@struct.dataclass(kw_only=True)
-class Model(Placed):
+class Model(Placed, struct.PyTreeNode, kw_only=True):
     """Weights with everything static that is needed to run them; a pytree, so a jit argument."""
 
     params: Params
@@ -64,8 +63,7 @@ class Model(Placed):
         return self.replace(params=self.params.replace(blocks=blocks))
 
 
-@struct.dataclass(kw_only=True)
-class Step:
+class Step(struct.PyTreeNode, kw_only=True):
     """What all layers of one pass share."""
 
     start: jax.Array  # i32[B], cache entry of the first new token
@@ -74,8 +72,7 @@ class Step:
     mask: jax.Array  # bool[B, T, S], True where token t of row b may look at cache entry s
 
 
-@struct.dataclass(kw_only=True)
-class Placement:
+class Placement(struct.PyTreeNode, kw_only=True):
     """Where T new tokens stand when they are not a chain: nodes of a tree, whose entries fill the
     cache behind `origin` in the order they are run.
     """
@@ -147,8 +144,10 @@ def _project_heads(w: Attention, x: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
     heads = project(w.wqkv, w.bqkv)
     if w.wkv is not None:
-        return heads, *jnp.split(project(w.wkv, w.bkv), 2, axis=3)
-    return tuple(jnp.split(heads, (heads.shape[3] - 2, heads.shape[3] - 1), axis=3))
+        key, value = jnp.split(project(w.wkv, w.bkv), 2, axis=3)
+        return heads, key, value
+    query, key, value = jnp.split(heads, (heads.shape[3] - 2, heads.shape[3] - 1), axis=3)
+    return query, key, value
 
 
 def attention(

@@ -21,8 +21,7 @@ from easyspec_jax.sampling import Filters
 EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
 
 
-@struct.dataclass(kw_only=True)
-class Request:
+class Request(struct.PyTreeNode, kw_only=True):
     """What a request fixes, for every function of the loop and of drafters; never donated."""
 
     filters: Filters  # q is filtered as p is
@@ -147,8 +146,8 @@ def check_stop_strings(stop_strings: Any, tokenizer: Any) -> tuple[str, ...]:
       ValueError: not a list of texts, an empty one, or no tokenizer to find them with.
     """
     is_list = isinstance(stop_strings, Iterable) and not isinstance(stop_strings, str)
-    stops = tuple(stop_strings) if is_list else (None,)
-    if not all(isinstance(s, str) and s for s in stops):
+    stops = tuple(stop_strings) if is_list else ()
+    if not is_list or not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop_strings must be a list of texts, none empty, got {stop_strings!r}")
     if stops and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer to find them in the text")

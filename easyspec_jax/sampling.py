@@ -16,8 +16,7 @@ from jax import lax
 from easyspec_jax.config import Sampling
 
 
-@struct.dataclass(kw_only=True)
-class Filters:
+class Filters(struct.PyTreeNode, kw_only=True):
     """A `Sampling` inside jit: values are leaves, so changing them compiles nothing; which ones are
     on is static.
     """

@@ -267,6 +267,11 @@ def replicate(x: Any, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+def shape_of(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None = None) -> Any:
+    """A ShapeDtypeStruct, as it stands in the place of an array."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 def zeros(shapes: Any) -> Any:
     """A pytree of ShapeDtypeStructs as arrays of zeros, allocated straight onto their devices."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), shapes)

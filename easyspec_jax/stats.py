@@ -25,8 +25,7 @@ def begin_tallies(state: Any) -> Any:
     return jax.tree.map(zero, state, is_leaf=lambda x: isinstance(x, Tally))
 
 
-@struct.dataclass(kw_only=True)
-class Counters(Tally):
+class Counters(Tally, struct.PyTreeNode, kw_only=True):
     """Running counts of every row of a batch."""
 
     steps: jax.Array  # i32[B], steps in which the row was active
@@ -42,7 +41,7 @@ class Counters(Tally):
     def zeros(cls, batch: int, num_draft_tokens: int, tree_width: int = 1) -> Counters:
         """No steps yet, on the host."""
 
-        def of(*shape):
+        def of(*shape: int) -> Any:
             return np.zeros((batch, *shape), np.int32)
 
         return cls(

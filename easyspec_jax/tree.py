@@ -21,8 +21,7 @@ from easyspec_jax.verify import Proposal
 BLOCK = 128  # of the vocabulary, for the best of it
 
 
-@struct.dataclass(kw_only=True)
-class Tree:
+class Tree(struct.PyTreeNode, kw_only=True):
     """A tree that grows; the newest level is what the next one hangs on."""
 
     tokens: jax.Array  # i32[B, γ·w]

@@ -19,8 +19,7 @@ from easyspec_jax.model import Model, Placement, forward, logits, wide_type
 from easyspec_jax.sampling import Filters, argmax, probabilities, sample
 
 
-@struct.dataclass(kw_only=True)
-class Proposal:
+class Proposal(struct.PyTreeNode, kw_only=True):
     """What a drafter proposes for one step: n nodes, each hanging on the root (the current token)
     or on an earlier node. Siblings have different tokens and are tried in order.
     """
@@ -48,8 +47,7 @@ class Proposal:
         return self.replace(**nodes, depth=levels, levels=None)
 
 
-@struct.dataclass(kw_only=True)
-class Verdict:
+class Verdict(struct.PyTreeNode, kw_only=True):
     """What the base model decided about one proposal."""
 
     num_accepted: jax.Array  # i32[B], in [0, depth]
@@ -214,7 +212,8 @@ def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Arra
     Returns:
       bool[B, n], the accepted nodes, and what is left of p where the path ends, f32[B, V].
     """
-    n, vocab = proposal.tokens.shape[1], p.shape[-1]
+    n, vocab, probs = proposal.tokens.shape[1], p.shape[-1], proposal.probs
+    assert probs is not None  # drawn nodes come with what they were drawn from
     ids = jnp.arange(vocab, dtype=jnp.int32)[None]
 
     def try_node(i, state):
@@ -229,7 +228,7 @@ def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Arra
         reject = (tried & ~accept)[:, None]
         last = jnp.where(accept, i + 1, last)
         rest = jnp.where(accept[:, None], p[:, i + 1], jnp.where(reject, left, rest))
-        below = proposal.probs[:, jnp.minimum(i + 1, proposal.probs.shape[1] - 1)]
+        below = probs[:, jnp.minimum(i + 1, probs.shape[1] - 1)]
         without = jnp.where(ids == x[:, None], 0.0, q)
         q = jnp.where(accept[:, None], below, jnp.where(reject, without, q))
         p_sum = jnp.where(accept, 1.0, jnp.where(tried, rest.sum(axis=-1), p_sum))
@@ -238,7 +237,7 @@ def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Arra
 
     one = jnp.ones_like(p[:, 0, 0])
     root = jnp.zeros_like(proposal.tokens[:, 0])
-    state = (root, p[:, 0], one, proposal.probs[:, 0], one, jnp.zeros_like(proposal.valid))
+    state = (root, p[:, 0], one, probs[:, 0], one, jnp.zeros_like(proposal.valid))
     _, rest, _, _, _, passes = lax.fori_loop(0, n, try_node, state)
     return passes, rest
 

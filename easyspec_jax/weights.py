@@ -123,8 +123,7 @@ def present(table: Iterable[Weight], config: ModelConfig) -> dict[str, Weight]:
     return {weight.name: weight for weight in table if weight.exists(config)}
 
 
-@struct.dataclass(kw_only=True)
-class Attention:
+class Attention(struct.PyTreeNode, kw_only=True):
     """Attention weights of one layer, or of one slot of a group with a leading axis over the mesh
     axis "layer".
     """
@@ -141,8 +140,7 @@ class Attention:
     k_norm: Any = None  # [H]
 
 
-@struct.dataclass(kw_only=True)
-class Mlp:
+class Mlp(struct.PyTreeNode, kw_only=True):
     """Gated MLP weights of one layer."""
 
     norm: Any  # [D]
@@ -150,8 +148,7 @@ class Mlp:
     w_down: Any  # [F, D]
 
 
-@struct.dataclass(kw_only=True)
-class Block:
+class Block(struct.PyTreeNode, kw_only=True):
     """One layer, or a group of layers whose attentions may run at once.
 
     Layer j of a group is in slot j // n on device j % n of the mesh axis "layer" (n devices); a
@@ -163,11 +160,10 @@ class Block:
     mlp: tuple[Mlp, ...]  # one per layer
 
 
-@struct.dataclass(kw_only=True)
-class Params:
+class Params(struct.PyTreeNode, kw_only=True):
     """All weights of a model, arranged for its layout."""
 
-    embed: Any  # [V, D]; None when tied: the head is read by columns
+    embed: Any = None  # [V, D]; None when tied: the head is read by columns
     blocks: tuple[Block, ...]
     final_norm: Any  # [D]
     lm_head: Any  # [D, V]
@@ -190,9 +186,7 @@ def specs(config: ModelConfig, layout: Layout, partition: tuple[int, ...]) -> Pa
         mlp = Mlp(**split(("norm", "w_gate_up", "w_down")))
         return Block(attention=(attention,) * layout.num_slots(size), mlp=(mlp,) * size)
 
-    top = split(("embed", "final_norm", "lm_head"))
-    if config.tie_embeddings:
-        top["embed"] = None
+    top = split(["final_norm", "lm_head"] + ["embed"] * (not config.tie_embeddings))
     return Params(blocks=tuple(block(size) for size in partition), **top)
 
 

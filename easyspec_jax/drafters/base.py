@@ -20,15 +20,21 @@ from easyspec_jax.request import Request
 from easyspec_jax.verify import Proposal, Verdict, verify_in_one_pass
 
 
-class Drafter:
-    """A way of drafting: a subclass is a `flax.struct.dataclass` with at least `abstract_state`,
-    `prefill` and `propose` of its own.
+class Drafter(struct.PyTreeNode):
+    """A way of drafting: a subclass has at least `abstract_state`, `prefill` and `propose` of its
+    own. Its annotated fields make it a frozen pytree: weights are leaves; options are not,
+    `field: int = struct.field(pytree_node=False)`.
     """
 
-    # How many tokens it likes to draft when nobody says; 0: it never drafts.
-    depth: int = 5
-    # Whether drafting writes the base's own cache, so that `verify` must be its own as well.
-    shares_base_cache: bool = False
+    @property
+    def depth(self) -> int:
+        """How many tokens it likes to draft when nobody says; 0: it never drafts."""
+        return 5
+
+    @property
+    def shares_base_cache(self) -> bool:
+        """Whether drafting writes the base's own cache, so that `verify` is its own as well."""
+        return False
 
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
         """Raise a ValueError of one sentence where it cannot draft γ levels of w nodes for this
@@ -102,11 +108,13 @@ class Drafter:
         return {}
 
 
-@struct.dataclass
 class Autoregression(Drafter):
     """Drafts nothing: every step is one base pass over one token."""
 
-    depth = 0
+    @property
+    def depth(self) -> int:
+        """It never drafts."""
+        return 0
 
     def abstract_state(self, batch: int, max_len: int, request: Request) -> tuple[()]:
         """There is nothing to remember."""

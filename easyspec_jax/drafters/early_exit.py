@@ -34,14 +34,14 @@ from easyspec_jax.model import (
 )
 from easyspec_jax.request import Request
 from easyspec_jax.sampling import argmax, fit_vocab
+from easyspec_jax.sharding import shape_of
 from easyspec_jax.stats import Tally
 from easyspec_jax.verify import Proposal, Verdict
 
 NUM_EXITS = 6  # by default
 
 
-@struct.dataclass(kw_only=True)
-class ExitCounters(Tally):
+class ExitCounters(Tally, struct.PyTreeNode, kw_only=True):
     """What the steps of one request did. X exits."""
 
     chosen: jax.Array  # i32[X], steps that drafted from each exit
@@ -51,8 +51,7 @@ class ExitCounters(Tally):
     layer_passes: jax.Array  # i32[], layers run, each over one token (drafting) or a window
 
 
-@struct.dataclass(kw_only=True)
-class ExitState:
+class ExitState(struct.PyTreeNode, kw_only=True):
     """Between steps: where the next step drafts, why, and what was done so far. X exits."""
 
     statistics: ExitStatistics
@@ -64,8 +63,7 @@ class ExitState:
     counters: ExitCounters
 
 
-@struct.dataclass(kw_only=True)
-class Draft:
+class Draft(struct.PyTreeNode, kw_only=True):
     """A chain that grows while `more`: its newest token, drafted but not yet run, is run next."""
 
     tree: trees.Tree
@@ -75,8 +73,7 @@ class Draft:
     cache: KVCache  # of the base, its length that of the first token run
 
 
-@struct.dataclass(kw_only=True)
-class Verified:
+class Verified(struct.PyTreeNode, kw_only=True):
     """What a verification window found, for `observe`."""
 
     truth: jax.Array  # i32[γ + 1], the last layer's argmax behind the root and each drafted token
@@ -84,7 +81,6 @@ class Verified:
     confidence: jax.Array  # f32[X, γ + 1], the probability it gave it
 
 
-@struct.dataclass
 class EarlyExitDrafter(Drafter):
     """Drafts chains with the first layers of the base itself, for one row at a time.
 
@@ -107,10 +103,9 @@ class EarlyExitDrafter(Drafter):
         one exit with adaptive=False.
     """
 
-    shares_base_cache = True
-
     base: Model
-    exits: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
+    # None is settled when it is made
+    exits: Any = struct.field(pytree_node=False, default=None, kw_only=True)
     adaptive: bool = struct.field(pytree_node=False, default=True, kw_only=True)
 
     def __post_init__(self):
@@ -122,6 +117,11 @@ class EarlyExitDrafter(Drafter):
         if not self.adaptive and len(exits) != 1:
             raise ValueError(f"adaptive=False needs exactly one exit, got exits={exits}")
         object.__setattr__(self, "exits", exits)
+
+    @property
+    def shares_base_cache(self) -> bool:
+        """What it drafts with is a part of the base's pass."""
+        return True
 
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
         """Refuse another base than the one it was made of, and trees."""
@@ -145,13 +145,13 @@ class EarlyExitDrafter(Drafter):
         if batch > 1:
             raise ValueError(f"an early exit drafts for one prompt at a time, got {batch} prompts")
         x, gamma = len(self.exits), request.num_draft_tokens
-        count, counts = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (x,)))
+        count, counts = (shape_of(shape, jnp.int32) for shape in ((), (x,)))
         shape = (x, 1, gamma + 1, self.base.config.embed_dim)
         return ExitState(
             statistics=jax.eval_shape(lambda: ExitStatistics.empty(x)),
             exit=count,
             limit=count,
-            hidden=jax.ShapeDtypeStruct(shape, self.base.dtype),
+            hidden=shape_of(shape, self.base.dtype),
             drafted=count,
             counters=ExitCounters(
                 chosen=counts,
@@ -288,10 +288,10 @@ class EarlyExitDrafter(Drafter):
             confidence=jnp.zeros((x, n), jnp.float32),
         )
         scores = jnp.zeros((1, n, c.vocab_size), wide_type(self.base.dtype))
-        smaller = -1
+        smaller, wanted = -1, state.drafted
         for levels in window_sizes(proposal.depth):
             # A loop of at most one turn writes the cache in place.
-            fits = (proposal.levels <= levels) & (proposal.levels > smaller)
+            fits = (wanted <= levels) & (wanted > smaller)
             body = functools.partial(run, levels)
             _, scores, found, base_cache = lax.while_loop(
                 lambda s: s[0], body, (fits, scores, found, base_cache)

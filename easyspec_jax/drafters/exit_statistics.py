@@ -14,8 +14,7 @@ from flax import struct
 DECAY = 0.95  # ω: what a step's counts are worth one step later
 
 
-@struct.dataclass(kw_only=True)
-class ExitStatistics:
+class ExitStatistics(struct.PyTreeNode, kw_only=True):
     """Decayed counts of shadow tokens by exit, and sums of their confidences (the probability an
     exit gave its own argmax).
     """

@@ -24,7 +24,6 @@ from easyspec_jax.verify import Proposal
 CANDIDATES = ("sampled", "best")
 
 
-@struct.dataclass
 class LayerParallelDrafter(Drafter):
     """Drafts chains and trees with `draft`, whose partition says which layers run at once; all
     groups of one layer = exact drafting.

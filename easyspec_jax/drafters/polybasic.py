@@ -23,23 +23,21 @@ from easyspec_jax.loop import DecodeState, put_rows, step, window
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.request import Request
 from easyspec_jax.sampling import fit_vocab, probabilities
-from easyspec_jax.sharding import zeros
+from easyspec_jax.sharding import shape_of, zeros
 from easyspec_jax.stats import Counters, Tally, make_stats
 from easyspec_jax.verify import Proposal
 
 NEVER = np.iinfo(np.int32).max
 
 
-@struct.dataclass(kw_only=True)
-class CatchUps(Tally):
+class CatchUps(Tally, struct.PyTreeNode, kw_only=True):
     """Passes over a single committed token."""
 
     middle: jax.Array  # i32[B]
     inner: jax.Array  # i32[B], of the inner drafter
 
 
-@struct.dataclass(kw_only=True)
-class PolybasicState:
+class PolybasicState(struct.PyTreeNode, kw_only=True):
     """Between steps the stage's first `cache.length` tokens are those the middle's cache covers;
     what the base made of the buffer behind its committed tokens shows in the next call.
     """
@@ -48,8 +46,7 @@ class PolybasicState:
     catch_ups: CatchUps
 
 
-@struct.dataclass(kw_only=True)
-class FillState:
+class FillState(struct.PyTreeNode, kw_only=True):
     """The inner drafter's state while one buffer is filled."""
 
     inner: Any
@@ -63,7 +60,6 @@ class FillState:
     before: jax.Array  # i32[B]
 
 
-@struct.dataclass
 class Fill(Drafter):
     """The inner drafter, as the middle's stage has it: what the middle says is remembered, and its
     pass begins where its cache ends.
@@ -105,7 +101,6 @@ class Fill(Drafter):
         return state.replace(inner=inner, scores=kept, missing=jnp.zeros_like(state.missing))
 
 
-@struct.dataclass
 class PolybasicDrafter(Drafter):
     """Drafts chains of tokens that `middle` has verified of what `drafter` drafts for it.
 
@@ -181,19 +176,19 @@ class PolybasicDrafter(Drafter):
         inner = self._inner(request)
         # A row whose buffer is full is run on with those that fill theirs: its scratch needs room.
         size = max_len + inner.num_draft_tokens + 1
-        row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        row = shape_of((batch,), jnp.int32)
         counters = Counters.zeros(batch, inner.num_draft_tokens)
         stage = DecodeState(
-            tokens=jax.ShapeDtypeStruct((batch, size), jnp.int32),
+            tokens=shape_of((batch, size), jnp.int32),
             length=row,
             limit=row,
             absorbed=row,
-            done=jax.ShapeDtypeStruct((batch,), bool),
+            done=shape_of((batch,), bool),
             cache=self.middle.abstract_cache(batch, size),
             draft=self.drafter.abstract_state(batch, size, inner),
             counters=jax.eval_shape(lambda: counters),
             logprobs=None,
-            step=jax.ShapeDtypeStruct((), jnp.int32),
+            step=shape_of((), jnp.int32),
         )
         return PolybasicState(stage=stage, catch_ups=CatchUps(middle=row, inner=row))
 

@@ -8,6 +8,8 @@ few comparisons of token ids, so it runs on the device as a part of the step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -17,11 +19,11 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
 from easyspec_jax.drafters.base import Drafter
 from easyspec_jax.request import Request
+from easyspec_jax.sharding import shape_of
 from easyspec_jax.verify import Proposal
 
 
-@struct.dataclass(kw_only=True)
-class PromptLookupDrafter(Drafter):
+class PromptLookupDrafter(Drafter, kw_only=True):
     """Drafts what followed the last tokens of the text where they stood before.
 
     The longest repeated ending of at most `max_ngram` tokens counts; of its places, one with γ
@@ -45,7 +47,7 @@ class PromptLookupDrafter(Drafter):
         if not is_integer(self.max_ngram) or self.max_ngram < 1:
             raise ValueError(f"max_ngram must be a whole number above 0, got {self.max_ngram!r}")
 
-    def abstract_state(self, batch: int, max_len: int, request: Request) -> jax.ShapeDtypeStruct:
+    def abstract_state(self, batch: int, max_len: int, request: Request) -> Any:
         """Room for `max_len` tokens of `batch` rows.
 
         Raises:
@@ -56,7 +58,7 @@ class PromptLookupDrafter(Drafter):
                 "prompt lookup has no probabilities that drafting could stop at: leave "
                 "min_draft_probability out"
             )
-        return jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
+        return shape_of((batch, max_len), jnp.int32)
 
     def prefill(
         self,
