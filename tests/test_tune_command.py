@@ -16,7 +16,7 @@ from easyspec_jax.cli import main as cli
 from easyspec_jax.cli import tune as tune_command
 from easyspec_jax.cli.arguments import make_parser
 from easyspec_jax.planner.device import PRESETS
-from easyspec_jax.planner.plan import Layout, Planner
+from easyspec_jax.planner.plan import Deployment, Planner
 from easyspec_jax.sharding import LAYOUTS
 from easyspec_jax.tuner import passes, tune
 
@@ -128,7 +128,7 @@ def test_times_of_partitions_are_the_planners():
     assert seconds((5, 3, 1)) > seconds((4, 4, 1))  # five layers on four devices take two turns
     planner = Planner(base=config, draft=config, device=PRESETS["h100"])
     place = {"layer": 4, "tensor": 2, "draft": "groups", "rules": LAYOUTS["layer"]}
-    choice = planner.price(Layout(**place, group_size=(1, 4, 4)), 5)
+    choice = planner.price(Deployment(**place, group_size=(1, 4, 4)), 5)
     assert seconds((1, 4, 4)) == choice.cost.seconds
     assert times()((1, 8)) < seconds((1, 8))  # all eight side by side
 
