@@ -6,15 +6,16 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from convert.safetensors_file import SafetensorsFile
-from convert.tensors import DTYPES, Tensor, expected_tensors
+from convert.tensors import DTYPES, Tensor, expected_tensors, row_ranges
 from convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from easyspec_jax.config import ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_PATTERNS = [
     "model*.safetensors",
     INDEX,
@@ -35,19 +36,20 @@ class FolderSource:
         self.config = ModelConfig.from_hf(raw)
         path = folder / "generation_config.json"
         self.generation_config = _parse(path) if path.exists() else {}
-        self._files: dict[str, SafetensorsFile] = {}
+        self._slices: dict[str, Any] = {}
+        shard_of: dict[str, pathlib.Path] = {}
         for shard, names in _shards(folder).items():
-            file = SafetensorsFile(folder / shard)
-            stack.callback(file.close)
-            absent = sorted((names or set()) - file.tensors.keys())
+            path = folder / shard
+            file = stack.enter_context(_open_safetensors(path))
+            found = file.keys()
+            absent = sorted((names or set()).difference(found))
             if absent:
-                raise ValueError(f"{file.path} lacks tensor {absent[0]}, which {INDEX} puts there.")
-            for name in file.tensors:
-                if self._files.setdefault(name, file) is not file:
-                    raise ValueError(
-                        f"tensor {name} is in {self._files[name].path} and {file.path}."
-                    )
-        self.tensors: dict[str, Tensor] = {n: f.tensors[n] for n, f in self._files.items()}
+                raise ValueError(f"{path} lacks tensor {absent[0]}, which {INDEX} puts there.")
+            for name in found:
+                if shard_of.setdefault(name, path) != path:
+                    raise ValueError(f"tensor {name} is in {shard_of[name]} and {path}.")
+                self._slices[name] = file.get_slice(name)
+        self.tensors = {name: _header(rows) for name, rows in self._slices.items()}
         self.dtype = _common_dtype(self.tensors, self.config)
 
     def label(self, name: str) -> str:
@@ -56,7 +58,9 @@ class FolderSource:
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Consecutive slices along the first axis."""
-        return self._files[name].chunks(name)
+        tensor = self.tensors[name]
+        for rows in row_ranges(tensor.shape, DTYPES[tensor.dtype].itemsize):
+            yield self._slices[name][rows]
 
     def write_tokenizer(self, folder: pathlib.Path) -> None:
         """Copy the tokenizer files."""
@@ -81,6 +85,25 @@ def download(repo: str, revision: str | None) -> pathlib.Path:
         raise OSError(
             f"{repo} is no local folder, and the hub did not deliver it: {error}"
         ) from error
+
+
+def _open_safetensors(path: pathlib.Path) -> Any:
+    """The file, mapped and its header checked; reading a slice copies those rows alone.
+
+    Raises:
+      ValueError: it is not whole, or no safetensors file.
+    """
+    import safetensors
+
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}.") from None
+
+
+def _header(rows: Any) -> Tensor:
+    dtype = rows.get_dtype()
+    return Tensor(tuple(rows.get_shape()), _DTYPE_NAMES.get(dtype, dtype))
 
 
 def _shards(folder: pathlib.Path) -> dict[str, set[str] | None]:

@@ -5,10 +5,9 @@
 
 The middle is the base's own copy in 4 bits, unless --middle names another. Measured first are the
 pairs that the theory (arXiv 2510.26527) speaks of: base over draft, middle over draft and base over
-middle; seconds of a pass are `Decoder.profile`'s. From these `easyspec_jax.chain` predicts seconds
-per token with and without the middle, and its two conditions; then both are generated and timed.
---no-times leaves out all timing. The last line of stdout is one JSON document; its "chain" is a
-file for `easyspec plan --chain`.
+middle; seconds of a pass are `Decoder.profile`'s. From these the lemma predicts seconds per token
+with and without the middle, and its two conditions; then both are generated and timed. --no-times
+leaves out all timing. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import statistics
 import time
 from typing import Any
 
+from lemma import chain_seconds, saves_above, saves_drafting
 from prompt_sets import read_prompts
 from records import append, commit, machine, without_places
 
 import easyspec_jax as es
-from easyspec_jax.chain import ChainModel, insertion_pays
 from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
 
 Record = dict[str, Any]
@@ -93,27 +92,30 @@ def pass_seconds(decoder: es.Decoder, args: argparse.Namespace) -> tuple[float, 
 
 
 def predict(arms: Record, decoders: dict[str, es.Decoder], args: argparse.Namespace) -> Record:
-    """The chain as a file for `easyspec plan --chain`, and what it says."""
-    base_seconds, draft_seconds = pass_seconds(decoders["base over draft"], args)
-    middle_seconds, _ = pass_seconds(decoders["middle over draft"], args)
-    lengths = {name: arm["tokens_per_step"] for name, arm in arms.items()}
-    base = {"name": "base", "seconds": base_seconds, "accepted": lengths["base over draft"]}
-    draft = {"name": "draft", "seconds": draft_seconds}
-    new = {"name": "middle", "seconds": middle_seconds, "accepted": lengths["middle over draft"]}
-    above, depth = lengths["base over middle"], args.num_draft_tokens - args.mu
-    models = [ChainModel(**base), ChainModel(**draft)]
-    result = insertion_pays(models, ChainModel(**new), above, depth)
-    used = arms["chain"]["passes"]
-    seconds = {"base": base_seconds, "middle": middle_seconds, "draft": draft_seconds}
-    document = {
-        "models": [base, draft],
-        "draft_passes": depth,
-        "new": new | {"accepted_above": above},
-    }
+    """Times and lengths of the chain's models, and what the lemma makes of them."""
+    base, draft = pass_seconds(decoders["base over draft"], args)
+    middle, _ = pass_seconds(decoders["middle over draft"], args)
+    of_base, of_middle, over_middle = (
+        arms[name]["tokens_per_step"]
+        for name in ("base over draft", "middle over draft", "base over middle")
+    )
+    beta, used = args.num_draft_tokens - args.mu, arms["chain"]["passes"]
+    seconds = {"base": base, "middle": middle, "draft": draft}
+    without = chain_seconds((base, draft), (of_base,), beta)
+    with_middle = chain_seconds((base, middle, draft), (over_middle, of_middle), beta)
     return {
-        "chain": document,
-        "predicted": {"without": result.before, "with": result.after, "pays": result.pays},
-        "conditions": {"above": result.upper.holds, "drafter": result.lower.holds},
+        "seconds": seconds,
+        "accepted": {"base": of_base, "middle": of_middle, "base over middle": over_middle},
+        "draft_passes": beta,
+        "predicted": {
+            "without": without,
+            "with": with_middle,
+            "pays": with_middle < without,
+        },
+        "conditions": {
+            "above": saves_above(middle, base, (of_middle, of_base, over_middle)),
+            "drafter": saves_drafting(middle, draft, (of_middle, of_base), beta),
+        },
         "by_passes": sum(used[name] * seconds[name] for name in seconds),
     }
 

@@ -31,7 +31,7 @@ from easyspec_jax.model import (
     rms_norm,
     run_layer,
 )
-from easyspec_jax.tuner.passes import Text, compare_distributions, regroup
+from easyspec_jax.tuner.stale_passes import Text, compare_distributions, regroup
 
 Record = dict[str, Any]
 

@@ -21,7 +21,7 @@ from easyspec_jax.cli.info import read_config
 from easyspec_jax.planner.acceptance import Acceptance
 from easyspec_jax.planner.cost import Pass
 from easyspec_jax.planner.device import PRESETS, Device
-from easyspec_jax.planner.plan import Layout, Planner
+from easyspec_jax.planner.plan import Deployment, Planner
 from easyspec_jax.sharding import LAYOUTS
 
 GPT_FAST = "gpt-fast README, A100 at 330 W"
@@ -78,7 +78,7 @@ def token_seconds(
     device = dataclasses.replace(device, bandwidth=device.bandwidth * 16 / bits)
     config = MODELS[model]
     planner = Planner(base=config, draft=config, device=device)
-    base = planner.decoder(Layout(layer=1, tensor=devices, draft="none")).base
+    base = planner.decoder(Deployment(layer=1, tensor=devices, draft="none")).base
     return Pass(base, device, rows, rows, 1, 256).cost().seconds + device.step
 
 
@@ -119,7 +119,7 @@ def _hopper() -> list[Figure]:
     figures = [
         Figure(
             "sglang issue 2904, H100", f"all-reduce of {kb} KB, {n} GPUs", value, "us",
-            lambda fitted, n=n, kb=kb: 1e6 * fitted["h100"].all_reduce(1024 * kb, n), True,
+            lambda fitted, n=n, kb=kb: 1e6 * fitted["h100"].exchange(1024 * kb, n, rounds=2), True,
         )
         for (n, kb), value in ALL_REDUCE.items()
     ]  # fmt: skip
@@ -176,12 +176,12 @@ def _swiftspec() -> list[Figure]:
 
 
 PAIRS = {"Llama-3": ("Llama-3.1-70B", "Llama-3.1-8B"), "Qwen2": ("Qwen2-72B", "Qwen2-7B")}
-ONE = Layout(layer=1, tensor=8, draft="one device", rules=LAYOUTS["replicated"])
+ONE = Deployment(layer=1, tensor=8, draft="one device", rules=LAYOUTS["replicated"])
 
 
-def groups_of(size: int) -> Layout:
+def groups_of(size: int) -> Deployment:
     """EasySpec's draft on 8 GPUs: layers of a group side by side on 4 of them."""
-    return Layout(layer=4, tensor=2, draft="groups", rules=LAYOUTS["layer"], group_size=size)
+    return Deployment(layer=4, tensor=2, draft="groups", rules=LAYOUTS["layer"], group_size=size)
 
 
 def drafting_gain(device: Device, pair: str) -> float:
@@ -196,7 +196,7 @@ def whole_gain(device: Device, pair: str) -> float:
     """
     options = {"device": device, "acceptance": Acceptance(rate=0.95)}
     planner = Planner(base=MODELS[PAIRS[pair][0]], draft=MODELS[PAIRS[pair][1]], **options)
-    plain = planner.price(Layout(layer=1, tensor=8, draft="none")).token_seconds
+    plain = planner.price(Deployment(layer=1, tensor=8, draft="none")).token_seconds
     choices = [planner.price(groups_of(4), g, w) for g in range(1, 13) for w in (1, 4, 8, 12)]
     return plain / min(choice.token_seconds for choice in choices)
 

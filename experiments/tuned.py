@@ -28,10 +28,10 @@ import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.cli.tune import predict_times
 from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
-from easyspec_jax.tuner import tune
+from easyspec_jax.tuner import search, tune
 from easyspec_jax.tuner.partitions import Partition, uniform_partitions
-from easyspec_jax.tuner.passes import answer, regroup, write_texts
-from easyspec_jax.tuner.tune import StepSeconds
+from easyspec_jax.tuner.search import StepSeconds
+from easyspec_jax.tuner.stale_passes import answer, regroup, write_texts
 
 Record = dict[str, Any]
 RESAMPLES = 10_000
@@ -50,10 +50,10 @@ class Bench:
         self.options = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids}
         texts = write_texts(self.base, tuning, **self.options)
         self.expected = [text.tokens[0, text.counted].tolist() for text in texts]
-        self.scorer = tune.make_scorer(self.base, self.draft, texts, args.num_draft_tokens)
+        self.scorer = search.make_scorer(self.base, self.draft, texts, args.num_draft_tokens)
         self.num_layers = self.draft.config.num_layers
         largest = min(3 * -(-self.num_layers // min(args.attention_steps)), self.num_layers)
-        self.costs = tune.measure_sensitivity(self.scorer, largest, progress=True)
+        self.costs = search.measure_sensitivity(self.scorer, largest, progress=True)
         self.written = [row for out in self._decode(None) for row in out.tokens]
         self.decoded: dict[Partition, Record] = {}
 
@@ -87,14 +87,14 @@ class Bench:
     def tuned(self, steps: int, most: int | None) -> tuple[Partition, Record]:
         """What `tuner.tune` would choose, and its figures on the tuning prompts."""
         k, largest = tune.check_options(self.num_layers, steps, most, False)
-        candidates = tune.search(self.scorer, self.costs[:, :largest], k, progress=True)
-        verified = tune.verify_best(
+        candidates = search.search(self.scorer, self.costs[:, :largest], k, progress=True)
+        confirmed = tune.confirm_best(
             self.base,
             self.draft,
             candidates,
             self.tuning,
             self.expected,
-            num_verified=self.args.verify,
+            num_confirmed=self.args.verify,
             num_draft_tokens=self.args.num_draft_tokens,
             sampling=es.Sampling(),
             **self.options,
@@ -107,9 +107,9 @@ class Bench:
                 "predicted": round(c.predicted, 4),
                 "tokens_per_step": round(c.tokens_per_step, 4),
             }
-            for c in verified
+            for c in confirmed
         ]
-        return verified[0].partition, {"considered": len(candidates), "verified": rows}
+        return confirmed[0].partition, {"considered": len(candidates), "verified": rows}
 
 
 def measure(bench: Bench):

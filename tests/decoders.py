@@ -1,11 +1,13 @@
 """Tiny models and decoders, made once per test process: compiling them is what the tests' time goes
-into.
+into. And Pearson's test of what they draw.
 """
 
+import collections
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import easyspec_jax as es
 
@@ -82,3 +84,24 @@ def fresh_cache(m, batch, max_len):
 def joined(pieces):
     """The tokens of all pieces of a stream."""
     return [token for piece in pieces for token in piece]
+
+
+def surprise(draws, table):
+    """-log10 of the p-value of Pearson's test: above 5 once in 100,000 times by chance.
+
+    Args:
+      draws: keys of `table`; one of probability zero is not tolerated.
+      table: {key: probability}; cells that expect fewer than 5 draws are merged.
+    """
+    from scipy.stats import chisquare  # takes more than a second to import
+
+    counts, possible = collections.Counter(draws), [key for key in table if table[key] > 0]
+    assert counts.keys() <= {*possible}, "an impossible outcome was drawn"
+    p = np.array([table[key] for key in possible], np.float64)
+    assert abs(p.sum() - 1) < 1e-5  # of float32, scipy tolerates less
+    expected = p / p.sum() * counts.total()
+    found = np.array([counts[key] for key in possible])
+    small = expected < 5
+    if small.any():
+        found, expected = (np.append(n[~small], n[small].sum()) for n in (found, expected))
+    return -np.log10(max(chisquare(found, expected).pvalue, 1e-300))

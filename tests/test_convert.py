@@ -28,7 +28,6 @@ from hf_models import (
 
 import convert
 from convert.__main__ import main
-from convert.safetensors_file import SafetensorsFile
 from convert.tensors import read_array
 from easyspec_jax import checkpoint
 from easyspec_jax.config import ModelConfig
@@ -346,23 +345,25 @@ def entry(begin: int, end: int, shape=(2,), dtype: str = "F32") -> dict:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"abc", "header is longer than the file"),
-        ((10**12).to_bytes(8, "little") + b"{}", "header is longer than the file"),
-        (safetensors_bytes(b"{"), "header is not JSON"),
-        (safetensors_bytes(b"[]"), "not a JSON object"),
-        (safetensors_bytes(b'{"a": 1, "a": 2}'), "appears twice"),
-        (safetensors_bytes({"a": {"dtype": "F32"}}), "entry of tensor 'a' is malformed"),
-        (safetensors_bytes({"a": entry(0, 8, [-2])}), "entry of tensor 'a' is malformed"),
-        (safetensors_bytes({"a": entry(0, 8, [3])}), "size of tensor 'a' does not fit its shape"),
-        (safetensors_bytes({"a": entry(0, 16, [4])}), "offsets of tensor 'a' are wrong"),
-        (safetensors_bytes({"a": entry(0, 8), "b": entry(4, 12)}), "offsets of tensor 'b'"),
-        (safetensors_bytes({"a": entry(0, 8)}, b"\0" * 9), "1 bytes belong to no tensor"),
+        (b"abc", "header too small"),
+        ((10**12).to_bytes(8, "little") + b"{}", "header too large"),
+        (safetensors_bytes(b"{"), "invalid JSON in header"),
+        (safetensors_bytes(b"[]"), "invalid JSON in header"),
+        (safetensors_bytes({"a": {"dtype": "F32"}}), "missing field `shape`"),
+        (safetensors_bytes({"a": entry(0, 8, dtype="F33")}), "unknown variant `F33`"),
+        (safetensors_bytes({"a": entry(0, 8, [-2])}), "invalid value: integer `-2`"),
+        (safetensors_bytes({"a": entry(0, 8, [3])}), "invalid shape, data type, or offset"),
+        (safetensors_bytes({"a": entry(0, 8), "b": entry(4, 12)}), "invalid offset for tensor `b`"),
+        (safetensors_bytes({"a": entry(0, 8)}, b"\0" * 9), "file not fully covered"),
+        (safetensors_bytes({"a": entry(0, 8)}, b"\0" * 7), "file not fully covered"),
     ],
 )
-def test_broken_safetensors_headers_are_refused(content, message, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(content)
+def test_broken_safetensors_files_are_refused_by_name(content, message, folder, tmp_path):
+    (folder / "model.safetensors").write_bytes(content)
+    message = rf"^\S+model.safetensors is not a valid safetensors file: .*{message}.*\.$"
     with pytest.raises(ValueError, match=message):
-        SafetensorsFile(tmp_path / "model.safetensors")
+        run(folder, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_folder_without_tokenizer_warns_once(tmp_path):

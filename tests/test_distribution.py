@@ -7,8 +7,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from chi_square import surprise
-from decoders import NEW, PROMPTS, all_logits, model, self_drafting
+from decoders import NEW, PROMPTS, all_logits, model, self_drafting, surprise
 from mutation import BROKEN_RULES, mutate, repeat_siblings
 
 import easyspec_jax as es

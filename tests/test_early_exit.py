@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chi_square import surprise
 from decoders import (
     CONFIG,
     NEW,
@@ -16,6 +15,7 @@ from decoders import (
     autoregressive,
     joined,
     model,
+    surprise,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st

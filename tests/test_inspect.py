@@ -16,7 +16,7 @@ import pytest
 import easyspec_jax as es
 from easyspec_jax.layer_parallel import run_fuzzy, run_whole_layers
 from easyspec_jax.model import Step, rotate
-from easyspec_jax.tuner import passes
+from easyspec_jax.tuner import stale_passes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))  # scripts, no package
 inspect_layers = importlib.import_module("inspect_layers")
@@ -37,7 +37,7 @@ PARTITION = (1, 3, 1)
 def exact():
     """A model with every option of attention, a text of it, and an exact pass over that."""
     model = es.random_model(GROUPED, es.make_mesh(1, 1), dtype="float64")
-    text = passes.write_texts(model, [[5, 6, 7]], 9)[0]
+    text = stale_passes.write_texts(model, [[5, 6, 7]], 9)[0]
     return model, text, inspect_layers.exact_pass(model, text)
 
 
@@ -72,7 +72,7 @@ def test_texts_are_prompts_with_greedy_answers():
     model = tiny_model()
     prompts = [[1, 2, 3], [4]]
     answers = es.Decoder(model).generate(prompts, max_new_tokens=4).tokens
-    texts = passes.write_texts(model, prompts, 4)
+    texts = stale_passes.write_texts(model, prompts, 4)
     assert [text.tokens.shape for text in texts] == [(1, 7)] * 2
     assert texts[0].tokens[0].tolist() == prompts[0] + answers[0]
     assert texts[1].tokens[0].tolist() == [4, *answers[1], 0, 0]
@@ -80,13 +80,13 @@ def test_texts_are_prompts_with_greedy_answers():
 
 
 def test_a_regrouped_model_is_the_one_loaded_in_groups(exact):
-    model = passes.regroup(exact[0], PARTITION)
+    model = stale_passes.regroup(exact[0], PARTITION)
     want = grouped_model()
     assert model.partition == want.partition
     got, _ = run(model, exact[1].tokens, empty_cache(model), run_fuzzy)
     np.testing.assert_array_equal(got, run(want, exact[1].tokens, empty_cache(want), run_fuzzy)[0])
     with pytest.raises(ValueError, match="regroup needs layers that share their devices"):
-        passes.regroup(es.abstract_model(TINY, es.make_mesh(8, 1), layout="layer"), 2)
+        stale_passes.regroup(es.abstract_model(TINY, es.make_mesh(8, 1), layout="layer"), 2)
 
 
 def test_an_exact_pass_records_what_each_layer_reads_and_makes(exact):
@@ -138,7 +138,7 @@ def test_states_inside_a_group_are_those_of_shorter_groups(exact):
     """Behind two of three layers stands what a group of the first two gives."""
     model, text, seen = exact
     whole = inspect_layers.fuzzy_pass(grouped_model(), text, "layer", seen.cache, calibrate=True)
-    shorter = passes.regroup(model, (1, 2, 1, 1))
+    shorter = stale_passes.regroup(model, (1, 2, 1, 1))
     part = inspect_layers.fuzzy_pass(shorter, text, "layer", seen.cache, calibrate=True)
     np.testing.assert_allclose(whole.states[:4], part.states[:4], atol=1e-6)
     np.testing.assert_allclose(whole.states[:3], seen.states[:3], atol=1e-6)  # first of the group
@@ -150,14 +150,14 @@ def test_distributions_are_compared_by_hand():
         np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]),
         np.log([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]),
     )
-    found = passes.compare_distributions(p, q)
+    found = stale_passes.compare_distributions(p, q)
     assert found["kl"] == pytest.approx(0.25 * np.log(2) / 2)
     assert found["argmax_agreement"] == 0.5 and found["overlap"] == pytest.approx(0.875)
 
 
 def test_what_is_measured_is_nothing_for_groups_of_one_and_grows():
     model = tiny_model()
-    texts = passes.write_texts(model, [[1, 2, 3], [4]], 6)
+    texts = stale_passes.write_texts(model, [[1, 2, 3], [4]], 6)
     found = inspect_layers.measure(model, texts, [1, 3])
     assert (found["texts"], found["positions"]) == (2, 12) and set(found["stale"]) == {"1", "2"}
     assert [len(found["stale"]["1"][part]) for part in ("hidden", "queries", "keys")] == [2] * 3

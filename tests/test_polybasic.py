@@ -6,8 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from chi_square import surprise
-from decoders import CONFIG, PROMPTS, SMALL, fresh_cache, joined, model
+from decoders import CONFIG, PROMPTS, SMALL, fresh_cache, joined, model, surprise
 from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chi_square import surprise
-from decoders import autoregressive, model
+from decoders import autoregressive, model, surprise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutation import mutate

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chi_square import surprise
-from decoders import all_logits, fresh_cache, model, self_drafting
+from decoders import all_logits, fresh_cache, model, self_drafting, surprise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutation import BROKEN_RULES, mutate, repeat_siblings

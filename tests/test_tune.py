@@ -13,7 +13,7 @@ from decoders import PROMPTS, all_logits, model
 
 import easyspec_jax as es
 from easyspec_jax.loop import Specs
-from easyspec_jax.tuner import passes, tune
+from easyspec_jax.tuner import search, stale_passes, tune
 from easyspec_jax.tuner.partitions import (
     cheapest_partitions,
     expected_tokens,
@@ -41,14 +41,14 @@ def compositions(total, largest):
 def written():
     """A model, its text and the window of that."""
     m = MODEL((1, 1))
-    text = passes.write_texts(m, [PROMPTS[0]], 7)[0]
-    return m, text, passes.make_window(m, text, 9)
+    text = stale_passes.write_texts(m, [PROMPTS[0]], 7)[0]
+    return m, text, stale_passes.make_window(m, text, 9)
 
 
 def stale(m, window, partition, recent=1):
     args = (m, window)
     options = {"recent": recent, "vocab_size": m.config.vocab_size, "specs": Specs.of(args)}
-    found = tune._log_probs(*args, passes.staleness(partition), **options)
+    found = search._log_probs(*args, stale_passes.staleness(partition), **options)
     return np.asarray(found[0, : window.size])
 
 
@@ -63,7 +63,7 @@ def drafted(partition, text, recent):
     before it exactly, then the last `recent` tokens one after another in parallel passes.
     """
     exact, fuzzy = es.layer_parallel.run_exact, es.layer_parallel.run_fuzzy
-    m = passes.regroup(MODEL((1, 1)), partition)
+    m = stale_passes.regroup(MODEL((1, 1)), partition)
     rows = []
     for at in range(text.start - 1, text.end - 1):
         first = max(at - recent + 1, text.start - 1)
@@ -108,14 +108,14 @@ def test_a_stale_pass_sees_recent_tokens_as_drafting_leaves_them():
 def test_a_stale_pass_on_several_devices_is_that_on_one():
     one, text, window = written()
     m = MODEL((2, 4))
-    got = stale(m, passes.make_window(m, text, 9), (1, 3, 1))
+    got = stale(m, stale_passes.make_window(m, text, 9), (1, 3, 1))
     np.testing.assert_allclose(got, stale(one, window, (1, 3, 1)), atol=1e-12)
 
 
 def test_a_window_needs_a_model_without_groups():
     m, text, _ = written()
     with pytest.raises(ValueError, match="a window needs the exact model"):
-        passes.make_window(passes.regroup(m, 2), text, 11)
+        stale_passes.make_window(stale_passes.regroup(m, 2), text, 11)
 
 
 def test_the_cheapest_partitions_are_those_of_brute_force():
@@ -123,7 +123,7 @@ def test_the_cheapest_partitions_are_those_of_brute_force():
     costs = rng.random((7, 4))
     every = {}
     for partition in compositions(7, 4):
-        cost = sum(costs[j, s] for j, s in enumerate(passes.staleness(partition)))
+        cost = sum(costs[j, s] for j, s in enumerate(stale_passes.staleness(partition)))
         every.setdefault(len(partition), []).append((cost, partition))
     found = cheapest_partitions(costs, 7, keep=3)
     assert found.keys() == every.keys() == set(range(2, 8))
@@ -176,7 +176,7 @@ def test_expected_tokens_by_hand():
 @functools.cache
 def scorer(gamma=3):
     m = MODEL((1, 1))
-    return tune.make_scorer(m, m, passes.write_texts(m, PROMPTS, 16), gamma)
+    return search.make_scorer(m, m, stale_passes.write_texts(m, PROMPTS, 16), gamma)
 
 
 def test_scores_are_of_the_exact_model_and_fall_with_groups():
@@ -191,8 +191,8 @@ def test_scores_are_of_the_exact_model_and_fall_with_groups():
 
 def test_above_temperature_zero_acceptance_is_the_overlap():
     m, _, window = written()
-    base = tune._tempered(m, window, 0.7)
-    s = tune.Scorer(m, [window], 4, 0.7, [base], vocab_size=m.config.vocab_size)
+    base = search._tempered(m, window, 0.7)
+    s = search.Scorer(m, [window], 4, 0.7, [base], vocab_size=m.config.vocab_size)
     assert s.exact_acceptance == pytest.approx(1, abs=1e-6)
     p, q = stale(m, window, (1,) * 5), stale(m, window, (1, 3, 1), recent=2)
     p, q = (np.exp(x / 0.7) / np.exp(x / 0.7).sum(-1, keepdims=True) for x in (p, q))
@@ -215,8 +215,8 @@ def test_vocabularies_may_be_padded_differently(temperature, more):
         head = jnp.pad(head, ((0, 0), (0, -more)))
         config = dataclasses.replace(base.config, vocab_size=head.shape[1])
         base, draft = base.replace(params=base.params.replace(lm_head=head), config=config), base
-    texts = passes.write_texts(base, PROMPTS[:1], 8)
-    s = tune.make_scorer(base, draft, texts, 3, temperature)
+    texts = stale_passes.write_texts(base, PROMPTS[:1], 8)
+    s = search.make_scorer(base, draft, texts, 3, temperature)
     divergence, acceptance, _ = s.score((1,) * 5)
     assert divergence == pytest.approx(0, abs=1e-12) and np.isfinite(s.score((1, 4))[0])
     if more > 0:
@@ -244,7 +244,7 @@ def sensitive(layer):
 def test_a_sensitive_layer_begins_a_block(layer):
     m = sensitive(layer)
     found = tune.tune(
-        m, m, PROMPTS, attention_steps=2, num_draft_tokens=3, max_new_tokens=16, num_verified=1
+        m, m, PROMPTS, attention_steps=2, num_draft_tokens=3, max_new_tokens=16, num_confirmed=1
     )
     assert found.sensitivity[1:, 1].argmax() == layer - 1
     assert found.partition == (layer, 5 - layer)
@@ -253,17 +253,17 @@ def test_a_sensitive_layer_begins_a_block(layer):
     assert (found.num_prompts, found.num_tokens) == (3, 48)
 
 
-def test_uniform_partitions_are_verified_too_and_text_is_autoregressions():
+def test_uniform_partitions_are_decoded_with_too_and_text_is_autoregressions():
     m = MODEL((1, 1))
     found = tune.tune(
-        m, m, PROMPTS, attention_steps=3, num_draft_tokens=3, max_new_tokens=16, num_verified=1
+        m, m, PROMPTS, attention_steps=3, num_draft_tokens=3, max_new_tokens=16, num_confirmed=1
     )
     assert (1, 3, 1) in {c.partition for c in found.candidates}
     tokens = [c.tokens_per_step for c in found.candidates]
     assert tokens == sorted(tokens, reverse=True) and all(
         c.identical == 3 for c in found.candidates
     )
-    drafter = es.LayerParallelDrafter(passes.regroup(m, found.partition))
+    drafter = es.LayerParallelDrafter(stale_passes.regroup(m, found.partition))
     out = es.Decoder(m, drafter, num_draft_tokens=3).generate(PROMPTS, max_new_tokens=16)
     assert out.tokens == es.Decoder(m).generate(PROMPTS, max_new_tokens=16).tokens
     assert out.stats.tokens_per_step == tokens[0]
@@ -274,7 +274,7 @@ def test_several_devices_tune_as_one():
     found = [
         tune.tune(
             *(MODEL(shape),) * 2, PROMPTS, attention_steps=3, num_draft_tokens=3,
-            max_new_tokens=16, num_verified=2,
+            max_new_tokens=16, num_confirmed=2,
         )
         for shape in ((1, 1), (2, 4))
     ]  # fmt: skip
@@ -287,7 +287,7 @@ def test_several_devices_tune_as_one():
 @pytest.mark.slow
 def test_tuning_above_temperature_zero():
     m, stranger = MODEL((1, 1)), model((1, 1), seed=3, layout="tensor")
-    options = {"attention_steps": 2, "num_draft_tokens": 2, "max_new_tokens": 8, "num_verified": 1}
+    options = {"attention_steps": 2, "num_draft_tokens": 2, "max_new_tokens": 8, "num_confirmed": 1}
     found = tune.tune(m, m, PROMPTS, temperature=0.8, **options)
     assert found.exact_acceptance == pytest.approx(1)
     assert all(c.identical is None and c.tokens_per_step > 1 for c in found.candidates)
@@ -297,13 +297,13 @@ def test_tuning_above_temperature_zero():
 
 def test_with_a_time_for_steps_speed_decides():
     s, costs = scorer(), np.zeros((5, 5))
-    free = tune.search(s, costs, 5, step_seconds=lambda partition: 1.0)
+    free = search.search(s, costs, 5, step_seconds=lambda partition: 1.0)
     assert free[0].partition == (1,) * 5  # as many tokens as there can be
-    dear = tune.search(s, costs, 5, step_seconds=lambda partition: 10.0 ** len(partition))
+    dear = search.search(s, costs, 5, step_seconds=lambda partition: 10.0 ** len(partition))
     assert dear[0].partition == (5,) and dear[0].step_seconds == 10.0
     assert dear[0].speed(3.0) == 0.3
     assert fastest_partitions(costs + 1.0, 5, lambda p: max(p))[0] == (1,) * 5
-    few = tune.search(s, costs, 4)
+    few = search.search(s, costs, 4)
     assert {len(c.partition) for c in few if c.kind != "uniform"} == {4}
 
 

@@ -16,9 +16,9 @@ from easyspec_jax.cli import main as cli
 from easyspec_jax.cli import tune as tune_command
 from easyspec_jax.cli.arguments import make_parser
 from easyspec_jax.planner.device import PRESETS
-from easyspec_jax.planner.plan import Layout, Planner
+from easyspec_jax.planner.plan import Deployment, Planner
 from easyspec_jax.sharding import LAYOUTS
-from easyspec_jax.tuner import passes, tune
+from easyspec_jax.tuner import search, stale_passes, tune
 
 
 def test_the_file_is_read_as_written_and_replaced_whole(tmp_path):
@@ -128,7 +128,7 @@ def test_times_of_partitions_are_the_planners():
     assert seconds((5, 3, 1)) > seconds((4, 4, 1))  # five layers on four devices take two turns
     planner = Planner(base=config, draft=config, device=PRESETS["h100"])
     place = {"layer": 4, "tensor": 2, "draft": "groups", "rules": LAYOUTS["layer"]}
-    choice = planner.price(Layout(**place, group_size=(1, 4, 4)), 5)
+    choice = planner.price(Deployment(**place, group_size=(1, 4, 4)), 5)
     assert seconds((1, 4, 4)) == choice.cost.seconds
     assert times()((1, 8)) < seconds((1, 8))  # all eight side by side
 
@@ -203,7 +203,7 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
 
     monkeypatch.setattr(es.Decoder, "generate", wrong)
     m = model((1, 1), layout="tensor")
-    candidate = tune.Candidate((5,), "sum", 0.1, 0.5, 2.0)
+    candidate = search.Candidate((5,), "sum", 0.1, 0.5, 2.0)
     options = {
         "num_draft_tokens": 3,
         "max_new_tokens": 16,
@@ -211,10 +211,10 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
         "sampling": es.Sampling(),
     }
     expected = [
-        text.tokens[0, text.counted].tolist() for text in passes.write_texts(m, PROMPTS, 16)
+        text.tokens[0, text.counted].tolist() for text in stale_passes.write_texts(m, PROMPTS, 16)
     ]
     expected[1][2] -= 1  # as it was
-    found = tune.verify(m, m, candidate, PROMPTS, expected, **options)
+    found = tune.confirm(m, m, candidate, PROMPTS, expected, **options)
     assert found.identical == 2
     result = tune.Tuning((5,), (found,), 1.0, np.zeros((5, 5)), 3, 48)
     monkeypatch.setattr(tune_command, "tune", lambda *args, **options: result)

@@ -179,10 +179,14 @@ def _exponent(arm: _Arm, chain: tuple[float, float]) -> list[float]:
 
 
 def _solve(tokens: Any, arm: _Arm) -> float:
-    """The x in [0, 1] with `tokens(x, γ)` = the arm's tokens per step; `tokens` rises in x."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        below = tokens(middle, arm.num_draft_tokens) < arm.tokens_per_step
-        low, high = (middle, high) if below else (low, middle)
-    return (low + high) / 2
+    """The x in [0, 1] with `tokens(x, γ)` = the arm's tokens per step, or the end that comes
+    nearest; `tokens` rises in x.
+    """
+    from scipy.optimize import brentq  # takes a second to import
+
+    def missing(x):
+        return tokens(x, arm.num_draft_tokens) - arm.tokens_per_step
+
+    if not missing(0.0) < 0:
+        return 0.0
+    return 1.0 if missing(1.0) <= 0 else brentq(missing, 0.0, 1.0)

@@ -23,7 +23,6 @@ from easyspec_jax.planner.device import Device
 
 PHASES = ("calibrate", "draft", "verify", "commit")
 _COLLECTIVE_LAUNCHES = 2  # of a host that launches a collective itself
-_OWNER_KERNELS = 4  # keys and values of a slot: read, stacked, and each written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,33 +81,28 @@ class Pass:
         layout, size = self.model.layout, len(block.mlp)
         mlp = self._mlp(block)
         if size == 1:
-            attention = self._attention(block.attention[0], layout)
+            attention = self._attention(block.attention[0])
             return attention + self._sum(layout.heads) + mlp + self._sum(layout.mlp)
         axes = ((layout.group,) if layout.group else ()) + layout.heads
         slots = len(block.attention)
-        if self.run == "exact" and block.copy:
-            layer = self._attention(block.copy[0], layout.copy) + self._sum(layout.copy.heads)
-            layers = (layer + mlp + self._sum(layout.mlp)) * size
-            return layers + self._to_owners() * slots
         if self.run == "exact":
-            turn = self._attention(block.attention[0], layout) + self._sum(axes)
+            turn = self._attention(block.attention[0]) + self._sum(axes)
             return (turn + mlp + self._sum(layout.mlp)) * size
-        together = self._attention(block.attention[0], layout) * slots
+        together = self._attention(block.attention[0]) * slots
         together += self._sum(axes, arrays=slots * layout.group_devices)
         if self.run == "layer":
             return together + mlp * size + self._sum(layout.mlp)
         return together + (mlp + self._sum(layout.mlp)) * size
 
-    def _attention(self, weights: Any, layout: Any) -> Cost:
-        c, device = self.model.config, self.device
+    def _attention(self, weights: Any) -> Cost:
+        c, layout, device = self.model.config, self.model.layout, self.device
         size = device_bytes(weights)
-        shards = math.prod(layout.mesh.shape[axis] for axis in layout.kv)
         cache = 2 * c.num_kv_heads * c.head_dim * self._itemsize * self.batch * self.entries
         heads = c.num_heads // layout.num_head_shards
         scores = device.score * self.rows * heads * self.entries
         cost = Cost(
             weights=device.product(size, self.rows, self._itemsize, _products(weights)),
-            attention=cache / shards / device.bandwidth + scores,
+            attention=cache / self._devices(layout.kv) / device.bandwidth + scores,
             kernels=device.attention_kernels * device.kernel,
         )
         return _overlapped(cost, device)
@@ -131,28 +125,20 @@ class Pass:
             sampling=device.logit * numbers,
             kernels=device.pass_kernels * device.kernel,
         )
-        gather = device.all_gather(4 * numbers, self._devices(layout.vocab))
-        exchange = Cost(collectives=gather) if layout.vocab else Cost()
-        return _overlapped(cost, device) + self._sum(layout.vocab) + _launched(exchange, device)
+        gather = self._collective(4 * numbers, layout.vocab, rounds=1)
+        return _overlapped(cost, device) + self._sum(layout.vocab) + gather
 
     def _sum(self, axes: tuple[str, ...], arrays: int = 1) -> Cost:
         """Adding up [rows, D] of so many layers over mesh axes."""
-        if not axes:
-            return Cost()
         size = arrays * self.rows * self.model.config.embed_dim * self._itemsize
-        seconds = self.device.all_reduce(size, self._devices(axes))
-        return _launched(Cost(collectives=seconds), self.device)
+        return self._collective(size, axes, rounds=2)
 
-    def _to_owners(self) -> Cost:
-        """New entries of a slot's layers, from their copies to the devices that own the layers."""
-        layout, c, device = self.model.layout, self.model.config, self.device
-        cost = _overlapped(Cost(kernels=_OWNER_KERNELS * device.kernel), device)
-        if layout.group not in layout.copy.kv:
-            return cost
-        size = 2 * c.num_kv_heads * c.head_dim * self.rows * self._itemsize
-        shares = self._devices(layout.kv)
-        seconds = device.all_gather(size / shares, layout.group_devices)
-        return cost + _launched(Cost(collectives=seconds), device)
+    def _collective(self, num_bytes: float, axes: tuple[str, ...], *, rounds: int) -> Cost:
+        """As `Device.exchange`; one that the host launches costs it as much as kernels do."""
+        seconds = self.device.exchange(num_bytes, self._devices(axes), rounds=rounds)
+        if seconds and self.device.overlapped:
+            seconds = max(seconds, _COLLECTIVE_LAUNCHES * self.device.kernel)
+        return Cost(collectives=seconds)
 
     def _devices(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.model.layout.mesh.shape[axis] for axis in axes)
@@ -174,14 +160,6 @@ def _overlapped(cost: Cost, device: Device) -> Cost:
     if cost.kernels >= cost.seconds - cost.kernels:
         return Cost(kernels=cost.kernels)
     return dataclasses.replace(cost, kernels=0.0)
-
-
-def _launched(cost: Cost, device: Device) -> Cost:
-    """A collective; one that the host launches costs it as much as kernels do."""
-    if not device.overlapped or not cost.collectives:
-        return cost
-    launches = _COLLECTIVE_LAUNCHES * device.kernel
-    return Cost(collectives=max(cost.collectives, launches))
 
 
 def step_costs(

@@ -7,6 +7,7 @@ machine at hand, and a JSON file of them may be given in place of a name.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -15,6 +16,26 @@ from typing import Any
 from easyspec_jax.config import is_integer, is_number
 
 DTYPES = ("float32", "bfloat16", "float16")
+_WITHOUT_BOUND = ("bandwidth", "flops", "memory", "link")  # may be infinite
+
+
+def _rise(points: Any) -> bool:
+    """Whether points are what `Device.products` is said to be."""
+    sound = isinstance(points, tuple) and all(
+        isinstance(p, tuple) and len(p) == 3 and is_integer(p[0]) and all(map(_is_finite, p))
+        for p in points
+    )
+    if not sound or any(n < 1 or per_byte <= 0 or more < 0 for n, per_byte, more in points):
+        return False
+    return all(a[0] < b[0] for a, b in itertools.pairwise(points))
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether value is a number that a float can hold."""
+    try:
+        return is_number(value)
+    except OverflowError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,29 +57,28 @@ class Device:
     logit: float = 0.0  # seconds per number that sampling looks at
     collective: float = 0.0  # seconds of the smallest all-reduce between two devices
     hop: float = 0.0  # more for each device behind the second
-    link: float = math.inf  # bytes a second into a device; an all-reduce moves 2 (n - 1) / n of it
+    link: float = math.inf  # bytes a second into a device
     step: float = 0.0  # seconds between two steps: what the host does
     overlapped: bool = False  # the host launches while the device works: the slower of both counts
 
     def __post_init__(self):
+        rules = {
+            "name": (isinstance(self.name, str), "a text"),
+            "dtype": (self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            "overlapped": (isinstance(self.overlapped, bool), "true or false"),
+            "products": (_rise(self.products), "(rows, seconds per byte, seconds), rows rising"),
+        }
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type != "float":
-                continue
-            if math.isnan(value) or value < 0:
-                raise ValueError(f"{field.name} of a device must be at least 0, got {value!r}")
-        for name in ("bandwidth", "flops", "link", "memory"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} of a device must be above 0")
-        if self.dtype not in DTYPES:
-            names = ", ".join(DTYPES)
-            raise ValueError(f"dtype of a device must be one of {names}, got {self.dtype!r}")
-        rows = [point[0] for point in self.products]
-        bad = any(n < 1 or s <= 0 or more < 0 for n, s, more in self.products)
-        if bad or rows != sorted(set(rows)):
-            raise ValueError(
-                "products of a device must be (rows, seconds per byte, seconds), rows rising"
-            )
+            name, value = field.name, getattr(self, field.name)
+            if name in _WITHOUT_BOUND:
+                fits = value == math.inf or (_is_finite(value) and value > 0)
+                what = "a number above 0"
+            elif field.type == "float":
+                fits, what = _is_finite(value) and value >= 0, "a number of at least 0"
+            else:
+                fits, what = rules[name]
+            if not fits:
+                raise ValueError(f"{name} of a device must be {what}, got {value!r}")
 
     def product(self, weight_bytes: float, rows: float, itemsize: int, count: int = 1) -> float:
         """Seconds of multiplying `rows` rows with weights of so many bytes in all, in `count`
@@ -70,19 +90,14 @@ class Device:
         per_byte, beside = _interpolated(self.products, rows)
         return weight_bytes * per_byte + count * beside
 
-    def all_reduce(self, num_bytes: float, devices: int) -> float:
-        """Seconds of adding up arrays of so many bytes over so many devices; 0 for one."""
+    def exchange(self, num_bytes: float, devices: int, *, rounds: int) -> float:
+        """Seconds until each of so many devices has an array of so many bytes, of which a share
+        goes around in each round: one of an all-gather, two of an all-reduce.
+        """
         if devices == 1:
             return 0.0
-        sent = 2 * (devices - 1) / devices * num_bytes
-        return self.collective + self.hop * (devices - 2) + sent / self.link
-
-    def all_gather(self, num_bytes: float, devices: int) -> float:
-        """Seconds until every device has the whole of an array of so many bytes."""
-        if devices == 1:
-            return 0.0
-        sent = (devices - 1) / devices * num_bytes
-        return self.collective + self.hop * (devices - 2) + sent / self.link
+        received = rounds * (devices - 1) / devices * num_bytes
+        return self.collective + self.hop * (devices - 2) + received / self.link
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON; what is without bound is left out."""
@@ -143,68 +158,37 @@ PRESETS = {
 }
 
 
-def read_device(
-    name: str, *, kernel: float | None = None, collective: float | None = None
-) -> Device:
+def read_device(name: str) -> Device:
     """A preset, or the device that a JSON file describes (fields of `Device`, or a document of
-    `easyspec plan --json`), with other costs of kernels and collectives where they are given.
-
-    Args:
-      name: a preset or a path.
-      kernel: seconds of each kernel.
-      collective: seconds of a small collective, however many devices take part.
+    `easyspec plan --json`).
 
     Raises:
       ValueError: neither a preset nor a file that describes a device.
     """
-    device = PRESETS.get(name)
-    if device is None:
-        path = pathlib.Path(name)
-        if not path.is_file():
-            raise ValueError(
-                f"unknown device {name!r}: use {', '.join(PRESETS)}, or a JSON file of one"
-            )
-        device = _parse(path)
-    changes: dict[str, Any] = {}
-    if kernel is not None:
-        changes["kernel"] = kernel
-    if collective is not None:
-        changes |= {"collective": collective, "hop": 0.0}
-    return dataclasses.replace(device, **changes)
-
-
-def _parse(path: pathlib.Path) -> Device:
+    if name in PRESETS:
+        return PRESETS[name]
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"unknown device {name!r}: use {', '.join(PRESETS)}, or a JSON file of one"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of UTF-8 and of JSON, both ValueErrors
         raise ValueError(f"{path} is no JSON file") from error
     values = values.get("device", values) if isinstance(values, dict) else values
-    fields = {field.name: field for field in dataclasses.fields(Device)}
     if not isinstance(values, dict) or not {"name", "bandwidth", "flops"} <= values.keys():
         raise ValueError(f"{path} describes no device: it needs name, bandwidth and flops at least")
-    unknown = values.keys() - fields
+    unknown = values.keys() - {field.name for field in dataclasses.fields(Device)}
     if unknown:
         raise ValueError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
     for key, value in values.items():
-        if fields[key].type == "float" and not _is_finite(value):
-            raise ValueError(f"{path}: {key} must be a number, got {value!r}")
-        if fields[key].type == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{path}: {key} must be true or false, got {value!r}")
-        if fields[key].type == "str" and not isinstance(value, str):
-            raise ValueError(f"{path}: {key} must be a text, got {value!r}")
-    pairs = values.get("products", ())
-    if not isinstance(pairs, list | tuple) or not all(
-        isinstance(p, list) and len(p) == 3 and is_integer(p[0]) and all(map(_is_finite, p))
-        for p in pairs
-    ):
-        raise ValueError(f"{path}: products must be lists of rows and two times in seconds")
-    products = tuple((n, float(per_byte), float(beside)) for n, per_byte, beside in pairs)
-    return Device(**{**values, "products": products})
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether value is a number that a float can hold."""
+        if value == math.inf:
+            raise ValueError(f"{path}: {key} must be finite")
+    points = values.get("products", ())
+    if isinstance(points, list):
+        points = tuple(tuple(p) if isinstance(p, list) else p for p in points)
     try:
-        return is_number(value) and math.isfinite(float(value))
-    except OverflowError:
-        return False
+        return Device(**values | {"products": points})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,4 +1,4 @@
-"""Which layout, which groups, how many tokens: every choice priced, the best first.
+"""Which deployment, which groups, how many tokens: every choice priced, the best first.
 
 What a choice costs is predicted by `cost.step_costs` from shapes, what it brings by `Acceptance`,
 from a few measured rates. Nothing is loaded and no device is touched.
@@ -30,7 +30,7 @@ GROUP_SIZES = (1, 2, 3, 4, 5, 6, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class Deployment:
     """Where base and draft stand; the base is split over all devices of the mesh."""
 
     layer: int
@@ -69,14 +69,14 @@ class Layout:
         text += f" --draft-layout {name}"
         if self.rules.mlp != LAYOUTS[name].mlp:
             text += f" --draft-mlp {self.mlp}"
-        return text + (" --exact-pass copy" if self.rules.exact == "copy" else "")
+        return text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
     """One way to decode, and what is predicted of it."""
 
-    layout: Layout
+    deployment: Deployment
     num_draft_tokens: int  # γ; 0: autoregression
     tree_width: int
     phases: dict[str, Cost]  # of one step
@@ -89,7 +89,7 @@ class Choice:
 
     def options(self) -> str:
         """The choice for `easyspec generate`."""
-        text = self.layout.options()
+        text = self.deployment.options()
         if self.num_draft_tokens:
             text += f" --num-draft-tokens {self.num_draft_tokens}"
         return text + (f" --tree-width {self.tree_width}" if self.tree_width > 1 else "")
@@ -112,15 +112,14 @@ class Choice:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the choice, its phases and terms in seconds, what it brings."""
-        layout = self.layout
-        values: dict[str, Any] = {"draft": layout.draft, "options": self.options()}
-        values |= {"layer": layout.layer, "tensor": layout.tensor}
+        deployment = self.deployment
+        values: dict[str, Any] = {"draft": deployment.draft, "options": self.options()}
+        values |= {"layer": deployment.layer, "tensor": deployment.tensor}
         if self.num_draft_tokens:
             values |= {
-                "group_size": layout.group_size,
-                "draft_tensor_parallel": layout.draft_devices,
-                "draft_mlp": layout.mlp,
-                "exact_pass": layout.rules.exact,
+                "group_size": deployment.group_size,
+                "draft_tensor_parallel": deployment.draft_devices,
+                "draft_mlp": deployment.mlp,
                 "num_draft_tokens": self.num_draft_tokens,
                 "tree_width": self.tree_width,
             }
@@ -146,16 +145,16 @@ class Plan:
         """The fastest."""
         return self.choices[0]
 
-    def by_layout(self) -> list[Choice]:
-        """Of every layout its best γ and w, the fastest first."""
-        first: dict[Layout, Choice] = {}
+    def by_deployment(self) -> list[Choice]:
+        """Of every deployment its best γ and w, the fastest first."""
+        first: dict[Deployment, Choice] = {}
         for choice in self.choices:
-            first.setdefault(choice.layout, choice)
+            first.setdefault(choice.deployment, choice)
         return list(first.values())
 
     def fastest(self, draft: str) -> Choice | None:
-        """The fastest whose draft stands as said (`Layout.draft`)."""
-        return next((c for c in self.choices if c.layout.draft == draft), None)
+        """The fastest whose draft stands as said (`Deployment.draft`)."""
+        return next((c for c in self.choices if c.deployment.draft == draft), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,27 +175,27 @@ class Planner:
     batch: int = 1
     max_len: int = 2048
 
-    def decoder(self, layout: Layout, num_draft_tokens: int = 0, tree_width: int = 1) -> Decoder:
+    def decoder(self, where: Deployment, num_draft_tokens: int = 0, tree_width: int = 1) -> Decoder:
         """The pair as shapes."""
-        mesh = (layout.layer, layout.tensor)
+        mesh = (where.layer, where.tensor)
         base = _shapes(self.base, mesh, self.device.dtype, 1, LAYOUTS["tensor"])
         if not num_draft_tokens:
             return Decoder(base)
-        draft = _shapes(self.draft, mesh, self.device.dtype, layout.group_size, layout.rules)
+        draft = _shapes(self.draft, mesh, self.device.dtype, where.group_size, where.rules)
         counts = {"num_draft_tokens": num_draft_tokens, "tree_width": tree_width}
         return Decoder(base, LayerParallelDrafter(draft), **counts)
 
     def price(
         self,
-        layout: Layout,
+        where: Deployment,
         num_draft_tokens: int = 0,
         tree_width: int = 1,
         known: dict[Any, Cost] | None = None,
     ) -> Choice:
         """What one choice costs and brings; γ = 0 is autoregression. `known` as in `step_costs`, of
-        this layout.
+        this deployment.
         """
-        decoder = self.decoder(layout, num_draft_tokens, tree_width)
+        decoder = self.decoder(where, num_draft_tokens, tree_width)
         entries = decoder.capacity(self._tokens)
         phases = step_costs(decoder, self.device, batch=self.batch, entries=entries, known=known)
         brings = 1.0
@@ -204,7 +203,7 @@ class Planner:
             partition = decoder.drafter.draft.partition
             brings = self.acceptance.tokens_per_step(partition, num_draft_tokens, tree_width)
         return Choice(
-            layout=layout,
+            deployment=where,
             num_draft_tokens=num_draft_tokens,
             tree_width=tree_width if num_draft_tokens else 1,
             phases=phases,
@@ -216,17 +215,19 @@ class Planner:
         return min(self.max_len, self.base.context)
 
     def memory(
-        self, layout: Layout, num_draft_tokens: int = 0, tree_width: int = 1
+        self, where: Deployment, num_draft_tokens: int = 0, tree_width: int = 1
     ) -> dict[str, int]:
         """Bytes on each device, by name."""
-        decoder = self.decoder(layout, num_draft_tokens, tree_width)
+        decoder = self.decoder(where, num_draft_tokens, tree_width)
         return decoder.memory(self.batch, 1, max_new_tokens=self._tokens - 1)
 
-    def fitting(self, layout: Layout, counts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    def fitting(
+        self, where: Deployment, counts: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
         """Those (γ, w) whose weights, caches and scratch a device has the memory for."""
 
         def fits(count):
-            return sum(self.memory(layout, *count).values()) <= self.device.memory
+            return sum(self.memory(where, *count).values()) <= self.device.memory
 
         counts = sorted(counts, key=lambda count: count[0] * count[1])
         if fits(counts[-1]):
@@ -247,17 +248,17 @@ class Planner:
           ValueError: not even autoregression fits into the memory of so many devices.
         """
         found, refused = [], 0
-        for layout in layouts(num_devices, group_sizes, self.draft.num_layers):
+        for where in deployments(num_devices, group_sizes, self.draft.num_layers):
             counts = [(0, 1)]
-            if layout.draft != "none":
+            if where.draft != "none":
                 counts = [(gamma, width) for gamma in num_draft_tokens for width in tree_widths]
-            fitting, known = self.fitting(layout, counts), {}
-            found += [self.price(layout, *count, known) for count in fitting]
+            fitting, known = self.fitting(where, counts), {}
+            found += [self.price(where, *count, known) for count in fitting]
             refused += len(counts) - len(fitting)
         found.sort(key=lambda choice: choice.token_seconds)
         plain = next((choice for choice in found if not choice.num_draft_tokens), None)
         if plain is None:
-            needed = self.memory(Layout(layer=1, tensor=num_devices, draft="none"))
+            needed = self.memory(Deployment(layer=1, tensor=num_devices, draft="none"))
             raise ValueError(
                 f"the base needs {sum(needed.values()) / 2**30:.2f} GiB on each of {num_devices} "
                 f"devices ({listed(needed)}), but a program may use "
@@ -266,7 +267,9 @@ class Planner:
         return Plan(choices=tuple(found), autoregression=plain, refused=refused)
 
 
-def layouts(num_devices: int, group_sizes: Sequence[int], num_layers: int) -> Iterator[Layout]:
+def deployments(
+    num_devices: int, group_sizes: Sequence[int], num_layers: int
+) -> Iterator[Deployment]:
     """Every way to place a base and a draft of so many layers on all devices, or on half of them, a
     quarter, ...
 
@@ -277,7 +280,7 @@ def layouts(num_devices: int, group_sizes: Sequence[int], num_layers: int) -> It
     group_sizes = sorted(same.values())
     devices = num_devices
     while devices >= 1:
-        yield Layout(layer=1, tensor=devices, draft="none")
+        yield Deployment(layer=1, tensor=devices, draft="none")
         for layer in (n for n in range(1, devices + 1) if devices % n == 0):
             yield from _on_mesh(layer, devices // layer, group_sizes)
         if devices % 2:
@@ -285,23 +288,22 @@ def layouts(num_devices: int, group_sizes: Sequence[int], num_layers: int) -> It
         devices //= 2
 
 
-def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[Layout]:
+def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[Deployment]:
     mesh = {"layer": layer, "tensor": tensor}
     if 1 in group_sizes and layer == 1:
-        yield Layout(**mesh, draft="one device", rules=LAYOUTS["replicated"])
+        yield Deployment(**mesh, draft="one device", rules=LAYOUTS["replicated"])
     if 1 in group_sizes and tensor > 1:
         alone = dataclasses.replace(LAYOUTS["layer"], mlp=(TENSOR,))  # a layer on "tensor" only
         rules = LAYOUTS["tensor"] if layer == 1 else alone
-        yield Layout(**mesh, draft="tensor parallel", rules=rules)
+        yield Deployment(**mesh, draft="tensor parallel", rules=rules)
     if layer == 1:
         return
     for size in (size for size in group_sizes if size > 1):
         for name, mlp in MLPS.items():
             if name == "replicated" and tensor == 1:  # the same as over "tensor"
                 continue
-            for exact in ("turns", "copy"):
-                rules = dataclasses.replace(LAYOUTS["layer"], mlp=mlp, exact=exact)
-                yield Layout(**mesh, draft="groups", rules=rules, group_size=size)
+            rules = dataclasses.replace(LAYOUTS["layer"], mlp=mlp)
+            yield Deployment(**mesh, draft="groups", rules=rules, group_size=size)
 
 
 @functools.cache

@@ -15,9 +15,9 @@ import numpy as np
 
 from easyspec_jax import loop
 from easyspec_jax.decode import Decoder
+from easyspec_jax.planner.cost import PHASES
 from easyspec_jax.request import make_request
 
-PHASES = ("calibrate", "draft", "verify", "commit")
 _KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 _LINE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(?:-start)?\(")
 _SHAPE = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")

@@ -1,318 +1,45 @@
 """A partition of the draft's layers that fits the model: more tokens per step at the same number of
-sequential attention steps.
-
-Layers differ in how stale an input they bear. So it is measured, layer by layer, what the draft's
-distribution suffers when that layer alone reads an old residual stream. Dynamic programming over
-the sums finds good partitions; as they are only about additive, the best are rescored by a pass
-each, moved a boundary at a time, and the last few are verified by real decoding, uniform ones among
-them.
+sequential attention steps. The most promising ones that a search finds are decoded with, a uniform
+one among them, and the best of these is taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from easyspec_jax.config import Sampling, is_integer
 from easyspec_jax.decode import Decoder
 from easyspec_jax.drafters import LayerParallelDrafter
-from easyspec_jax.loop import Specs
-from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
-from easyspec_jax.sharding import on_mesh, replicate
-from easyspec_jax.tuner.partitions import (
-    Partition,
-    cheapest_partitions,
-    expected_tokens,
-    fastest_partitions,
-    interpolate,
-    neighbours,
-    uniform_partitions,
+from easyspec_jax.tuner.partitions import Partition
+from easyspec_jax.tuner.search import (
+    Candidate,
+    StepSeconds,
+    make_scorer,
+    measure_sensitivity,
+    search,
 )
-from easyspec_jax.tuner.passes import (
-    Text,
-    Window,
-    answer,
-    make_window,
-    regroup,
-    stale_log_probs,
-    staleness,
-    write_texts,
-)
-
-# Seconds that one whole step (calibrating, drafting, verifying) takes with the draft in this
-# partition, on the machine that is tuned for; only ratios count.
-StepSeconds = Callable[[Partition], float]
-
-KEEP = 6  # cheapest partitions that are rescored
-ROUNDS = 4  # times that boundaries are moved
-SENSITIVITY_TEXTS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A partition and what it promises or gives; rates are over the tuning prompts."""
-
-    partition: Partition
-    kind: str  # "uniform", or how it was found: "sum" of sensitivities, "moved" boundaries
-    divergence: float  # nats, of the grouped draft from the exact one
-    acceptance: float  # of a token drafted by a parallel pass, the ones before it accepted
-    predicted: float  # tokens per step
-    step_seconds: float | None = None  # predicted; None: unknown
-    tokens_per_step: float | None = None  # by real decoding; None: not verified
-    acceptance_rate: float | None = None  # the same
-    identical: int | None = None  # answers equal to autoregression's; None above temperature 0
-
-    @property
-    def attention_steps(self) -> int:
-        """Attention layers that run one after another: blocks."""
-        return len(self.partition)
-
-    def speed(self, tokens: float) -> float:
-        """Tokens per second at so many tokens per step; tokens per step where no time is known."""
-        return tokens / (self.step_seconds or 1.0)
+from easyspec_jax.tuner.stale_passes import answer, regroup, write_texts
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
     """What `tune` found."""
 
-    partition: Partition  # the best of those that were verified
-    candidates: tuple[Candidate, ...]  # all that were verified, the best first
+    partition: Partition  # the best of those that were confirmed
+    candidates: tuple[Candidate, ...]  # all that were confirmed, the best first
     exact_acceptance: float  # of the draft's exact distribution
     sensitivity: np.ndarray  # f[L, S] nats, for layer j alone reading s layers back
     num_prompts: int
     num_tokens: int  # of the answers that were measured on
 
 
-class Scorer:
-    """Predicts acceptance and tokens per step of partitions, a pass over all texts for each."""
-
-    def __init__(
-        self,
-        draft: Model,
-        windows: Sequence[Window],
-        num_draft_tokens: int,
-        temperature: float = 0.0,
-        base_log_probs: Sequence[jax.Array] | None = None,
-        *,
-        vocab_size: int,
-    ):
-        """Predict for answers that the base has written.
-
-        Args:
-          draft: without groups.
-          windows: of its texts.
-          temperature: above 0 acceptance is the overlap with `base_log_probs` (f[1, N, V] of each
-            text, after temperature), else agreement with the base's tokens.
-          vocab_size: V of the base.
-        """
-        self.draft, self.windows = draft, list(windows)
-        self.num_draft_tokens, self.temperature = num_draft_tokens, temperature
-        self.base = list(base_log_probs) if base_log_probs else [None] * len(self.windows)
-        # Parallel passes of a step see 1 to γ - 1 entries of its own: the middle stands for all.
-        self.recent = max(num_draft_tokens // 2, 1)
-        num_layers = draft.config.num_layers
-        exact = np.zeros((num_layers,), np.int32)
-        self.exact = [
-            _log_probs(
-                draft,
-                w,
-                exact,
-                recent=self.recent,
-                vocab_size=vocab_size,
-                specs=Specs.of((draft, w)),
-            )
-            for w in self.windows
-        ]
-        self.first = [accepted for _, accepted in self._run(exact, self._all)]
-        self._known: dict[Partition, tuple[float, float, float]] = {}
-
-    def score(self, partition: Partition) -> tuple[float, float, float]:
-        """Divergence (nats), acceptance of a parallel pass and predicted tokens per step."""
-        if partition not in self._known:
-            found = self._run(staleness(partition), self._all)
-            promised = [
-                expected_tokens(first, later, self.num_draft_tokens)
-                for first, (_, later) in zip(self.first, found, strict=True)
-            ]
-            sizes = [w.size for w in self.windows]
-            self._known[partition] = (
-                _mean([kl for kl, _ in found]),
-                _mean([later for _, later in found]),
-                # steps, not tokens per step, add up
-                sum(sizes) / sum(n / p for n, p in zip(sizes, promised, strict=True)),
-            )
-        return self._known[partition]
-
-    def divergence(self, stale: np.ndarray, num_texts: int) -> float:
-        """Mean divergence (nats) from the exact draft with stale layers (i32[L]), over so many of
-        the texts, evenly spread.
-        """
-        texts = self._all[:: -(-len(self._all) // num_texts)]
-        return _mean([kl for kl, _ in self._run(stale, texts)])
-
-    @property
-    def exact_acceptance(self) -> float:
-        """Of tokens that the exact draft proposes."""
-        return _mean(self.first)
-
-    @property
-    def _all(self) -> range:
-        return range(len(self.windows))
-
-    def _run(self, stale: np.ndarray, texts: range) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Divergence and acceptance, f[n] each, of every answer token of these texts."""
-        mesh = self.draft.layout.mesh
-        stale = replicate(np.asarray(stale, np.int32), mesh)
-        temperature = replicate(np.float32(self.temperature), mesh)
-        found = []
-        # All are started before the first is waited for.
-        for i in texts:
-            args = (self.draft, self.windows[i], stale, self.exact[i], self.base[i], temperature)
-            found.append(_judge(*args, recent=self.recent, specs=Specs.of(args)))
-        sizes = [self.windows[i].size for i in texts]
-        return [
-            (np.asarray(kl)[:n], np.asarray(accepted)[:n])
-            for n, (kl, accepted) in zip(sizes, found, strict=True)
-        ]
-
-
-def make_scorer(
-    base: Model,
-    draft: Model,
-    texts: Sequence[Text],
-    num_draft_tokens: int,
-    temperature: float = 0.0,
-) -> Scorer:
-    """A scorer on texts that `base` wrote."""
-    room = max(text.end - text.start for text in texts)
-    first = make_window(draft, texts[0], room)
-    scores = 4 * room * base.config.vocab_size * (2 if temperature > 0 else 1)
-    needed = (len(texts) - 1) * device_bytes(first) + (len(texts) + 1) * scores
-    check_memory(draft.layout.mesh, {"calibration texts": needed})
-    windows = [first, *(make_window(draft, text, room) for text in texts[1:])]
-    base_scores = None
-    if temperature > 0:
-        base_scores = [_tempered(base, make_window(base, t, room), temperature) for t in texts]
-    vocab_size = base.config.vocab_size
-    return Scorer(draft, windows, num_draft_tokens, temperature, base_scores, vocab_size=vocab_size)
-
-
-def _mean(rows: Sequence[np.ndarray]) -> float:
-    return float(np.concatenate(rows).mean(dtype=np.float64))
-
-
-@functools.partial(jax.jit, static_argnames=("recent", "vocab_size", "specs"))
-def _log_probs(draft, window, stale, *, recent, vocab_size, specs):
-    """`stale_log_probs` on the draft's mesh."""
-    run = functools.partial(stale_log_probs, recent=recent, vocab_size=vocab_size)
-    everywhere = jax.sharding.PartitionSpec()
-    mesh, in_specs = draft.layout.mesh, (*specs.tree, everywhere)
-    return on_mesh(run, mesh, in_specs, everywhere)(draft, window, stale)
-
-
-@functools.partial(jax.jit, static_argnames=("recent", "specs"))
-def _judge(draft, window, stale, exact, base, temperature, *, recent, specs):
-    """Divergence from `exact` and acceptance, f[N] each, of a pass with stale layers."""
-
-    def run(draft, window, stale, exact, base, temperature):
-        q = stale_log_probs(draft, window, stale, recent, exact.shape[-1])
-        # An id that the draft has not: -inf on both sides.
-        kl = jnp.where(exact > -jnp.inf, jnp.exp(exact) * (exact - q), 0.0).sum(axis=-1)
-        if base is None:
-            accepted = q.argmax(axis=-1).astype(jnp.int32) == window.answer
-        else:
-            q = jax.nn.log_softmax(q / temperature.astype(q.dtype), axis=-1)
-            accepted = jnp.exp(jnp.minimum(q, base)).sum(axis=-1)
-        return kl[0], accepted[0]
-
-    everywhere = jax.sharding.PartitionSpec()
-    on = on_mesh(run, draft.layout.mesh, specs.tree, (everywhere, everywhere))
-    return on(draft, window, stale, exact, base, temperature)
-
-
-def measure_sensitivity(scorer: Scorer, largest: int, progress: Any = None) -> np.ndarray:
-    """f[L, largest] nats: what the draft's distribution suffers where layer j alone reads the
-    residual stream s layers back; infinite where there is none.
-
-    Measured at s = 1, 2, 4, ... and at the last, straight lines between.
-    """
-    num_layers = scorer.draft.config.num_layers
-    table = np.full((num_layers, largest), math.inf)
-    table[:, 0] = 0.0
-    for j in tqdm(range(1, num_layers), desc="layers", disable=not progress, leave=False):
-        last = min(j, largest - 1)
-        places = {1 << i for i in range(last.bit_length())} | {last} if last else set()
-        measured = {}
-        for place in sorted(places):
-            stale = np.zeros((num_layers,), np.int32)
-            stale[j] = place
-            measured[place] = max(scorer.divergence(stale, SENSITIVITY_TEXTS), 0.0)
-        table[j, : last + 1] = interpolate(measured, last + 1)
-    return table
-
-
-def search(
-    scorer: Scorer,
-    costs: np.ndarray,
-    max_blocks: int,
-    *,
-    step_seconds: StepSeconds | None = None,
-    progress: Any = None,
-) -> list[Candidate]:
-    """Candidates of at most `max_blocks` blocks, the most promising first: the cheapest by `costs`
-    (f[L, S], blocks of at most S layers), the same with boundaries moved, and uniform ones.
-
-    Without `step_seconds` those with `max_blocks` blocks, as fewer are never more accurate; with it
-    those that none beats in both cost and time.
-    """
-    num_layers, largest = costs.shape
-    found: dict[Partition, Candidate] = {}
-    bar = tqdm(desc="partitions", disable=not progress, leave=False)
-
-    def consider(partition: Partition, kind: str) -> Candidate:
-        if partition not in found:
-            bar.update()
-            seconds = step_seconds(partition) if step_seconds is not None else None
-            scores = dict(
-                zip(("divergence", "acceptance", "predicted"), scorer.score(partition), strict=True)
-            )
-            found[partition] = Candidate(partition, kind, step_seconds=seconds, **scores)
-        return found[partition]
-
-    def promise(candidate: Candidate) -> tuple[float, float]:
-        return candidate.speed(candidate.predicted), -candidate.divergence
-
-    for partition in uniform_partitions(num_layers, max_blocks, largest):
-        consider(partition, "uniform")
-    if step_seconds is None:
-        cheapest = cheapest_partitions(costs, max_blocks, KEEP)
-        good = [partition for _, partition in cheapest[max(cheapest)]]
-    else:
-        good = fastest_partitions(costs, max_blocks, step_seconds)
-    for partition in good:
-        consider(partition, "sum")
-    best = max(found.values(), key=promise)
-    for _ in range(ROUNDS):
-        near = [consider(p, "moved") for p in neighbours(best.partition, largest)]
-        better = max([best, *near], key=promise)
-        if better is best:
-            break
-        best = better
-    bar.close()
-    return sorted(found.values(), key=promise, reverse=True)
-
-
-def verify(
+def confirm(
     base: Model,
     draft: Model,
     candidate: Candidate,
@@ -342,28 +69,28 @@ def verify(
     )
 
 
-def verify_best(
+def confirm_best(
     base: Model,
     draft: Model,
     candidates: Sequence[Candidate],
     prompts: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]] | None,
     *,
-    num_verified: int,
+    num_confirmed: int,
     progress: bool = False,
     **options: Any,
 ) -> list[Candidate]:
-    """The first `num_verified` candidates and the first uniform one, verified; the best first.
+    """The first `num_confirmed` candidates and the first uniform one, confirmed; the best first.
 
     Args:
-      options: of `verify`.
+      options: of `confirm`.
     """
-    finalists = list(candidates[:num_verified])
+    finalists = list(candidates[:num_confirmed])
     uniform = [c for c in candidates if c.kind == "uniform"][:1]
     finalists += [c for c in uniform if c not in finalists]
     bar = tqdm(finalists, "decoding", disable=not progress, leave=False)
-    verified = [verify(base, draft, c, prompts, expected, **options) for c in bar]
-    return sorted(verified, key=lambda c: (-c.speed(c.tokens_per_step), -c.predicted))
+    confirmed = [confirm(base, draft, c, prompts, expected, **options) for c in bar]
+    return sorted(confirmed, key=lambda c: (-c.speed(c.tokens_per_step), -c.predicted))
 
 
 def tune(
@@ -376,7 +103,7 @@ def tune(
     step_seconds: StepSeconds | None = None,
     num_draft_tokens: int = 5,
     max_new_tokens: int = 64,
-    num_verified: int = 5,
+    num_confirmed: int = 5,
     eos_ids: Sequence[int] = (),
     temperature: float = 0.0,
     progress: bool = False,
@@ -391,7 +118,7 @@ def tune(
       step_seconds: predicted time of a step, to weigh tokens per step against; None: partitions of
         K blocks count as equally fast, so K is needed.
       num_draft_tokens: γ.
-      num_verified: candidates that are decoded with, beside the best uniform one.
+      num_confirmed: candidates that are decoded with, beside the best uniform one.
       temperature: of the text to be drafted; answers to measure on are greedy all the same.
       progress: show bars on stderr.
 
@@ -405,13 +132,13 @@ def tune(
     scorer = make_scorer(base, draft, greedy, num_draft_tokens, temperature)
     costs = measure_sensitivity(scorer, largest, progress)
     candidates = search(scorer, costs, k, step_seconds=step_seconds, progress=progress)
-    verified = verify_best(
+    confirmed = confirm_best(
         base,
         draft,
         candidates,
         prompts,
         [t.tokens[0, t.counted].tolist() for t in greedy] if temperature == 0 else None,
-        num_verified=num_verified,
+        num_confirmed=num_confirmed,
         progress=progress,
         num_draft_tokens=num_draft_tokens,
         max_new_tokens=max_new_tokens,
@@ -419,8 +146,8 @@ def tune(
         sampling=Sampling(temperature=temperature),
     )
     return Tuning(
-        partition=verified[0].partition,
-        candidates=tuple(verified),
+        partition=confirmed[0].partition,
+        candidates=tuple(confirmed),
         exact_acceptance=scorer.exact_acceptance,
         sensitivity=costs,
         num_prompts=len(greedy),
@@ -453,11 +180,3 @@ def check_options(
         )
     even = max(-(-num_layers // k), 4 if timed else 1)
     return int(k), min(int(most), 3 * even, num_layers)
-
-
-def _tempered(base: Model, window: Window, temperature: float) -> jax.Array:
-    """The base's log-probabilities f[1, N, V] at this temperature."""
-    exact = np.zeros((base.config.num_layers,), np.int32)
-    options = {"recent": 1, "vocab_size": base.config.vocab_size}
-    scores = _log_probs(base, window, exact, **options, specs=Specs.of((base, window)))
-    return jax.nn.log_softmax(scores / temperature, axis=-1)
