@@ -27,7 +27,7 @@ from easyspec_jax.request import Request, check_pair, check_stop_strings, make_r
 from easyspec_jax.sampling import make_filters
 from easyspec_jax.sharding import replicate
 from easyspec_jax.stats import Counters, Stats, count, make_stats
-from easyspec_jax.text import find_stop
+from easyspec_jax.text import TextStream
 
 # A prompt is absorbed in pieces of the smallest that holds it, else of the largest.
 PREFILL_CHUNKS = (16, 64, 256)
@@ -414,7 +414,8 @@ class Decoder:
         self, session: Session, turn: object, stop_strings: tuple[str, ...], tokenizer: Any
     ) -> Iterator[Piece]:
         """Step until the row is done; the session is consistent whenever this yields."""
-        counters, new, done = self._no_counts(1), [], False
+        counters, done = self._no_counts(1), False
+        text = TextStream(tokenizer, stop_strings)
         while not done:
             if session._turn is not turn:
                 raise RuntimeError("this stream has ended: its session serves a later request")
@@ -425,15 +426,14 @@ class Decoder:
             done = bool(done[0])
             ids = out.tokens[0, : out.num_emitted[0]].tolist()
             if stop_strings:
-                cut = find_stop(tokenizer, new, ids, stop_strings)
-                done, ids = done or cut is not None, ids[:cut]
+                ids = text.until_stop(ids)
+                done |= text.stopped
             emitted = np.array([len(ids)], np.int32)
             counters = count(counters, out.num_accepted, out.tries, out.num_drafted, emitted)
             session._state = state
             session._absorbed = len(session._tokens)  # the step calibrated up to its root
             session._tokens += ids
             session.stats = make_stats(counters)
-            new += ids
             yield Piece(ids, min(int(out.num_accepted[0]), len(ids)))
 
 
