@@ -171,7 +171,7 @@ class TextStream:
         return self._release("".join([self._decode(i) for i in ids]))
 
     def until_stop(self, ids: Sequence[int]) -> list[int]:
-        """Push `ids`, but none behind the one that completes a stop string; returns those pushed."""
+        """Push `ids` up to the one that completes a stop string; returns those that were pushed."""
         for i, token in enumerate(ids):
             self.push([token])
             if self.stopped:

@@ -12,9 +12,9 @@ from decoders import PROMPTS, model
 
 import easyspec_jax as es
 from easyspec_jax import tuned
-from easyspec_jax.cli import main as cli
+from easyspec_jax.cli import answering
 from easyspec_jax.cli import tune as tune_command
-from easyspec_jax.cli.arguments import make_parser
+from easyspec_jax.cli.main import make_parser
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.planner.plan import Layout, Planner
 from easyspec_jax.sharding import LAYOUTS
@@ -75,7 +75,8 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     command = ("tune", "--base", "base", "--draft", draft, *options, "--num-draft-tokens", 2)
     command = (*command, "--verify", 1, "--tensor", 1)
     results = []
-    monkeypatch.setattr(tune_command, "tune", lambda *a, **o: results.append(tune.tune(*a, **o))
+    search = tune.tune
+    monkeypatch.setattr(tune, "tune", lambda *a, **o: results.append(search(*a, **o))
                         or results[-1])  # fmt: skip
     status, out, _ = easyspec(*command, "--attention-steps", 3, "--json")
     assert status == 0
@@ -93,14 +94,14 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     status, out, _ = easyspec("info", draft, "--group-size", "tuned")
     assert status == 0 and f"{shown}: {len(partition)} attention steps" in out
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_load", lambda args, setup: pytest.fail(f"{args.group_size}"))
+        patch.setattr(answering, "Engine", lambda args, setup: pytest.fail(f"{args.group_size}"))
         with pytest.raises(pytest.fail.Exception, match=re.escape(str(partition))):
             easyspec(
                 *("generate", "--base", "base", "--draft", draft, "--tensor", 1),
                 *("--group-size", "tuned", "hello"),
             )
     # again: what is replaced is said; a dry run writes nothing; a device is kept by its name
-    monkeypatch.setattr(tune_command, "tune", lambda *a, **o: results[-1])
+    monkeypatch.setattr(tune, "tune", lambda *a, **o: results[-1])
     before = (draft / "partition.json").read_text()
     status, out, _ = easyspec(*command, "--layer", 3, "--dry-run")
     assert status == 0 and "written" not in out and (draft / "partition.json").read_text() == before
@@ -217,7 +218,7 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
     found = tune.verify(m, m, candidate, PROMPTS, expected, **options)
     assert found.identical == 2
     result = tune.Tuning((5,), (found,), 1.0, np.zeros((5, 5)), 3, 48)
-    monkeypatch.setattr(tune_command, "tune", lambda *args, **options: result)
+    monkeypatch.setattr(tune, "tune", lambda *args, **options: result)
     status, out, err = easyspec(
         *("tune", "--draft", pair / "draft", "--prompts", pair / "prompts.txt"),
         *("--attention-steps", 1, "--tensor", 1),
