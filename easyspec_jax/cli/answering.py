@@ -16,7 +16,7 @@ import jax
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.cli import drafting
-from easyspec_jax.cli.options import COUNT, add_dtype, add_machine, add_mesh, flag
+from easyspec_jax.cli.options import COUNT, add_dtype, add_machine, add_mesh, flag, given
 from easyspec_jax.cli.report import Clock, print_report
 from easyspec_jax.memory import check_memory
 from easyspec_jax.text import TextPrinter, Tokenizer, read_generation_config, stop_ids
@@ -91,17 +91,16 @@ def check_fits(args: argparse.Namespace, setup: Setup, tokens: int) -> None:
 def choose_sampling(args: argparse.Namespace, generation: dict[str, Any]) -> es.Sampling:
     """The arguments' sampling, else generation_config.json's, else greedy; says which on stderr."""
     names = ("temperature", "top_k", "top_p", "min_p")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    source = "as asked for" if given else "the default"
-    values = given
+    asked = given(args, *names)
+    source, values = "as asked for" if asked else "the default", asked
     if args.temperature is None and generation.get("do_sample"):
-        source = "from generation_config.json" + (" and the arguments" if given else "")
+        source = "from generation_config.json" + (" and the arguments" if asked else "")
         if generation.get("repetition_penalty", 1.0) != 1.0:
             source += ", without its repetition_penalty"
         own = {name: generation[name] for name in names if generation.get(name) is not None}
-        values = {"temperature": 1.0} | own | given
+        values = {"temperature": 1.0} | own | asked
     sampling = es.Sampling(**values)
-    idle = given.keys() - {"temperature"}
+    idle = asked.keys() - {"temperature"}
     if sampling.greedy and idle:
         raise ValueError(
             f"{flag(min(idle))} changes nothing without a temperature: add --temperature 0.8, say"
@@ -117,34 +116,26 @@ class Engine:
 
     def __init__(self, args: argparse.Namespace, setup: Setup):
         """Load them, which takes the time that the first report tells."""
-        began = time.perf_counter()
-        load = functools.partial(es.load_model, mesh=setup.mesh)
-        self.args, self.setup, self.decoder = args, setup, drafting.make_decoder(args, load)
+        self.args, self.setup, began = args, setup, time.perf_counter()
+        self.decoder = drafting.make_decoder(
+            args, functools.partial(es.load_model, mesh=setup.mesh)
+        )
         self._load_seconds = time.perf_counter() - began
 
-    def answer(
-        self, ids: list[int], session: es.Session, *, max_new_tokens: int, seed: int
-    ) -> tuple[list[int], str]:
+    def answer(self, ids: list[int], session: es.Session, **options: Any) -> tuple[list[int], str]:
         """Print what follows `ids` as it comes, then the statistics; returns its tokens and its
-        text.
+        text. Options: max_new_tokens and seed.
         """
-        args, setup, new = self.args, self.setup, []
-        printer = TextPrinter(setup.tokenizer, args.stop, mark=bool(args.show_draft))
+        stops, tokenizer = self.args.stop, self.setup.tokenizer
+        options |= {"sampling": self.setup.sampling, "eos_ids": self.setup.eos_ids}
+        options |= {"stop_strings": stops, "tokenizer": tokenizer}
+        printer, new = TextPrinter(tokenizer, stops, mark=bool(self.args.show_draft)), []
         with Clock(self._load_seconds) as clock:
-            for piece in self.decoder.stream(
-                ids,
-                max_new_tokens=max_new_tokens,
-                sampling=setup.sampling,
-                eos_ids=setup.eos_ids,
-                seed=seed,
-                stop_strings=args.stop,
-                tokenizer=setup.tokenizer,
-                session=session,
-            ):
+            for piece in self.decoder.stream(ids, session=session, **options):
                 clock.count(piece)
                 printer.piece(piece, piece.num_accepted)
                 new += piece
         printer.end()
-        print_report(args, session, clock)
+        print_report(self.args, session, clock)
         self._load_seconds = 0.0
         return new, printer.text

@@ -13,7 +13,7 @@ import jax
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
-from easyspec_jax.cli.options import COUNT, COUNTS, PROBABILITY, Add, flag, numbers
+from easyspec_jax.cli.options import COUNT, COUNTS, PROBABILITY, Add, flag, given, numbers
 from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
 from easyspec_jax.tuned import TUNED, read_partition
@@ -65,23 +65,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options of these names that were given: the library has defaults of its own."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
 def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
     options = {"group_size": args.group_size, "dtype": args.dtype, "layout": draft_layout(args)}
-    draft, how = load(args.draft, **options), _given(args, "parallel", "candidates")
+    draft, how = load(args.draft, **options), given(args, "parallel", "candidates")
     return es.LayerParallelDrafter(draft, calibrate=not args.no_calibrate, **how)
 
 
 def _prompt_lookup(args: argparse.Namespace, base: es.Model, load: Load):
-    return es.PromptLookupDrafter(**_given(args, "max_ngram"))
+    return es.PromptLookupDrafter(**given(args, "max_ngram"))
 
 
 def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
-    return es.EarlyExitDrafter(base, **_given(args, "exits"))
+    return es.EarlyExitDrafter(base, **given(args, "exits"))
 
 
 def _polybasic(args: argparse.Namespace, base: es.Model, load: Load):
@@ -91,7 +86,7 @@ def _polybasic(args: argparse.Namespace, base: es.Model, load: Load):
         middle = load(args.base, dtype=args.dtype)  # a copy takes no more than this
     else:
         middle = es.quantize_weights(base, bits=args.middle_bits)
-    return es.PolybasicDrafter(middle, _layer_parallel(args, base, load), **_given(args, "mu"))
+    return es.PolybasicDrafter(middle, _layer_parallel(args, base, load), **given(args, "mu"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +154,7 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
     """
     if args.drafter is None and args.draft is not None:
         args.drafter = "layer-parallel"
-    _check_options(args.drafter, _given(args, *OPTIONS))
+    _check_options(args.drafter, given(args, *OPTIONS))
     if args.draft is not None:
         config, metadata = read_metadata(args.draft)
         groups = args.layer if args.group_size is None else args.group_size
@@ -169,8 +164,8 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
         check_tokenizers(base_tokenizer, read_metadata(args.middle)[1].get("tokenizer"))
 
 
-def _check_options(drafter: str | None, given: Iterable[str]) -> None:
-    for name in given:
+def _check_options(drafter: str | None, names_given: Iterable[str]) -> None:
+    for name in names_given:
         who = _takers(name)
         if drafter is None:
             needed = "--draft" if "layer-parallel" in who else f"--drafter {who[0]}"
@@ -178,7 +173,7 @@ def _check_options(drafter: str | None, given: Iterable[str]) -> None:
         if drafter not in who:
             raise ValueError(f"--drafter {drafter} does not take {flag(name)}")
     for names in KINDS[drafter].needs if drafter is not None else ():
-        count = sum(name in given for name in names)
+        count = sum(name in names_given for name in names)
         if count != 1:
             either = "" if count == 0 or len(names) == 1 else ", not both"
             raise ValueError(f"--drafter {drafter} needs {' or '.join(map(flag, names))}{either}")
@@ -215,7 +210,7 @@ def make_decoder(args: argparse.Namespace, load: Load) -> es.Decoder:
     base = load(args.base, dtype=args.dtype)
     if args.drafter is None:
         return es.Decoder(base)
-    options = _given(args, "num_draft_tokens", "tree_width", "min_draft_probability")
+    options = given(args, "num_draft_tokens", "tree_width", "min_draft_probability")
     if args.drafter == "polybasic":  # its depth is a buffer's: mu, and a draft for the middle
         options = {"num_draft_tokens": (args.mu or MU) + DEPTH} | options
     return es.Decoder(base, KINDS[args.drafter].make(args, base, load), **options)

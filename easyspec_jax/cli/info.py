@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(add, "draft_mlp")
     add_option(add, "num_draft_tokens", default=DEPTH, help=f"per step (default {DEPTH})")
     add_option(add, "tree_width", default=1)
-    add_requests(add, device_memory="to refuse what does not fit into them in bfloat16")
+    add_requests(add, memory=": refuse what does not fit into them in bfloat16")
     add("--collectives", action="store_true", help="compile a step, list what devices exchange")
     add_mesh(add, tensor="heads (default: 1)")
 

@@ -92,11 +92,11 @@ def add_device(add: Add, purpose: str, num_devices: str) -> None:
     add("--num-devices", **COUNT, help=num_devices)
 
 
-def add_requests(add: Add, device_memory: str) -> None:
+def add_requests(add: Add, memory: str) -> None:
     """--batch, --max-len and --device-memory: which requests should fit, and into what."""
     add("--batch", **COUNT, default=1, help="prompts at once (default 1)")
     add_max_len(add, "tokens of each, prompt and answer")
-    add("--device-memory", **_SIZE, help=f"GiB of each device {device_memory}")
+    add("--device-memory", **_SIZE, help=f"GiB of each device{memory}")
 
 
 def add_max_len(add: Add, what: str) -> None:
@@ -122,3 +122,8 @@ def max_len(args: argparse.Namespace, base: ModelConfig) -> int:
 def flag(name: str) -> str:
     """An option as it is typed."""
     return f"--{name.replace('_', '-')}"
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options of these names that were given: the library has defaults of its own."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

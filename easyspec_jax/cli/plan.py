@@ -17,6 +17,7 @@ from easyspec_jax.cli.options import (
     add_device,
     add_dtype,
     add_requests,
+    given,
     max_len,
 )  # fmt: skip
 from easyspec_jax.planner.device import Device, read_device
@@ -50,12 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft", required=True, metavar="CONFIG", help="that of the draft")
     add("--measure", action="store_true", help="measure the machine at hand instead of a --device")
     add_device(add, "kind of device", "default: 1; with --measure all there are")
-    add_dtype(add, "with --measure: of the weights, ")
+    add_dtype(add, "of the weights, with --measure; ")
     rates = "share of the exact draft's tokens that is accepted, or a file of measured runs"
     add("--acceptance", metavar="RATE|FILE", help=f"{rates} (default 0.8)")
-    for name in ("--num-draft-tokens", "--tree-width", "--group-size"):
-        add(name, **COUNTS, help="those to consider")
-    add_requests(add, device_memory="that a program may use (default: the device's)")
+    add("--num-draft-tokens", **COUNTS, help="those to consider")
+    add("--tree-width", **COUNTS, dest="tree_widths", help="those to consider")
+    add("--group-size", **COUNTS, dest="group_sizes", help="those to consider")
+    add_requests(add, memory=" that a program may use (default: the device's)")
     add("--top", **COUNT, default=10, help="choices to show (default 10)")
     add("--json", action="store_true", help="all of it as one JSON document")
 
@@ -84,14 +86,9 @@ def run(args: argparse.Namespace) -> int:
         acceptance=acceptance,
         batch=args.batch,
     )
-    choices = {
-        "num_draft_tokens": args.num_draft_tokens,
-        "tree_widths": args.tree_width,
-        "group_sizes": args.group_size,
-    }
-    given = {name: values for name, values in choices.items() if values is not None}
     num_devices = args.num_devices or (jax.device_count() if args.measure else 1)
-    plan = planner.plan(num_devices, **given)
+    choices = given(args, "num_draft_tokens", "tree_widths", "group_sizes")
+    plan = planner.plan(num_devices, **choices)
     if args.json:
         print(json.dumps(document(planner, plan, args.top)))
     else:
