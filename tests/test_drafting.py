@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import easyspec_jax as es
+from easyspec_jax.cli import drafting
 from easyspec_jax.cli.report import _listed
 
 PROMPT = "so it goes and so it goes"
@@ -141,6 +142,11 @@ def test_counters_in_words():
         _listed({"a_b": 1, "c": 0.123456, "d": [0.5, 2], "e": "x"})
         == "a b 1, c 0.123, d 0.5 2, e x"
     )
+
+
+def test_every_option_is_taken_by_a_drafter():
+    taken = {name for kind in drafting.KINDS.values() for name in kind.options}
+    assert taken | {"num_draft_tokens", "show_draft"} == drafting.OPTIONS.keys()
 
 
 LOOKUP = ("--drafter", "prompt-lookup")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from easyspec_jax.cli.main import make_parser
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.planner.plan import Layout, Planner
 from easyspec_jax.sharding import LAYOUTS
+from easyspec_jax.text import Tokenizer
 from easyspec_jax.tuner import passes, tune
 
 
@@ -111,6 +113,15 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     assert status == 0 and f", which replaces {shown}; use it" in out
     stored = (draft / "partition.json").read_text()
     assert json.loads(stored)["tuned_for"]["device"] == "mine" and str(pair) not in stored
+
+
+def test_each_prompt_of_a_chat_is_a_conversation_of_its_own(checkpoints, tmp_path):
+    (tmp_path / "prompts.txt").write_text("hi\nhello\n")
+    files = {"base": checkpoints / "base", "prompts": tmp_path / "prompts.txt"}
+    args = argparse.Namespace(**files, num_prompts=None, chat=True)
+    tokenizer = Tokenizer(checkpoints / "base")
+    texts = [tokenizer.decode(ids) for ids in tune_command._encode(args)]
+    assert texts == ["user: hiassistant: ", "user: helloassistant: "]
 
 
 def test_times_of_partitions_are_the_planners():

