@@ -12,7 +12,7 @@ from easyspec_jax import loop
 from easyspec_jax.engine import Engine
 from easyspec_jax.request import Inputs, Request
 from easyspec_jax.stats import Counters, count, make_stats
-from easyspec_jax.text import find_stop
+from easyspec_jax.text import TextStream
 
 
 class Piece(list):
@@ -93,7 +93,7 @@ class Session:
         tokenizer: Any,
     ) -> Iterator[Piece]:
         """Step until the row is done; the session is consistent whenever this yields."""
-        new, done = [], False
+        done, text = False, TextStream(tokenizer, stop_strings)
         while not done:
             if self._turn is not request:
                 raise RuntimeError("this stream has ended: its session serves a later request")
@@ -103,13 +103,12 @@ class Session:
             done = bool(done[0])
             ids = out.tokens[0, : out.num_emitted[0]].tolist()
             if stop_strings:
-                cut = find_stop(tokenizer, new, ids, stop_strings)
-                done, ids = done or cut is not None, ids[:cut]
+                ids = text.until_stop(ids)
+                done |= text.stopped
             emitted = np.array([len(ids)], np.int32)
             counters = count(counters, out.num_accepted, out.tries, out.num_drafted, emitted)
             self._state = state
             self._absorbed = len(self._tokens)  # the step calibrated up to its root
             self._tokens += ids
             self.stats = make_stats(counters)
-            new += ids
             yield Piece(ids, min(int(out.num_accepted[0]), len(ids)))

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are no whole character (yet)
-_MAX_WINDOW = (
-    64  # tokens without a whole character at their end before their text is printed as it is
-)
+# Tokens without a whole character at their end before their text is printed as it is.
+_MAX_WINDOW = 64
 
 
 class Tokenizer:
@@ -171,6 +170,14 @@ class TextStream:
         """The text that is certain once `ids` follow."""
         return self._release("".join([self._decode(i) for i in ids]))
 
+    def until_stop(self, ids: Sequence[int]) -> list[int]:
+        """Push `ids` up to the one that completes a stop string; returns those that were pushed."""
+        for i, token in enumerate(ids):
+            self.push([token])
+            if self.stopped:
+                return list(ids[: i + 1])
+        return list(ids)
+
     def flush(self) -> str:
         """What was held back, as nothing follows."""
         text = self._held + self._tokenizer.decode(self._window)[self._printed :]
@@ -245,30 +252,6 @@ class TextPrinter:
         self.text += text
         if text:
             print(text.join(marks), end="", flush=True)
-
-
-def find_stop(
-    tokenizer: Any, before: Sequence[int], ids: Sequence[int], stop_strings: Sequence[str]
-) -> int | None:
-    """How many of `ids` it takes until the text of `before + ids` holds a stop string, or None.
-
-    `before` alone holds none, so only as much of its end is decoded as a stop string may span.
-    """
-    reach = (
-        max(map(len, stop_strings), default=0) + 8
-    )  # and some, for a cut character or space at the beginning
-    n = 16
-    while n < len(before) and len(tokenizer.decode(before[-n:])) < reach:
-        n *= 2
-    recent = list(before[-n:])
-
-    def stopped(count):
-        text = tokenizer.decode([*recent, *ids[:count]])
-        return any(stop in text for stop in stop_strings)
-
-    if not stopped(len(ids)):
-        return None
-    return next(count for count in range(1, len(ids) + 1) if stopped(count))
 
 
 class Conversation:

@@ -198,14 +198,8 @@ def test_an_interrupt_ends_with_130(easyspec, monkeypatch):
         (("generate", "--base", "nowhere", "hi"), "nowhere is not a converted checkpoint"),
         (("info", "base", "--device-memory", "nan"), "--device-memory must be a size above 0"),
         (("info", "base", "--max-len", 257), "--max-len must be in 2 .. 256, the base's context"),
-        (("chat", "--base", "base", "--max-len", 1), "--max-len must be at least 2, got 1"),
-        (
-            (
-                *("generate", "--base", "base", "--draft", "base", "--exact-pass", "copy"),
-                *("--draft-layout", "tensor", "x"),
-            ),
-            "a copy for exact passes needs layers of a group over a mesh axis",
-        ),
+        (("chat", "--base", "base", "--max-len", 257), "--max-len must be in 2 .. 256, the base's"),
+        (("chat", "--base", "base", "--max-len", 1), "--max-len must be in 2 .. 256, the base's"),
         (("generate", "--base", "bare", "hi"), "bare has no tokenizer"),
         (("generate", "--base", "base", "--show-draft", "hi"), "--show-draft needs --draft"),
         (("generate", "--base", "base", "--no-calibrate", "x"), "--no-calibrate needs --draft"),
@@ -243,10 +237,11 @@ def test_an_interrupt_ends_with_130(easyspec, monkeypatch):
         (("generate", "--base", "base", "--draft", "foreign", "hi"), "have different tokenizers"),
         (
             ("generate", "--base", "base", "--draft", "draft", "--layer", 0, "hi"),
-            "mesh axes must be at least 1",
+            "--layer must be at least 1, got 0",
         ),
         (("info", "base", "--group-size", 0), "group_size must be at least 1"),
-        (("info", "base", "--layer", 0), "mesh axes must be at least 1"),
+        (("demo", "--cpu-devices", 0), "--cpu-devices must be at least 1, got 0"),
+        (("info", "base", "--tensor", 0), "--tensor must be at least 1, got 0"),
     ],
 )
 def test_refusals_are_one_sentence_before_weights_are_loaded(easyspec, monkeypatch, argv, sentence):
@@ -297,8 +292,6 @@ def test_configure_sets_what_was_asked_for(monkeypatch, tmp_path):
     assert changes["jax_compilation_cache_dir"] == str(tmp_path / "easyspec_jax" / "compile")
     cli.configure(parse(["info", "b", "--layer", "2", "--tensor", "8"]))
     assert changes["jax_num_cpu_devices"] == 16
-    with pytest.raises(ValueError, match="cpu-devices must be at least 1"):
-        cli.configure(parse(["demo", "--cpu-devices", "0"]))
 
 
 def test_the_demo_compares_three_ways(easyspec):
@@ -384,7 +377,8 @@ def test_a_failed_download_is_one_sentence(easyspec, monkeypatch, tmp_path, pip,
 
 
 def test_the_first_token_does_not_wait_for_slow_imports():
-    code = "import sys; import easyspec_jax.cli; print({'transformers', 'orbax'} & {*sys.modules})"
+    slow = {"transformers", "orbax", "easyspec_jax.planner.plan", "easyspec_jax.tuner.tune"}
+    code = f"import sys; import easyspec_jax.cli.main; print({slow} & {{*sys.modules}})"
     root = pathlib.Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -15,7 +15,6 @@ from easyspec_jax.text import (
     Conversation,
     TextStream,
     Tokenizer,
-    find_stop,
     has_chat_template,
     stop_ids,
 )
@@ -106,10 +105,6 @@ def test_a_long_text_costs_a_few_decoded_tokens_per_token():
     tokenizer = ByteTokenizer()
     stream_in_pieces(TextStream(tokenizer), [*"naïve 速い ".encode()] * 200)
     assert tokenizer.decoded < 20 * 200 * len("naïve 速い ".encode())
-    tokenizer = ByteTokenizer()
-    before = [*b"x" * 5000]
-    assert find_stop(tokenizer, before, [*b"abc"], ["nowhere"]) is None
-    assert tokenizer.decoded < 200
 
 
 @pytest.mark.parametrize(
@@ -136,12 +131,12 @@ def test_the_beginning_of_a_stop_string_is_held_back():
     assert stream.flush() == "#"
 
 
-@pytest.mark.parametrize("before", ["", "no stop yet, but a long text before it. " * 5, "ST"])
-def test_find_stop_says_how_many_tokens_it_takes(before):
-    tokenizer, before = ByteTokenizer(), [*before.encode()]
-    rest = b"STOP now"[2:] if before == [*b"ST"] else b"STOP now"
-    assert find_stop(tokenizer, before, [*rest], ["STOP", "zz"]) == rest.index(b"P") + 1
-    assert find_stop(tokenizer, before, [*b"go on"], ["STOP"]) is None
+@pytest.mark.parametrize("before", [b"", b"no stop yet, but a long text before it. " * 5, b"ST"])
+def test_tokens_end_with_the_one_that_completes_a_stop_string(before):
+    stream = TextStream(ByteTokenizer(), ["STOP", "zz"])
+    assert stream.until_stop([*before]) == [*before] and not stream.stopped
+    rest = b"OP now" if before == b"ST" else b"STOP now"
+    assert stream.until_stop([*rest]) == [*rest[: rest.index(b"P") + 1]] and stream.stopped
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -12,12 +13,13 @@ from decoders import PROMPTS, model
 
 import easyspec_jax as es
 from easyspec_jax import tuned
-from easyspec_jax.cli import main as cli
+from easyspec_jax.cli import answering
 from easyspec_jax.cli import tune as tune_command
-from easyspec_jax.cli.arguments import make_parser
+from easyspec_jax.cli.main import make_parser
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.planner.plan import Deployment, Planner
 from easyspec_jax.sharding import LAYOUTS
+from easyspec_jax.text import Tokenizer
 from easyspec_jax.tuner import search, stale_passes, tune
 
 
@@ -75,7 +77,8 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     command = ("tune", "--base", "base", "--draft", draft, *options, "--num-draft-tokens", 2)
     command = (*command, "--verify", 1, "--tensor", 1)
     results = []
-    monkeypatch.setattr(tune_command, "tune", lambda *a, **o: results.append(tune.tune(*a, **o))
+    search = tune.tune
+    monkeypatch.setattr(tune, "tune", lambda *a, **o: results.append(search(*a, **o))
                         or results[-1])  # fmt: skip
     status, out, _ = easyspec(*command, "--attention-steps", 3, "--json")
     assert status == 0
@@ -93,14 +96,14 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     status, out, _ = easyspec("info", draft, "--group-size", "tuned")
     assert status == 0 and f"{shown}: {len(partition)} attention steps" in out
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_load", lambda args, setup: pytest.fail(f"{args.group_size}"))
+        patch.setattr(answering, "Engine", lambda args, setup: pytest.fail(f"{args.group_size}"))
         with pytest.raises(pytest.fail.Exception, match=re.escape(str(partition))):
             easyspec(
                 *("generate", "--base", "base", "--draft", draft, "--tensor", 1),
                 *("--group-size", "tuned", "hello"),
             )
     # again: what is replaced is said; a dry run writes nothing; a device is kept by its name
-    monkeypatch.setattr(tune_command, "tune", lambda *a, **o: results[-1])
+    monkeypatch.setattr(tune, "tune", lambda *a, **o: results[-1])
     before = (draft / "partition.json").read_text()
     status, out, _ = easyspec(*command, "--layer", 3, "--dry-run")
     assert status == 0 and "written" not in out and (draft / "partition.json").read_text() == before
@@ -110,6 +113,15 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     assert status == 0 and f", which replaces {shown}; use it" in out
     stored = (draft / "partition.json").read_text()
     assert json.loads(stored)["tuned_for"]["device"] == "mine" and str(pair) not in stored
+
+
+def test_each_prompt_of_a_chat_is_a_conversation_of_its_own(checkpoints, tmp_path):
+    (tmp_path / "prompts.txt").write_text("hi\nhello\n")
+    files = {"base": checkpoints / "base", "prompts": tmp_path / "prompts.txt"}
+    args = argparse.Namespace(**files, num_prompts=None, chat=True)
+    tokenizer = Tokenizer(checkpoints / "base")
+    texts = [tokenizer.decode(ids) for ids in tune_command._encode(args)]
+    assert texts == ["user: hiassistant: ", "user: helloassistant: "]
 
 
 def test_times_of_partitions_are_the_planners():
@@ -217,7 +229,7 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
     found = tune.confirm(m, m, candidate, PROMPTS, expected, **options)
     assert found.identical == 2
     result = tune.Tuning((5,), (found,), 1.0, np.zeros((5, 5)), 3, 48)
-    monkeypatch.setattr(tune_command, "tune", lambda *args, **options: result)
+    monkeypatch.setattr(tune, "tune", lambda *args, **options: result)
     status, out, err = easyspec(
         *("tune", "--draft", pair / "draft", "--prompts", pair / "prompts.txt"),
         *("--attention-steps", 1, "--tensor", 1),

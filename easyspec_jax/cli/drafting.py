@@ -1,48 +1,147 @@
-"""The drafter that a text command asks for: the options that each takes, and how it is made."""
+"""Ways of drafting: one table of the options that make a drafter, one of the drafters: the options
+that each takes and needs, and how it is made of them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
-from easyspec_jax.cli.arguments import check_positive, draft_layout, partition_of
+from easyspec_jax.cli.options import COUNT, COUNTS, PROBABILITY, Add, flag, given, numbers
 from easyspec_jax.request import check_tokenizers
+from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
+from easyspec_jax.tuned import TUNED, read_partition
 
-DEPTH = 5  # draft tokens of a step by default; polybasic's: for each pass of the middle
-NGRAM = 3  # last tokens that are looked up by default, at most
-MU = 8  # tokens that the middle collects for the base by default
-GROUP = 128  # weights that share a scale in a quantised copy of the base
+GROUPED = LAYOUTS["layer"]  # EasySpec's layout of a draft
+DEPTH, MU = 5, 8  # the library's defaults of num_draft_tokens and of a polybasic drafter's mu
 
-_ALL = ("num_draft_tokens", "show_draft")
-_LAYERS = (
-    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "exact_pass", "no_calibrate",
-    "parallel",
-)  # fmt: skip
+Load = Callable[..., es.Model]  # of a path and options, a model, loaded or abstract
+
+
+def _group_size(text: str) -> int | tuple[int, ...] | str:
+    if text == TUNED:
+        return text
+    try:
+        sizes = numbers(text)
+    except argparse.ArgumentTypeError:
+        wanted = "neither a number nor sizes like 1,2,3,1 nor tuned"
+        raise argparse.ArgumentTypeError(f"{text!r} is {wanted}") from None
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+_SIZES = "layers that run at once, all groups' sizes, or what `easyspec tune` found"
+_LAYOUT = "layers of a group side by side on --layer (default), shared, or all the same"
+_FLAG = {"action": "store_true", "default": None}
+
+# Options of drafters by name: what argparse has to know of each. None: not given.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "draft": dict(metavar="CKPT", help="converted checkpoint of the draft"),
+    "num_draft_tokens": COUNT | dict(help=f"per step (default {DEPTH}; polybasic: mu + {DEPTH})"),
+    "tree_width": COUNT | dict(help="draft tokens at each depth (default 1)"),
+    "candidates": dict(
+        choices=("sampled", "best"), help="at temperature > 0: drawn (default), or the likeliest"
+    ),
+    "min_draft_probability": PROBABILITY
+    | dict(help="stop drafting once even its likeliest path is less probable (default: never)"),
+    "group_size": dict(
+        type=_group_size, metavar="N|N,N,..|tuned", help=f"{_SIZES} (default: as --layer)"
+    ),
+    "draft_layout": dict(choices=tuple(LAYOUTS), help=f"the draft's: {_LAYOUT}"),
+    "draft_mlp": dict(choices=tuple(MLPS), help="devices that share the draft's MLPs"),
+    "no_calibrate": _FLAG | dict(help="leave the draft's cache fuzzy"),
+    "parallel": dict(choices=("attention", "layer"), help="what runs at once (default attention)"),
+    "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
+    "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
+    "middle": dict(metavar="CKPT", help="checkpoint between base and draft"),
+    "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
+    "mu": COUNT | dict(help=f"tokens the middle collects for the base, at least (default {MU})"),
+    "show_draft": _FLAG | dict(help="mark the text that the draft proposed"),
+}
+
+
+def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
+    options = {"group_size": args.group_size, "dtype": args.dtype, "layout": draft_layout(args)}
+    draft, how = load(args.draft, **options), given(args, "parallel", "candidates")
+    return es.LayerParallelDrafter(draft, calibrate=not args.no_calibrate, **how)
+
+
+def _prompt_lookup(args: argparse.Namespace, base: es.Model, load: Load):
+    return es.PromptLookupDrafter(**given(args, "max_ngram"))
+
+
+def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
+    return es.EarlyExitDrafter(base, **given(args, "exits"))
+
+
+def _polybasic(args: argparse.Namespace, base: es.Model, load: Load):
+    if args.middle is not None:
+        middle = load(args.middle, dtype=args.dtype)
+    elif isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
+        middle = load(args.base, dtype=args.dtype)  # a copy takes no more than this
+    else:
+        middle = es.quantize_weights(base, bits=args.middle_bits)
+    return es.PolybasicDrafter(middle, _layer_parallel(args, base, load), **given(args, "mu"))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
-    """What --drafter NAME takes and needs, beside what every drafter takes."""
+class Kind:
+    """A value of --drafter."""
 
-    takes: tuple[str, ...]
+    drafts: str  # what drafts, for the help
+    make: Callable[[argparse.Namespace, es.Model, Load], Any]
+    options: tuple[str, ...]  # names in OPTIONS beside those that every drafter takes
     needs: tuple[tuple[str, ...], ...] = ()  # exactly one of each
 
 
-_KINDS = {
-    "layer-parallel": _Kind((*_LAYERS, "min_draft_probability", "tree_width"), (("draft",),)),
-    "prompt-lookup": _Kind(("max_ngram", "tree_width")),
-    "early-exit": _Kind(("exits", "min_draft_probability")),
-    "polybasic": _Kind(
-        (*_LAYERS, "middle", "middle_bits", "mu", "min_draft_probability"),
-        (("draft",), ("middle", "middle_bits")),
+_ALL = ("num_draft_tokens", "show_draft")
+_DRAFT = (
+    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "no_calibrate", "parallel",
+    "min_draft_probability",
+)  # fmt: skip
+KINDS = {
+    "layer-parallel": Kind(
+        "a draft model (default with --draft)",
+        _layer_parallel,
+        (*_DRAFT, "tree_width"),
+        needs=(("draft",),),
+    ),
+    "prompt-lookup": Kind("the text itself", _prompt_lookup, ("max_ngram", "tree_width")),
+    "early-exit": Kind(
+        "the base's own early layers", _early_exit, ("exits", "min_draft_probability")
+    ),
+    "polybasic": Kind(
+        "a chain of base, middle and draft",
+        _polybasic,
+        (*_DRAFT, "middle", "middle_bits", "mu"),
+        needs=(("draft",), ("middle", "middle_bits")),
     ),
 }
-_OPTIONS = tuple(dict.fromkeys(name for kind in _KINDS.values() for name in (*_ALL, *kind.takes)))
+
+
+def add_arguments(add: Add) -> None:
+    """--drafter and the options of all drafters; what only one of them takes says which."""
+    kinds = "; ".join(f"{name}: {kind.drafts}" for name, kind in KINDS.items())
+    add("--drafter", choices=tuple(KINDS), help=f"{kinds} (default: none)")
+    for name, option in OPTIONS.items():
+        who = _takers(name)
+        only = f"{who[0]}: " if len(who) == 1 else ""
+        add_option(add, name, help=only + option["help"])
+
+
+def add_option(add: Add, name: str, **changes: Any) -> None:
+    """An option of OPTIONS, with another default or help where a command has its own."""
+    add(flag(name), **OPTIONS[name] | changes)
+
+
+def _takers(name: str) -> list[str]:
+    """The kinds of drafters that take an option."""
+    return [who for who, kind in KINDS.items() if name in (*_ALL, *kind.options)]
 
 
 def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
@@ -50,16 +149,12 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
     --group-size as a partition: what is read from a file is read once, and compared by processes.
 
     Raises:
-      ValueError: an option that the drafter does not take, one that it needs or a bad value; a
-        checkpoint that is none, or has another tokenizer than the base's.
+      ValueError: an option that the drafter does not take, or one that it needs; a checkpoint that
+        is none, or has another tokenizer than the base's.
     """
-    check_positive(args, "num_draft_tokens", "tree_width", "max_ngram", "mu")
-    least = args.min_draft_probability
-    if least is not None and not 0 <= least <= 1:
-        raise ValueError(f"--min-draft-probability must be between 0 and 1, got {least}")
     if args.drafter is None and args.draft is not None:
         args.drafter = "layer-parallel"
-    _check_options(args)
+    _check_options(args.drafter, given(args, *OPTIONS))
     if args.draft is not None:
         config, metadata = read_metadata(args.draft)
         groups = args.layer if args.group_size is None else args.group_size
@@ -69,83 +164,53 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
         check_tokenizers(base_tokenizer, read_metadata(args.middle)[1].get("tokenizer"))
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    given = [name for name in _OPTIONS if getattr(args, name) is not None]
-    if args.drafter is None:
-        if given:
-            who = [kind for kind, k in _KINDS.items() if given[0] in (*_ALL, *k.takes)]
+def _check_options(drafter: str | None, names_given: Iterable[str]) -> None:
+    for name in names_given:
+        who = _takers(name)
+        if drafter is None:
             needed = "--draft" if "layer-parallel" in who else f"--drafter {who[0]}"
-            raise ValueError(f"{_flag(given[0])} needs {needed}")
-        return
-    kind = _KINDS[args.drafter]
-    for name in given:
-        if name not in (*_ALL, *kind.takes):
-            raise ValueError(f"--drafter {args.drafter} does not take {_flag(name)}")
-    for names in kind.needs:
-        count = sum(name in given for name in names)
+            raise ValueError(f"{flag(name)} needs {needed}")
+        if drafter not in who:
+            raise ValueError(f"--drafter {drafter} does not take {flag(name)}")
+    for names in KINDS[drafter].needs if drafter is not None else ():
+        count = sum(name in names_given for name in names)
         if count != 1:
             either = "" if count == 0 or len(names) == 1 else ", not both"
-            flags = " or ".join(map(_flag, names))
-            raise ValueError(f"--drafter {args.drafter} needs {flags}{either}")
+            raise ValueError(f"--drafter {drafter} needs {' or '.join(map(flag, names))}{either}")
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def draft_layout(args: argparse.Namespace) -> LayoutRules:
+    """The draft's layout that --draft-layout and --draft-mlp ask for."""
+    rules = GROUPED if args.draft_layout is None else LAYOUTS[args.draft_layout]
+    return rules if args.draft_mlp is None else dataclasses.replace(rules, mlp=MLPS[args.draft_mlp])
 
 
-def make_decoder(args: argparse.Namespace, load: Callable[..., es.Model]) -> es.Decoder:
-    """The base with the drafter of checked arguments, of models that `load(path, **options)`
-    brings, loaded or abstract.
+def partition_of(
+    group_size: int | tuple[int, ...] | str,
+    path: str,
+    config: es.ModelConfig,
+    metadata: dict[str, Any],
+) -> tuple[int, ...]:
+    """The partition that --group-size means for the checkpoint `path`.
+
+    Raises:
+      ValueError: it does not fit the model, or the checkpoint was not tuned.
+    """
+    if group_size == TUNED:
+        return read_partition(path, config.num_layers, metadata.get("weights"))
+    return es.make_partition(config.num_layers, group_size)
+
+
+def make_decoder(args: argparse.Namespace, load: Load) -> es.Decoder:
+    """The base with the drafter of checked arguments.
 
     Raises:
       ValueError: this drafter cannot draft for this base.
     """
     base = load(args.base, dtype=args.dtype)
-    makers = {
-        "layer-parallel": _layer_parallel,
-        "prompt-lookup": _prompt_lookup,
-        "early-exit": _early_exit,
-        "polybasic": _polybasic,
-    }
     if args.drafter is None:
         return es.Decoder(base)
-    depth = DEPTH if args.drafter != "polybasic" else (args.mu or MU) + DEPTH
-    return es.Decoder(
-        base,
-        makers[args.drafter](args, base, load),
-        num_draft_tokens=args.num_draft_tokens or depth,
-        tree_width=args.tree_width or 1,
-        min_draft_probability=args.min_draft_probability,
-    )
-
-
-def _layer_parallel(args, base, load):
-    draft = load(
-        args.draft, group_size=args.group_size, dtype=args.dtype, layout=draft_layout(args)
-    )
-    return es.LayerParallelDrafter(
-        draft,
-        calibrate=not args.no_calibrate,
-        parallel=args.parallel or "attention",
-        candidates=args.candidates or "sampled",
-    )
-
-
-def _prompt_lookup(args, base, load):
-    return es.PromptLookupDrafter(max_ngram=args.max_ngram or NGRAM)
-
-
-def _early_exit(args, base, load):
-    return es.EarlyExitDrafter(base, exits=args.exits)
-
-
-def _polybasic(args, base, load):
-    if args.middle is not None:
-        middle = load(args.middle, dtype=args.dtype)
-    elif isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
-        middle = load(args.base, dtype=args.dtype)  # a copy takes no more than this
-    else:
-        from easyspec_jax.quantize import quantize_weights
-
-        middle = quantize_weights(base, bits=args.middle_bits, group_size=GROUP)
-    return es.PolybasicDrafter(middle, _layer_parallel(args, base, load), mu=args.mu or MU)
+    options = given(args, "num_draft_tokens", "tree_width", "min_draft_probability")
+    if args.drafter == "polybasic":  # its depth is a buffer's: mu, and a draft for the middle
+        options = {"num_draft_tokens": (args.mu or MU) + DEPTH} | options
+    return es.Decoder(base, KINDS[args.drafter].make(args, base, load), **options)

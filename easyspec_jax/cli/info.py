@@ -12,47 +12,61 @@ import collections
 import json
 import math
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import METADATA_FILE, read_metadata
-from easyspec_jax.cli.arguments import DEFAULT_SESSION, check_positive, draft_layout, partition_of
+from easyspec_jax.cli.drafting import DEPTH, add_option, draft_layout, partition_of
+from easyspec_jax.cli.options import add_mesh, add_requests, max_len
 from easyspec_jax.memory import check_memory, listed
-from easyspec_jax.planner.program import Collective, collectives
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
 from easyspec_jax.text import has_chat_template, read_generation_config, stop_ids
 
-DTYPES = ("float32", "bfloat16")
+if TYPE_CHECKING:
+    from easyspec_jax.planner.program import Collective
+
+HELP = "what a checkpoint is, and how it is split"
+SHOWN_DTYPES = ("float32", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model or the pair, how it drafts, requests and mesh."""
+    add = parser.add_argument
+    add("checkpoint", help="converted checkpoint, or a config.json, of the base")
+    add_option(add, "draft", help="that of a draft: what the pair takes on each device")
+    add_option(add, "group_size", default=4, help="layers that run at once (default 4)")
+    add_option(add, "draft_layout")
+    add_option(add, "draft_mlp")
+    add_option(add, "num_draft_tokens", default=DEPTH, help=f"per step (default {DEPTH})")
+    add_option(add, "tree_width", default=1)
+    add_requests(add, memory=": refuse what does not fit into them in bfloat16")
+    add("--collectives", action="store_true", help="compile a step, list what devices exchange")
+    add_mesh(add, tensor="heads (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is, how the mesh and the groups of `args` would split it, and what
     it takes on each device, with the draft where there is one.
     """
-    check_positive(args, "num_draft_tokens", "tree_width", "batch", "max_len")
-    if args.device_memory is not None and not 0 < args.device_memory < math.inf:
-        raise ValueError(f"--device-memory must be a size above 0, got {args.device_memory:g}")
     c, metadata = read_config(args.checkpoint)
     draft, extra = (None, metadata) if args.draft is None else read_config(args.draft)
-    small = c if draft is None else draft
-    mesh, rules = es.make_mesh(args.layer, args.tensor), draft_layout(args)
-    partition = partition_of(args.group_size, args.draft or args.checkpoint, small, extra)
+    grouped = c if draft is None else draft
+    mesh = es.make_mesh(args.layer, args.tensor)
+    partition = partition_of(args.group_size, args.draft or args.checkpoint, grouped, extra)
     rows = describe(args.checkpoint, c, metadata)
     if draft is not None:
         rows["draft"] = f"{_dimensions(draft)}; {count_parameters(draft):,} parameters"
     rows |= {
         "groups": f"{','.join(map(str, partition))}: {len(partition)} attention steps "
-        f"instead of {small.num_layers}",
+        f"instead of {grouped.num_layers}",
         "mesh": f"{LAYER} {mesh.shape[LAYER]} x {TENSOR} {mesh.shape[TENSOR]}",
         "as base": _splits(make_layout(c, mesh, LayoutRules())),
-        "as draft": _splits(make_layout(small, mesh, rules)),
+        "as draft": _splits(make_layout(grouped, mesh, draft_layout(args))),
     }
-    tokens = args.max_len or min(c.context, DEFAULT_SESSION)
-    if not 2 <= tokens <= c.context:
-        raise ValueError(f"--max-len must be in 2 .. {c.context}, the base's context, got {tokens}")
-    pairs = {dtype: _decoder(args, c, draft, mesh, partition, dtype) for dtype in DTYPES}
+    tokens = max_len(args, c)
+    pairs = {dtype: _decoder(args, c, draft, mesh, partition, dtype) for dtype in SHOWN_DTYPES}
     budgets = {
         dtype: pair.memory(args.batch, 1, max_new_tokens=tokens - 1)
         for dtype, pair in pairs.items()
@@ -63,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in rows.items():
         print(f"{name:<13}  {value}")
     if args.collectives:
+        from easyspec_jax.planner.program import collectives
+
         _print_collectives(pairs["float32"], collectives(pairs["float32"], args.batch, tokens))
     if args.device_memory is not None:
         check_memory(mesh, budgets["bfloat16"], free=int(args.device_memory * 2**30))
@@ -96,7 +112,7 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
         "dimensions": _dimensions(c),
         "parameters": f"{count_parameters(c):,}",
     }
-    for dtype in DTYPES:
+    for dtype in SHOWN_DTYPES:
         size = jnp.dtype(dtype).itemsize
         kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
         weight = f"{count_parameters(c) * size / 1e6:,.1f} MB"
@@ -135,9 +151,6 @@ def _splits(layout: Any) -> str:
         "vocabulary": layout.vocab,
     }
     parts = [f"{name} over {' and '.join(axes)}" for name, axes in names.items() if axes]
-    if layout.copy:
-        heads = " and ".join(layout.copy.heads) or "no axis"
-        parts.append(f"a second copy of the groups' attention with heads over {heads}")
     return ", ".join(parts) or "whole on every device"
 
 
@@ -146,43 +159,37 @@ def _decoder(args, base, draft, mesh, partition, dtype) -> es.Decoder:
     model = es.abstract_model(base, mesh, dtype=dtype)
     if draft is None:
         return es.Decoder(model)
-    rules = draft_layout(args)
-    small = es.abstract_model(draft, mesh, group_size=partition, dtype=dtype, layout=rules)
-    return es.Decoder(
-        model,
-        es.LayerParallelDrafter(small),
-        num_draft_tokens=args.num_draft_tokens,
-        tree_width=args.tree_width,
-    )
+    options = {"group_size": partition, "dtype": dtype, "layout": draft_layout(args)}
+    drafter = es.LayerParallelDrafter(es.abstract_model(draft, mesh, **options))
+    depth, width = args.num_draft_tokens, args.tree_width
+    return es.Decoder(model, drafter, num_draft_tokens=depth, tree_width=width)
 
 
 def _print_collectives(decoder: es.Decoder, found: list[Collective]) -> None:
-    """A table: per phase and kind of block, what travels how often."""
-    runs = {"draft": max(decoder.num_draft_tokens - 1, 1)}
-    blocks = collections.Counter()
+    """A table: per phase and kind of part, what travels how often."""
+    runs = collections.Counter({"draft": max(decoder.num_draft_tokens - 1, 1)})
+    alike = collections.defaultdict(set)  # parts of a phase and a kind
     rows = collections.Counter()
     for one in found:
-        part = one.part
-        if part.startswith("block_"):
-            part = _block_name(decoder, one.phase, int(part.removeprefix("block_")))
-            blocks[one.phase, part, one.part] += 1
-        rows[one.phase, part, one.kind, one.bytes] += 1
-    counts = collections.Counter((phase, part) for phase, part, _ in blocks)
+        kind = _kind_of_part(decoder, one)
+        alike[one.phase, kind].add(one.part)
+        rows[one.phase, kind, one.kind, one.bytes] += 1
     print("\nCollectives of a step, as compiled for CPU devices in float32 (activations take half")
     print("as many bytes in bfloat16, logits the same):")
     print(f"{'phase':<11}{'runs':>5}  {'part':<22}{'parts':>5}  {'each has':<20}{'bytes':>12}")
     for (phase, part, kind, size), number in sorted(rows.items(), key=lambda row: row[0][0]):
-        times = counts.get((phase, part), 1)
-        has = f"{number / times:g} {kind}"
-        name = phase or "loop"
-        print(f"{name:<11}{runs.get(phase, 1):>5}  {part:<22}{times:>5}  {has:<20}{size:>12,}")
-    total = sum(runs.get(one.phase, 1) for one in found)
-    sent = sum(runs.get(one.phase, 1) * one.bytes for one in found)
-    print(f"in all {total} collectives and {sent:,} bytes a step")
+        parts = len(alike[phase, part])
+        has, name = f"{number / parts:g} {kind}", phase or "loop"
+        print(f"{name:<11}{runs[phase] or 1:>5}  {part:<22}{parts:>5}  {has:<20}{size:>12,}")
+    times = [runs[one.phase] or 1 for one in found]
+    sent = sum(n * one.bytes for n, one in zip(times, found, strict=True))
+    print(f"in all {sum(times)} collectives and {sent:,} bytes a step")
 
 
-def _block_name(decoder: es.Decoder, phase: str, index: int) -> str:
-    """A block's kind: a layer alone, or the size of its group."""
-    model = decoder.base if phase == "verify" else decoder.drafter.draft
-    size = model.partition[index]
+def _kind_of_part(decoder: es.Decoder, one: Collective) -> str:
+    """A part's name; a block's is a layer alone, or the size of its group."""
+    if not one.part.startswith("block_"):
+        return one.part
+    model = decoder.base if one.phase == "verify" else decoder.drafter.draft
+    size = model.partition[int(one.part.removeprefix("block_"))]
     return "layer" if size == 1 else f"group of {size}"

@@ -15,6 +15,11 @@ import numpy as np
 from easyspec_jax.decode import Session
 from easyspec_jax.stats import Stats
 
+_FIGURES = (  # of Stats, as JSON has them
+    "steps", "tokens_per_step", "acceptance_rate", "accepted_histogram", "acceptance_per_depth",
+    "acceptance_per_rank", "nodes_drafted", "nodes_accepted",
+)  # fmt: skip
+
 
 class Clock:
     """A context that times one answer: until its first tokens, compiling included, and in all."""
@@ -58,14 +63,7 @@ def print_report(args: argparse.Namespace, session: Session, clock: Clock) -> No
     if args.json:
         values = {
             "tokens": stats.emitted,
-            "steps": stats.steps,
-            "tokens_per_step": stats.tokens_per_step,
-            "acceptance_rate": stats.acceptance_rate,
-            "accepted_histogram": stats.accepted_histogram,
-            "acceptance_per_depth": stats.acceptance_per_depth,
-            "acceptance_per_rank": stats.acceptance_per_rank,
-            "nodes_drafted": stats.nodes_drafted,
-            "nodes_accepted": stats.nodes_accepted,
+            **{name: getattr(stats, name) for name in _FIGURES},
             "load_seconds": clock.load,
             "first_token_seconds": clock.first,
             "compile_seconds": clock.compiling,

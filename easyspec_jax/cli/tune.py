@@ -6,36 +6,65 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
-from easyspec_jax.cli.arguments import check_positive
+from easyspec_jax.cli.drafting import DEPTH, GROUPED, add_option
+from easyspec_jax.cli.options import COUNT, add_device, add_dtype, add_machine, add_mesh
 from easyspec_jax.planner.device import read_device
-from easyspec_jax.planner.plan import Layout, Planner
 from easyspec_jax.request import check_tokenizers, make_request
-from easyspec_jax.sharding import LAYOUTS
-from easyspec_jax.text import Tokenizer, read_generation_config, stop_ids
+from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 from easyspec_jax.tuned import PARTITION_FILE, read_partition, write_partition
-from easyspec_jax.tuner.tune import Candidate, StepSeconds, Tuning, check_options, tune
 
-_POSITIVE = ("num_prompts", "layer", "num_devices", "num_draft_tokens", "max_new_tokens", "verify")
+if TYPE_CHECKING:  # planner and tuner take a while to import: only the command itself does
+    from easyspec_jax.tuner.tune import Candidate, StepSeconds, Tuning
+
+_DECODING = ("num_draft_tokens", "max_new_tokens", "temperature")  # options that are kept
+HELP = "find a partition of a draft's layers that fits it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pair, prompts, what partitions may be and how they are tried."""
+    add = parser.add_argument
+    add("--draft", required=True, metavar="CKPT", help="its layers are grouped; the result is kept")
+    add("--base", metavar="CKPT", help="that drafts are made for (default: the draft itself)")
+    prompts = 'texts like those to come: one a line, or JSON lines with a "prompt" (.jsonl)'
+    add("--prompts", required=True, metavar="FILE", help=prompts)
+    add("--num-prompts", **COUNT, help="only the first N of them (default: all)")
+    add("--chat", action="store_true", help="put each into the chat template")
+    steps = "groups that may run one after another (default: as many as in groups of --layer)"
+    add("--attention-steps", type=int, metavar="K", help=steps)
+    add_mesh(add, layer=None, tensor="tuning, here (default: all)")
+    add_device(add, "weigh tokens against the times predicted for", "how many of them")
+    add_option(add, "num_draft_tokens", default=DEPTH, help=f"per step (default {DEPTH})")
+    add("--max-new-tokens", **COUNT, default=64, help="of each answer (default 64)")
+    warm = "of the text to be drafted (default 0, greedy)"
+    add("--temperature", type=float, default=0.0, metavar="T", help=warm)
+    last = "partitions that are decoded with before one is chosen (default 5)"
+    add("--verify", **COUNT, default=5, help=last)
+    add_dtype(add)
+    add("--dry-run", action="store_true", help="find and print, but write nothing")
+    add("--json", action="store_true", help="all figures as JSON on standard output's last line")
+    add_machine(add)
 
 
 def run(args: argparse.Namespace) -> int:
     """Tune as `args` say, print what was found and keep it; 1 if a text in float32 was not
     autoregression's.
     """
-    check_positive(args, *_POSITIVE)
-    base_path = args.base or args.draft
-    (config, about), (base_config, base_about) = map(read_metadata, (args.draft, base_path))
+    from easyspec_jax.tuner.tune import check_options, tune
+
+    args.base = args.base or args.draft
+    (config, about), (base_config, base_about) = map(read_metadata, (args.draft, args.base))
     check_tokenizers(base_about.get("tokenizer"), about.get("tokenizer"))
     step_seconds = predict_times(args, base_config, config)
     steps = _attention_steps(args, config.num_layers)
@@ -46,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
     there = pathlib.Path(args.draft) / PARTITION_FILE
     if not args.dry_run and (not os.access(args.draft, os.W_OK) or there.is_dir()):
         raise ValueError(f"{there} cannot be written: --dry-run shows the result alone")
-    eos_ids = stop_ids(read_generation_config(base_path), base_config)
-    prompts = _encode(args, base_path)
+    eos_ids = stop_ids(read_generation_config(args.base), base_config)
+    prompts = _encode(args)
     make_request(base_config, prompts, args.max_new_tokens, sampling, eos_ids)
-    mesh = es.make_mesh(1, args.tensor)
-    base = es.load_model(base_path, mesh, dtype=args.dtype, layout="tensor")
-    draft = base
-    if base_path != args.draft:
-        draft = es.load_model(args.draft, mesh, dtype=args.dtype, layout="tensor")
+    load = functools.partial(
+        es.load_model, mesh=es.make_mesh(1, args.tensor), dtype=args.dtype, layout="tensor"
+    )
+    base = load(args.base)
+    draft = base if args.base == args.draft else load(args.draft)
     found = tune(
         base,
         draft,
@@ -61,20 +90,14 @@ def run(args: argparse.Namespace) -> int:
         attention_steps=steps,
         max_group_size=most,
         step_seconds=step_seconds,
-        num_draft_tokens=args.num_draft_tokens,
-        max_new_tokens=args.max_new_tokens,
         num_verified=args.verify,
         eos_ids=eos_ids,
-        temperature=args.temperature,
         progress=True,
+        **{name: getattr(args, name) for name in _DECODING},
     )
     record = make_record(args, found, steps, about, base_about)
-    different = [c for c in found.candidates if c.identical not in (None, found.num_prompts)]
     _print(found)
-    for c in different:
-        print(f"{shown(c.partition)}: {found.num_prompts - c.identical} of {found.num_prompts} "
-              "answers differ from autoregression's", file=sys.stderr)  # fmt: skip
-    failed = bool(different) and base.dtype == jnp.float32  # else near-ties may break
+    failed = _differs(found) and base.dtype == jnp.float32  # else near-ties may break
     if failed:
         print("nothing is written: that should not happen in float32", file=sys.stderr)
     elif not args.dry_run:
@@ -82,6 +105,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"partition": list(found.partition)} | record))
     return int(failed)
+
+
+def _differs(found: Tuning) -> bool:
+    """Whether a text was not autoregression's; says which partition's on stderr."""
+    wrong = [c for c in found.candidates if c.identical not in (None, found.num_prompts)]
+    for c in wrong:
+        count = f"{found.num_prompts - c.identical} of {found.num_prompts} answers"
+        print(f"{shown(c.partition)}: {count} differ from autoregression's", file=sys.stderr)
+    return bool(wrong)
 
 
 def predict_times(
@@ -100,8 +132,10 @@ def predict_times(
     devices = args.num_devices or layer
     if devices % layer:
         raise ValueError(f"--layer {layer} does not divide --num-devices {devices}")
+    from easyspec_jax.planner.plan import Layout, Planner
+
     planner = Planner(base=base, draft=draft, device=read_device(args.device))
-    place = Layout(layer=layer, tensor=devices // layer, draft="groups", rules=LAYOUTS["layer"])
+    place = Layout(layer=layer, tensor=devices // layer, draft="groups", rules=GROUPED)
 
     def seconds(partition):
         layout = dataclasses.replace(place, group_size=partition)
@@ -135,40 +169,42 @@ def read_prompts(path: str) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not text in UTF-8") from None
+    prompts = []
     # Not splitlines: it also breaks at separators that may stand inside a prompt.
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if file.suffix == ".jsonl":
-        prompts = [_prompt_of(line, f"{file}, line {i}") for i, line in lines]
-    else:
-        prompts = [line.removesuffix("\r") for _, line in lines]
+    for i, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        prompt = _field(line) if file.suffix == ".jsonl" else line.removesuffix("\r")
+        if not isinstance(prompt, str) or not prompt.strip():
+            where = f"{file}, line {i}"
+            raise ValueError(f'{where}: not a JSON object with a text "prompt" that is not blank')
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{file} holds no prompts")
     return prompts
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _field(line: str) -> Any:
+    """The field "prompt" of a JSON object, None where there is none."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError:
-        found = None
-    prompt = found.get("prompt") if isinstance(found, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f'{where}: not a JSON object with a text "prompt" that is not blank')
-    return prompt
+        return None
+    return found.get("prompt") if isinstance(found, dict) else None
 
 
-def _encode(args: argparse.Namespace, base: str) -> list[list[int]]:
+def _encode(args: argparse.Namespace) -> list[list[int]]:
     """Token ids of the prompts that `args` ask for."""
     texts = read_prompts(args.prompts)
     if args.num_prompts is not None and args.num_prompts > len(texts):
         raise ValueError(
             f"--num-prompts asks for {args.num_prompts}, but {args.prompts} has {len(texts)}"
         )
-    tokenizer = Tokenizer(base)
+    tokenizer = Tokenizer(args.base)
     texts = texts[: args.num_prompts]
     if args.chat:
-        texts = [tokenizer.render([{"role": "user", "content": text}]) for text in texts]
-    return [tokenizer.encode(text, add_special_tokens=not args.chat) for text in texts]
+        return [Conversation(tokenizer).ask(text) for text in texts]
+    return [tokenizer.encode(text) for text in texts]
 
 
 def make_record(
@@ -183,10 +219,10 @@ def make_record(
     Args:
       draft, base: metadata of the checkpoints.
     """
-    options = ("num_draft_tokens", "max_new_tokens", "temperature", "chat", "layer", "num_devices")
+    options = (*_DECODING, "chat", "layer", "num_devices")
     return {
         "tuned_for": {
-            "base": _name(args.base or args.draft),
+            "base": _name(args.base),
             "base_weights": base.get("weights"),
             "draft": _name(args.draft),
             "draft_weights": draft.get("weights"),
@@ -217,10 +253,10 @@ def _print(found: Tuning) -> None:
     """A table of what was verified, the best first."""
     print(f"{found.num_prompts} prompts, {found.num_tokens} tokens; tokens per step")
     timed = found.candidates[0].step_seconds is not None
-    print(f"{'steps':>5}{'predicted':>11}{'decoded':>9}{'ms a step':>11}  partition" if timed
-          else f"{'steps':>5}{'predicted':>11}{'decoded':>9}  partition")  # fmt: skip
+    head = f"{'ms a step':>11}" if timed else ""
+    print(f"{'steps':>5}{'predicted':>11}{'decoded':>9}{head}  partition")
     for c in found.candidates:
-        time = f"{1e3 * c.step_seconds:>11.3f}" if c.step_seconds is not None else ""
+        time = f"{1e3 * c.step_seconds:>11.3f}" if timed else ""
         print(
             f"{c.attention_steps:>5}{c.predicted:>11.3f}{c.tokens_per_step:>9.3f}{time}  "
             f"{shown(c.partition)}{' (uniform)' if c.kind == 'uniform' else ''}"
