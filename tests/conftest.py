@@ -1,13 +1,19 @@
-"""Eight CPU devices, strict promotion, exact products: before any device is touched."""
+"""Eight CPU devices, strict promotion, exact products, quick compilation: before any device is
+touched.
+"""
 
 import gc
 import io
 import json
+import mmap
+import os
 import pathlib
 import shutil
 import sys
+import tempfile
 
 import jax
+import jaxlib
 import pytest
 from hf_models import tiny_config, write_hf_folder
 
@@ -22,16 +28,57 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "float32")
 
 
+# Nearly all of the tests' time is the compiler's, on programs that run for milliseconds: these take
+# three fifths off.
+QUICK = {
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+
+
+def pytest_configure(config):
+    """One folder of compiled programs for all workers of a run, empty when it begins."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = os.environ["EASYSPEC_TEST_CACHE"]  # made by the process that started this one
+    else:
+        made = tempfile.TemporaryDirectory(prefix="easyspec-compiled-")
+        config.add_cleanup(made.cleanup)
+        folder = os.environ["EASYSPEC_TEST_CACHE"] = made.name
+    # In the environment too, for the processes that tests start.
+    for name, value in {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+def pytest_collection_finish(session):
+    """Programs are optimised where one of the chosen tests needs real weights."""
+    if not any(item.get_closest_marker("real") for item in session.items):
+        flags = [f"--{name}={QUICK[name]}" for name in known_flags()]
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+
+
+def known_flags():
+    """Those of QUICK that this jaxlib has: any other would end the process."""
+    names = []
+    for file in pathlib.Path(jaxlib.__file__).parent.glob("*.so"):
+        with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as code:
+            names += [name for name in QUICK if code.find(name.encode()) >= 0]
+    return names
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Forgets compiled programs between files once they are many: each takes several memory
-    mappings, and Linux allows a process 65530; the compiler aborts beyond.
+    """Forgets compiled programs between files: they are what fills the memory, and each takes
+    several mappings, of which Linux allows a process 65530. The folder on disk still has them.
     """
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
