@@ -13,6 +13,7 @@ import numpy as np
 from convert.tensors import DTYPES, Tensor, expected_tensors, row_ranges
 from convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.hf_config import config_from_hf
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -33,7 +34,7 @@ class FolderSource:
         self.folder = folder
         self.config_text = _read_text(folder / "config.json")
         raw = _parse(folder / "config.json")
-        self.config = ModelConfig.from_hf(raw)
+        self.config = config_from_hf(raw)
         path = folder / "generation_config.json"
         self.generation_config = _parse(path) if path.exists() else {}
         self._slices: dict[str, Any] = {}

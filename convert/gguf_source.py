@@ -1,7 +1,7 @@
 """A GGUF file as a source of tensors under the names and in the order of transformers.
 
 Tensors are dequantised a slice of rows at a time. What a GGUF file says about the arithmetic
-becomes an ordinary config.json, so that `ModelConfig.from_hf` judges it like any other; metadata
+becomes an ordinary config.json, so that `config_from_hf` judges it like any other; metadata
 under the architecture's prefix that is not understood is refused.
 """
 
@@ -16,34 +16,14 @@ from typing import Any
 import numpy as np
 
 from convert.gguf_tokenizer import check_tokenizer, write_tokenizer
-from convert.tensors import LAYER_NAMES, TOP_NAMES, Tensor, expected_tensors, row_ranges
-from easyspec_jax.config import ModelConfig
+from convert.tensors import Tensor, expected_tensors, row_ranges
+from easyspec_jax.hf_config import config_from_hf
+from easyspec_jax.weights import EMBED, GGUF_LAYER, HEAD, HF_LAYER, LAYER, TOP
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-}
-_TOP = {
-    "embed": "token_embd.weight",
-    "final_norm": "output_norm.weight",
-    "lm_head": "output.weight",
-}
-_LAYER = {
-    "attn_norm": "attn_norm.weight",
-    "wq": "attn_q.weight",
-    "wk": "attn_k.weight",
-    "wv": "attn_v.weight",
-    "wo": "attn_output.weight",
-    "bq": "attn_q.bias",
-    "bk": "attn_k.bias",
-    "bv": "attn_v.bias",
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
-    "mlp_norm": "ffn_norm.weight",
-    "w_gate": "ffn_gate.weight",
-    "w_up": "ffn_up.weight",
-    "w_down": "ffn_down.weight",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -92,13 +72,13 @@ class GgufSource:
         self._stored = {t.name: t for t in reader.tensors}
         raw = self._config()
         check_tokenizer(self._metadata)
-        self.config = ModelConfig.from_hf(raw)
+        self.config = config_from_hf(raw)
         self.config_text = json.dumps(raw, indent=2) + "\n"
         self.generation_config = self._generation_config()
-        self._labels = {TOP_NAMES[ours]: theirs for ours, theirs in _TOP.items()}
+        self._labels = {w.hf: w.gguf for w in TOP}
         for i in range(self.config.num_layers):
-            for ours, theirs in _LAYER.items():
-                self._labels[f"model.layers.{i}.{LAYER_NAMES[ours]}"] = f"blk.{i}.{theirs}"
+            for w in LAYER:
+                self._labels[HF_LAYER.format(i) + w.hf] = GGUF_LAYER.format(i) + w.gguf
         names = {theirs: hf for hf, theirs in self._labels.items()}
         self.tensors = {
             names.get(n, n): _header(t) for n, t in self._stored.items() if n != _ROPE_FACTORS
@@ -158,7 +138,7 @@ class GgufSource:
         config.setdefault("rope_theta", 10000.0)
         config["head_dim"] = self._head_dim(config["hidden_size"] // max(heads, 1))
         config["vocab_size"] = self._vocab_size()
-        config["tie_word_embeddings"] = _TOP["lm_head"] not in self._stored
+        config["tie_word_embeddings"] = HEAD.gguf not in self._stored
         config["rope_scaling"] = self._rope_scaling(config["head_dim"], config["rope_theta"])
         names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
         config |= {f"{ours}_token_id": self._token_id(theirs) for ours, theirs in names.items()}
@@ -196,9 +176,9 @@ class GgufSource:
         return head_dim
 
     def _vocab_size(self) -> int:
-        embed = self._stored.get(_TOP["embed"])
+        embed = self._stored.get(EMBED.gguf)
         if embed is None:
-            raise ValueError(f"{self.path} lacks the tensor {_TOP['embed']}.")
+            raise ValueError(f"{self.path} lacks the tensor {EMBED.gguf}.")
         return int(embed.shape[-1])
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict | None:

@@ -15,7 +15,9 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from easyspec_jax.checkpoint import TOP_PART, layer_name
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.weights import EMBED, HEAD, HF_LAYER, LAYER, TOP, Weight, present
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -23,29 +25,6 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 CHUNK_BYTES = 16 * 2**20
-
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm.weight",
-    "wq": "self_attn.q_proj.weight",
-    "wk": "self_attn.k_proj.weight",
-    "wv": "self_attn.v_proj.weight",
-    "wo": "self_attn.o_proj.weight",
-    "bq": "self_attn.q_proj.bias",
-    "bk": "self_attn.k_proj.bias",
-    "bv": "self_attn.v_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "w_gate": "mlp.gate_proj.weight",
-    "w_up": "mlp.up_proj.weight",
-    "w_down": "mlp.down_proj.weight",
-}
-TOP_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-}
-_INPUT_IS_HEADS = ("wo",)  # the first axes but the last are the input; elsewhere the first axis is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,30 +54,21 @@ class Source(Protocol):
         """Put the tokenizer files that the source has into `folder`."""
 
 
-def layer_tensor(index: int, name: str) -> str:
-    """Name in transformers of array `name` of layer `index`."""
-    return f"model.layers.{index}.{LAYER_NAMES[name]}"
-
-
-def source_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in transformers of our array `name`: projections are [out, in], with heads joined."""
-    if name == "embed":
-        return shape
-    if name not in ("lm_head",) and not name.startswith("w"):
-        return (math.prod(shape),)
-    rows, columns = _matrix_shape(name, shape)
-    return (columns, rows)
+def model_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Weight]]]:
+    """Every part of a model's checkpoint, and its weights by their names in transformers."""
+    yield TOP_PART, {w.hf: w for w in present(TOP, config).values()}
+    layer = present(LAYER, config).values()
+    for i in range(config.num_layers):
+        yield layer_name(i), {HF_LAYER.format(i) + w.hf: w for w in layer}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this config has in transformers."""
-    shapes = {
-        TOP_NAMES[name]: source_shape(name, shape) for name, shape in config.top_shapes().items()
+    return {
+        name: weight.hf_shape(config)
+        for _, weights in model_parts(config)
+        for name, weight in weights.items()
     }
-    for i in range(config.num_layers):
-        for name, shape in config.layer_shapes().items():
-            shapes[layer_tensor(i, name)] = source_shape(name, shape)
-    return shapes
 
 
 def check_tensors(source: Source) -> None:
@@ -137,7 +107,7 @@ def check_tied_head(source: Source) -> None:
     Raises:
       ValueError: the two differ.
     """
-    head, embed = TOP_NAMES["lm_head"], TOP_NAMES["embed"]
+    head, embed = HEAD.hf, EMBED.hf
     if source.config.tie_embeddings and head in source.tensors:
         if not _same_values(source, head, embed):
             raise ValueError(
@@ -146,21 +116,20 @@ def check_tied_head(source: Source) -> None:
             )
 
 
-def read_array(
-    source: Source, tensor: str, name: str, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """Our array `name`, of `shape` and `dtype`, from a tensor of the source.
+def read_array(source: Source, tensor: str, weight: Weight, dtype: np.dtype) -> np.ndarray:
+    """The array of a weight, as checkpoints have it, from a tensor of the source.
 
     Raises:
       ValueError: a value is not finite, in the source or after the cast; or the source yields
         fewer or more rows than the array has.
     """
-    out = np.empty(shape, dtype)
+    config = source.config
+    out = np.empty(weight.shape(config), dtype)
     # rows of `target` are rows of the source, whichever way the array is stored
-    if len(source_shape(name, shape)) == 1:
-        target = out.reshape(-1)
+    if weight.num_inputs:
+        target = out.reshape(weight.matrix(config)).T
     else:
-        target = out if name == "embed" else out.reshape(_matrix_shape(name, shape)).T
+        target = out.reshape(weight.hf_shape(config))
     start = 0
     for chunk in source.chunks(tensor):
         stop = start + len(chunk)
@@ -192,17 +161,12 @@ def row_ranges(shape: tuple[int, ...], itemsize: int, multiple: int = 1) -> Iter
         yield slice(start, min(start + step, shape[0]))
 
 
-def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    split = len(shape) - 1 if name in _INPUT_IS_HEADS else 1
-    return math.prod(shape[:split]), math.prod(shape[split:])
-
-
 def _harmless(name: str, config: ModelConfig) -> bool:
     """Whether a tensor beyond the model's own may be dropped: it repeats what is known anyway.
 
     Of a head beside a tied embedding only `check_tied_head` can tell.
     """
-    if name == TOP_NAMES["lm_head"]:
+    if name == HEAD.hf:
         return config.tie_embeddings
     return name.endswith("rotary_emb.inv_freq")
 

@@ -25,7 +25,6 @@ from convert import tensors
 from convert.folder import FolderSource, download
 from convert.tokenizer import has_tokenizer, tokenizer_hash
 from easyspec_jax import checkpoint
-from easyspec_jax.config import ModelConfig
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -58,7 +57,8 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
         _write_texts(source, temp)
         tokenizer = tokenizer_hash(temp)  # may refuse, so it goes before the weights
         dtype = dtype or source.dtype
-        parts = tqdm.tqdm(_parts(source.config), desc=dst.name, unit="part", disable=not progress)
+        parts = list(tensors.model_parts(source.config))
+        parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=not progress)
         crc = _write_arrays(source, temp, dtype, parts)
         metadata = {"format": checkpoint.FORMAT, "dtype": dtype, "tokenizer": tokenizer}
         metadata["weights"] = f"{crc:08x}"
@@ -149,30 +149,21 @@ def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
 
 
 def _write_arrays(source: tensors.Source, folder: pathlib.Path, dtype: str, parts) -> int:
-    """Write the weights, one of `parts` after the other: (part, array shapes, tensor names).
-    Returns their checksum.
+    """Write the weights, one of `parts` (of `tensors.model_parts`) after the other; returns their
+    checksum.
     """
     crc = 0
-    for part, shapes, names in parts:
+    for part, weights in parts:
         arrays = {}
-        for name, shape in shapes.items():
-            dense = tensors.read_array(source, names[name], name, shape, tensors.DTYPES[dtype])
-            arrays[name] = _on_host(dense)
+        for tensor, weight in weights.items():
+            dense = tensors.read_array(source, tensor, weight, tensors.DTYPES[dtype])
+            arrays[weight.name] = _on_host(dense)
             del dense
         checkpoint.save_part(folder, part, arrays)
         crc ^= checkpoint.checksum(part, arrays)
         del arrays
         gc.collect()  # Orbax leaves cycles that hold the arrays
     return crc
-
-
-def _parts(config: ModelConfig) -> list[tuple[str, dict, dict]]:
-    parts = [(checkpoint.TOP, config.top_shapes(), tensors.TOP_NAMES)]
-    shapes = config.layer_shapes()
-    for i in range(config.num_layers):
-        names = {name: tensors.layer_tensor(i, name) for name in shapes}
-        parts.append((checkpoint.layer_name(i), shapes, names))
-    return parts
 
 
 def _on_host(array: np.ndarray) -> np.ndarray | jax.Array:

@@ -104,11 +104,9 @@ LAYER = (
     Weight("w_up", "DF", "mlp.up_proj.weight", "ffn_up.weight", 1),
     Weight("w_down", "FD", "mlp.down_proj.weight", "ffn_down.weight", 1),
 )
-TOP = (
-    Weight("embed", "VD", "model.embed_tokens.weight", "token_embd.weight", spread=1.0),
-    Weight("final_norm", "D", "model.norm.weight", "output_norm.weight"),
-    Weight("lm_head", "DV", "lm_head.weight", "output.weight", 1, exists=_has_head),
-)
+EMBED = Weight("embed", "VD", "model.embed_tokens.weight", "token_embd.weight", spread=1.0)
+HEAD = Weight("lm_head", "DV", "lm_head.weight", "output.weight", 1, exists=_has_head)
+TOP = (EMBED, Weight("final_norm", "D", "model.norm.weight", "output_norm.weight"), HEAD)
 # Letters of the arrays that a model runs with. E counts what is fused: key and value, gate and up;
 # the G of "wqkv" and "bqkv" holds key and value too, where they are not apart.
 ARRANGED = {

@@ -12,14 +12,12 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.checkpoint import TUNED, read_metadata, read_partition
 from easyspec_jax.cli.options import COUNT, COUNTS, PROBABILITY, Add, flag, given, numbers
 from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
-from easyspec_jax.tuned import TUNED, read_partition
 
-GROUPED = LAYOUTS["layer"]  # EasySpec's layout of a draft
-DEPTH, MU = 5, 8  # the library's defaults of num_draft_tokens and of a polybasic drafter's mu
+GROUPED = LAYOUTS["grouped"]  # EasySpec's layout of a draft
 
 Load = Callable[..., es.Model]  # of a path and options, a model, loaded or abstract
 
@@ -42,7 +40,7 @@ _FLAG = {"action": "store_true", "default": None}
 # Options of drafters by name: what argparse has to know of each. None: not given.
 OPTIONS: dict[str, dict[str, Any]] = {
     "draft": dict(metavar="CKPT", help="converted checkpoint of the draft"),
-    "num_draft_tokens": COUNT | dict(help=f"per step (default {DEPTH}; polybasic: mu + {DEPTH})"),
+    "num_draft_tokens": COUNT | dict(help="per step (default 5; polybasic: mu + 5)"),
     "tree_width": COUNT | dict(help="draft tokens at each depth (default 1)"),
     "candidates": dict(
         choices=("sampled", "best"), help="at temperature > 0: drawn (default), or the likeliest"
@@ -60,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
     "middle": dict(metavar="CKPT", help="checkpoint between base and draft"),
     "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
-    "mu": COUNT | dict(help=f"tokens the middle collects for the base, at least (default {MU})"),
+    "mu": COUNT | dict(help="tokens the middle collects for the base, at least (default 8)"),
     "show_draft": _FLAG | dict(help="mark the text that the draft proposed"),
 }
 
@@ -211,6 +209,4 @@ def make_decoder(args: argparse.Namespace, load: Load) -> es.Decoder:
     if args.drafter is None:
         return es.Decoder(base)
     options = given(args, "num_draft_tokens", "tree_width", "min_draft_probability")
-    if args.drafter == "polybasic":  # its depth is a buffer's: mu, and a draft for the middle
-        options = {"num_draft_tokens": (args.mu or MU) + DEPTH} | options
     return es.Decoder(base, KINDS[args.drafter].make(args, base, load), **options)

@@ -10,7 +10,7 @@ from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.cli import answering
 from easyspec_jax.cli.options import add_processes
 from easyspec_jax.distributed import check_agreement
-from easyspec_jax.request import make_request
+from easyspec_jax.request import make_inputs
 from easyspec_jax.text import Conversation
 
 HELP = "continue a prompt"
@@ -56,6 +56,6 @@ def _prepare(args: argparse.Namespace) -> tuple[answering.Setup, list[int]]:
     else:
         ids = setup.tokenizer.encode(prompt)
     # The decoder's own check, but before there is one.
-    make_request(setup.config, [ids], args.max_new_tokens, setup.sampling, setup.eos_ids, args.seed)
+    make_inputs(setup.config, [ids], args.max_new_tokens, setup.sampling, setup.eos_ids, args.seed)
     answering.check_fits(args, setup, len(ids) + args.max_new_tokens)
     return setup, ids

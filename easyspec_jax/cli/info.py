@@ -102,7 +102,7 @@ def read_config(path: str) -> tuple[es.ModelConfig, dict[str, Any]]:
         raise ValueError(f"{file} is no JSON file: name a checkpoint or a config.json") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{file} is no configuration: name a checkpoint or a config.json")
-    return es.ModelConfig.from_hf(entries), {}
+    return es.config_from_hf(entries), {}
 
 
 def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str, str]:

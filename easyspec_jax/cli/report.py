@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from easyspec_jax.decode import Session
+from easyspec_jax.session import Session
 from easyspec_jax.stats import Stats
 
 _FIGURES = (  # of Stats, as JSON has them

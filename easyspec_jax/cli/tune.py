@@ -17,13 +17,17 @@ import jax
 import jax.numpy as jnp
 
 import easyspec_jax as es
-from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.checkpoint import (
+    PARTITION_FILE,
+    read_metadata,
+    read_partition,
+    write_partition,
+)
 from easyspec_jax.cli.drafting import DEPTH, GROUPED, add_option
 from easyspec_jax.cli.options import COUNT, add_device, add_dtype, add_machine, add_mesh
 from easyspec_jax.planner.device import read_device
-from easyspec_jax.request import check_tokenizers, make_request
+from easyspec_jax.request import check_tokenizers, make_inputs
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
-from easyspec_jax.tuned import PARTITION_FILE, read_partition, write_partition
 
 if TYPE_CHECKING:  # planner and tuner take a while to import: only the command itself does
     from easyspec_jax.tuner.tune import Candidate, StepSeconds, Tuning
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{there} cannot be written: --dry-run shows the result alone")
     eos_ids = stop_ids(read_generation_config(args.base), base_config)
     prompts = _encode(args)
-    make_request(base_config, prompts, args.max_new_tokens, sampling, eos_ids)
+    make_inputs(base_config, prompts, args.max_new_tokens, sampling, eos_ids)
     load = functools.partial(
         es.load_model, mesh=es.make_mesh(1, args.tensor), dtype=args.dtype, layout="tensor"
     )

@@ -17,11 +17,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from easyspec_jax.decode import Decoder
+from easyspec_jax.loop import PHASES
 from easyspec_jax.memory import device_bytes
-from easyspec_jax.model import Block, Model
+from easyspec_jax.model import Model
 from easyspec_jax.planner.device import Device
+from easyspec_jax.weights import Block
 
-PHASES = ("calibrate", "draft", "verify", "commit")
 _COLLECTIVE_LAUNCHES = 2  # of a host that launches a collective itself
 
 
@@ -190,7 +191,7 @@ def step_costs(
         return known[key]
 
     costs = {phase: Cost() for phase in PHASES} | {"commit": Cost(host=device.step)}
-    if drafter is None:
+    if not gamma:
         return costs | {"verify": run(decoder.base, 1, 1)}
     window = "exact" if drafter.calibrate else drafter.parallel
     nodes = gamma * width + 1

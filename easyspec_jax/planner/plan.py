@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from easyspec_jax.checkpoint import abstract_model
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode import Decoder
-from easyspec_jax.drafters import LayerParallelDrafter
+from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import listed
 from easyspec_jax.planner.acceptance import Acceptance
@@ -65,7 +65,7 @@ class Deployment:
         text += str(size) if isinstance(size, int) else ",".join(map(str, size))
         if self.draft == "one device":
             return f"{text} --draft-layout replicated"
-        name = "layer" if self.rules.group else "tensor"
+        name = "grouped" if self.rules.group else "tensor"
         text += f" --draft-layout {name}"
         if self.rules.mlp != LAYOUTS[name].mlp:
             text += f" --draft-mlp {self.mlp}"
@@ -293,7 +293,7 @@ def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[De
     if 1 in group_sizes and layer == 1:
         yield Deployment(**mesh, draft="one device", rules=LAYOUTS["replicated"])
     if 1 in group_sizes and tensor > 1:
-        alone = dataclasses.replace(LAYOUTS["layer"], mlp=(TENSOR,))  # a layer on "tensor" only
+        alone = dataclasses.replace(LAYOUTS["grouped"], mlp=(TENSOR,))  # a layer on "tensor" only
         rules = LAYOUTS["tensor"] if layer == 1 else alone
         yield Deployment(**mesh, draft="tensor parallel", rules=rules)
     if layer == 1:
@@ -302,7 +302,7 @@ def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[De
         for name, mlp in MLPS.items():
             if name == "replicated" and tensor == 1:  # the same as over "tensor"
                 continue
-            rules = dataclasses.replace(LAYOUTS["layer"], mlp=mlp)
+            rules = dataclasses.replace(LAYOUTS["grouped"], mlp=mlp)
             yield Deployment(**mesh, draft="groups", rules=rules, group_size=size)
 
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from easyspec_jax import loop
 from easyspec_jax.decode import Decoder
-from easyspec_jax.planner.cost import PHASES
-from easyspec_jax.request import make_request
+from easyspec_jax.request import make_inputs
 
 _KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 _LINE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(?:-start)?\(")
@@ -29,7 +28,7 @@ _COMPILE = {"xla_backend_optimization_level": 0}  # halves the time; the program
 class Collective:
     """One collective of a step, as compiled."""
 
-    phase: str  # of PHASES; "draft" runs once per drafted level behind the first
+    phase: str  # of loop.PHASES; "draft" runs once per drafted level behind the first
     part: str  # "embed", "block_3", "logits", or "" for anything else
     kind: str  # as the compiler calls it: "all-reduce", ...
     bytes: int  # of its result on one device
@@ -58,10 +57,8 @@ def collectives(decoder: Decoder, batch: int = 1, max_len: int = 512) -> list[Co
     decoder.min_draft_probability = None
     prompts = np.zeros((batch, 1), np.int32)
     context = decoder.base.config.max_len
-    request = make_request(decoder.base.config, prompts, min(max_len, context) - 1)
-    state = decoder.planned(request)
-    models = (decoder.base, decoder.drafter, state)
-    lowered = loop.run_loop.lower(*models, specs=loop.Specs.of(models))
+    inputs = make_inputs(decoder.base.config, prompts, min(max_len, context) - 1)
+    lowered = loop.run_loop.lower(decoder.base, decoder.drafter, *decoder.planned(inputs))
     return read_collectives(lowered.compile(compiler_options=_COMPILE).as_text())
 
 
@@ -81,7 +78,7 @@ def read_collectives(hlo: str) -> list[Collective]:
 def _place(name: str) -> tuple[str, str]:
     """Phase and part of an operation, from the scopes in its name."""
     scopes = name.split("/")
-    phase = next((scope for scope in scopes if scope in PHASES), "")
+    phase = next((scope for scope in scopes if scope in loop.PHASES), "")
     if phase == "draft" and "while" not in scopes[scopes.index("draft") :]:
         phase = "calibrate"  # the first level's logits
     part = next((s for s in scopes if s in ("embed", "logits") or s.startswith("block_")), "")

@@ -9,7 +9,6 @@ each, moved a boundary at a time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from easyspec_jax.loop import Specs
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
-from easyspec_jax.sharding import on_mesh, replicate
+from easyspec_jax.sharding import mesh_jit, replicate
 from easyspec_jax.tuner.partitions import (
     Partition,
     cheapest_partitions,
@@ -96,6 +94,7 @@ class Scorer:
           vocab_size: V of the base.
         """
         self.draft, self.windows = draft, list(windows)
+        self.sizes = [int(w.size) for w in self.windows]
         self.num_draft_tokens, self.temperature = num_draft_tokens, temperature
         self.base = list(base_log_probs) if base_log_probs else [None] * len(self.windows)
         # Parallel passes of a step see 1 to γ - 1 entries of its own: the middle stands for all.
@@ -103,14 +102,7 @@ class Scorer:
         num_layers = draft.config.num_layers
         exact = np.zeros((num_layers,), np.int32)
         self.exact = [
-            _log_probs(
-                draft,
-                w,
-                exact,
-                recent=self.recent,
-                vocab_size=vocab_size,
-                specs=Specs.of((draft, w)),
-            )
+            _log_probs(draft, w, exact, recent=self.recent, vocab_size=vocab_size)
             for w in self.windows
         ]
         self.first = [accepted for _, accepted in self._run(exact, self._all)]
@@ -124,7 +116,7 @@ class Scorer:
                 expected_tokens(first, later, self.num_draft_tokens)
                 for first, (_, later) in zip(self.first, found, strict=True)
             ]
-            sizes = [w.size for w in self.windows]
+            sizes = self.sizes
             self._known[partition] = (
                 _mean([kl for kl, _ in found]),
                 _mean([later for _, later in found]),
@@ -158,8 +150,8 @@ class Scorer:
         # All are started before the first is waited for.
         for i in texts:
             args = (self.draft, self.windows[i], stale, self.exact[i], self.base[i], temperature)
-            found.append(_judge(*args, recent=self.recent, specs=Specs.of(args)))
-        sizes = [self.windows[i].size for i in texts]
+            found.append(_judge(*args, recent=self.recent))
+        sizes = [self.sizes[i] for i in texts]
         return [
             (np.asarray(kl)[:n], np.asarray(accepted)[:n])
             for n, (kl, accepted) in zip(sizes, found, strict=True)
@@ -191,7 +183,7 @@ def _tempered(base: Model, window: Window, temperature: float) -> jax.Array:
     """The base's log-probabilities f[1, N, V] at this temperature."""
     exact = np.zeros((base.config.num_layers,), np.int32)
     options = {"recent": 1, "vocab_size": base.config.vocab_size}
-    scores = _log_probs(base, window, exact, **options, specs=Specs.of((base, window)))
+    scores = _log_probs(base, window, exact, **options)
     return jax.nn.log_softmax(scores / temperature, axis=-1)
 
 
@@ -199,33 +191,21 @@ def _mean(rows: Sequence[np.ndarray]) -> float:
     return float(np.concatenate(rows).mean(dtype=np.float64))
 
 
-@functools.partial(jax.jit, static_argnames=("recent", "vocab_size", "specs"))
-def _log_probs(draft, window, stale, *, recent, vocab_size, specs):
-    """`stale_log_probs` on the draft's mesh."""
-    run = functools.partial(stale_log_probs, recent=recent, vocab_size=vocab_size)
-    everywhere = jax.sharding.PartitionSpec()
-    mesh, in_specs = draft.layout.mesh, (*specs.tree, everywhere)
-    return on_mesh(run, mesh, in_specs, everywhere)(draft, window, stale)
+_log_probs = mesh_jit(static_argnames=("recent", "vocab_size"))(stale_log_probs)
 
 
-@functools.partial(jax.jit, static_argnames=("recent", "specs"))
-def _judge(draft, window, stale, exact, base, temperature, *, recent, specs):
+@mesh_jit(static_argnames="recent")
+def _judge(draft, window, stale, exact, base, temperature, *, recent):
     """Divergence from `exact` and acceptance, f[N] each, of a pass with stale layers."""
-
-    def run(draft, window, stale, exact, base, temperature):
-        q = stale_log_probs(draft, window, stale, recent, exact.shape[-1])
-        # An id that the draft has not: -inf on both sides.
-        kl = jnp.where(exact > -jnp.inf, jnp.exp(exact) * (exact - q), 0.0).sum(axis=-1)
-        if base is None:
-            accepted = q.argmax(axis=-1).astype(jnp.int32) == window.answer
-        else:
-            q = jax.nn.log_softmax(q / temperature.astype(q.dtype), axis=-1)
-            accepted = jnp.exp(jnp.minimum(q, base)).sum(axis=-1)
-        return kl[0], accepted[0]
-
-    everywhere = jax.sharding.PartitionSpec()
-    on = on_mesh(run, draft.layout.mesh, specs.tree, (everywhere, everywhere))
-    return on(draft, window, stale, exact, base, temperature)
+    q = stale_log_probs(draft, window, stale, recent=recent, vocab_size=exact.shape[-1])
+    # An id that the draft has not: -inf on both sides.
+    kl = jnp.where(exact > -jnp.inf, jnp.exp(exact) * (exact - q), 0.0).sum(axis=-1)
+    if base is None:
+        accepted = q.argmax(axis=-1).astype(jnp.int32) == window.answer
+    else:
+        q = jax.nn.log_softmax(q / temperature.astype(q.dtype), axis=-1)
+        accepted = jnp.exp(jnp.minimum(q, base)).sum(axis=-1)
+    return kl[0], accepted[0]
 
 
 def measure_sensitivity(scorer: Scorer, largest: int, progress: Any = None) -> np.ndarray:

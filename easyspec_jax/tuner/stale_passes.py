@@ -17,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from easyspec_jax.cache import KVCache, abstract_cache, zeros
+from easyspec_jax.cache import KVCache
 from easyspec_jax.config import Sampling
 from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.layer_parallel import make_partition
-from easyspec_jax.loop import Specs
-from easyspec_jax.model import Block, Model, Placement, RunBlock, attention, forward, logits, mlp
+from easyspec_jax.model import Model, Placement, RunBlock, attention, forward, logits, mlp
 from easyspec_jax.sampling import fit_vocab
-from easyspec_jax.sharding import on_mesh, psum, replicate
+from easyspec_jax.sharding import mesh_jit, psum, replicate, zeros
+from easyspec_jax.weights import Block
 
 BATCH = 16  # prompts that are answered at once
 
@@ -117,15 +116,14 @@ def staleness(partition: Sequence[int]) -> np.ndarray:
     return np.concatenate([np.arange(size, dtype=np.int32) for size in partition])
 
 
-@struct.dataclass(kw_only=True)
-class Window:
+class Window(struct.PyTreeNode, kw_only=True):
     """An answer of n tokens to predict, padded to N, and the exact cache of its whole text."""
 
     tokens: jax.Array  # i32[1, N], the prompt's last token and the answer but its last
     answer: jax.Array  # i32[1, N], what each of them should predict
     start: jax.Array  # i32[1], position of the first of `tokens`
     cache: KVCache  # exact entries of T tokens, and room for N more
-    size: int = struct.field(pytree_node=False)  # n
+    size: jax.Array  # i32[], n
 
 
 def make_window(model: Model, text: Text, room: int) -> Window:
@@ -138,11 +136,7 @@ def make_window(model: Model, text: Text, room: int) -> Window:
         raise ValueError("a window needs the exact model: load it with group_size=1")
     put = functools.partial(replicate, mesh=model.layout.mesh)
     num = text.tokens.shape[1]
-    abstract = abstract_cache(
-        model.config, model.layout, model.partition, 1, num + room, model.dtype
-    )
-    cache = zeros(abstract)
-    cache = _absorb(model, put(text.tokens), cache, specs=Specs.of((model, cache)))
+    cache = _absorb(model, put(text.tokens), zeros(model.abstract_cache(1, num + room)))
     padded = np.zeros((1, room + 1), np.int32)
     size = text.end - text.start
     padded[0, : size + 1] = text.tokens[0, text.start - 1 : text.end]
@@ -151,24 +145,18 @@ def make_window(model: Model, text: Text, room: int) -> Window:
         answer=put(padded[:, 1:]),
         start=put(np.array([text.start - 1], np.int32)),
         cache=cache,
-        size=size,
+        size=put(np.int32(size)),
     )
 
 
-@functools.partial(jax.jit, static_argnames="specs", donate_argnames="cache")
-def _absorb(model: Model, tokens: jax.Array, cache: KVCache, *, specs: Specs) -> KVCache:
+@mesh_jit(out="cache", donate="cache")
+def _absorb(model: Model, tokens: jax.Array, cache: KVCache) -> KVCache:
     """The cache with all tokens, exactly."""
-
-    def run(model, tokens, cache):
-        return forward(model, tokens, cache)[1]
-
-    model_specs, cache_specs = specs.tree
-    in_specs = (model_specs, PartitionSpec(), cache_specs)
-    return on_mesh(run, model.layout.mesh, in_specs, cache_specs)(model, tokens, cache)
+    return forward(model, tokens, cache)[1]
 
 
 def stale_log_probs(
-    model: Model, window: Window, stale: jax.Array, recent: int, vocab_size: int
+    model: Model, window: Window, stale: jax.Array, *, recent: int, vocab_size: int
 ) -> jax.Array:
     """Log-probabilities f[1, N, V] of the next token in a pass with stale layers, over the V ids of
     the base, as drafts have them; traceable, over local shards.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from easyspec_jax.config import Sampling, is_integer
 from easyspec_jax.decode import Decoder
-from easyspec_jax.drafters import LayerParallelDrafter
+from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.model import Model
 from easyspec_jax.tuner.partitions import Partition
 from easyspec_jax.tuner.search import (
