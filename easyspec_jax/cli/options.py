@@ -50,7 +50,9 @@ PROBABILITY = _checked("between 0 and 1", lambda p: 0 <= p <= 1, type=float, met
 _SIZE = _checked("a size above 0", lambda x: 0 < x < math.inf, type=float, metavar="GIB")
 
 
-def add_mesh(add: Add, *, layer: int | None = 1, tensor: str = "heads (default: all others)"):
+def add_mesh(
+    add: Add, *, layer: int | None = 1, tensor: str = "heads (default: all others)"
+) -> None:
     """--layer and --tensor: the default of the first, what the second's devices are for."""
     add("--layer", **COUNT, default=layer, help="devices for the layers of a group")
     add("--tensor", **COUNT, help=f"devices for {tensor}")

@@ -19,7 +19,7 @@ from easyspec_jax.cli.options import (
     add_requests,
     given,
     max_len,
-)  # fmt: skip
+)
 from easyspec_jax.planner.device import Device, read_device
 from easyspec_jax.request import check_tokenizers
 
