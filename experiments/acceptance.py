@@ -22,7 +22,7 @@ import sys
 from typing import Any
 
 import jax
-from prompt_sets import FILES, read_prompts
+import prompt_sets
 from records import append, commit, machine, without_places
 from tqdm import tqdm
 
@@ -213,25 +213,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         return lambda text: sorted({kind(n) for n in text.split(",")})
 
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--base", help="converted checkpoint")
-    p.add_argument("--draft", help="converted checkpoint; the base's own for self-drafting")
-    names = ", ".join(FILES)
-    p.add_argument("--set", action="append", metavar="NAME=PATH", help=f"repeatable: {names}")
     p.add_argument("--prompts-per-set", type=int, default=2)
-    p.add_argument("--max-prompt-tokens", type=int, default=256, help="longer prompts are skipped")
-    p.add_argument("--chat", action="store_true", help="each prompt is a user's message")
-    p.add_argument("--max-new-tokens", type=int, default=64)
-    p.add_argument("--num-draft-tokens", type=int, default=5, help="depth of the draft")
     p.add_argument("--tree-widths", type=numbers(int), default=[1, 4, 8])
     p.add_argument("--group-sizes", type=numbers(int), default=[1, 2, 4])
     p.add_argument("--temperatures", type=numbers(float), default=[0.0, 0.8])
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=pathlib.Path, help="JSONL file of the results")
-    p.add_argument("--table", type=pathlib.Path, help="only print the tables of this JSONL file")
-    args = p.parse_args(argv)
-    if not args.table and not all((args.base, args.draft, args.set, args.out)):
-        p.error("--base, --draft, --set and --out are needed, or --table")
-    return args
+    return prompt_sets.parse(p, argv, max_tokens=256)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -240,8 +227,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print(format_results(*read_results(args.table)))
         return
-    tokenizer, per_set = Tokenizer(args.base), args.prompts_per_set
-    sets = read_prompts(tokenizer, args.set, per_set, args.max_prompt_tokens, chat=args.chat)
+    tokenizer, limit = Tokenizer(args.base), args.max_prompt_tokens
+    sets = prompt_sets.read_prompts(
+        tokenizer, args.set, args.prompts_per_set, limit, chat=args.chat
+    )
     header, arms = open_results(args.out, make_header(args, sets))
     done = {Arm(**{f.name: r[f.name] for f in dataclasses.fields(Arm)}) for r in arms}
     missing = [arm for arm in make_grid(args) if arm not in done]

@@ -9,6 +9,7 @@ with lettered choices. Of conversations (specbench) the first turn is taken.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
 import io
@@ -29,6 +30,29 @@ FILES = {  # what a set's folder holds
     "text": "*.txt",  # one prompt a line
 }
 FIELDS = {"humaneval": "prompt", "gsm8k": "question", "math": "problem", "ifeval": "prompt"}
+
+
+def parse(
+    p: argparse.ArgumentParser, argv: list[str] | None, max_tokens: int
+) -> argparse.Namespace:
+    """A command line of a script that measures a pair on sets, or prints what a file holds; the
+    arguments that all such scripts have are added to its own.
+    """
+    names = ", ".join(FILES)
+    p.add_argument("--base", help="converted checkpoint")
+    p.add_argument("--draft", help="converted checkpoint; the base's own for self-drafting")
+    p.add_argument("--set", action="append", metavar="NAME=PATH", help=f"repeatable: {names}")
+    longer = "longer prompts are skipped"
+    p.add_argument("--max-prompt-tokens", type=int, default=max_tokens, help=longer)
+    p.add_argument("--chat", action="store_true", help="each prompt is a user's message")
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--num-draft-tokens", type=int, default=5, help="depth of the draft")
+    p.add_argument("--out", type=pathlib.Path, help="JSONL file of the results")
+    p.add_argument("--table", type=pathlib.Path, help="only print the tables of this JSONL file")
+    args = p.parse_args(argv)
+    if not args.table and not all((args.base, args.draft, args.set, args.out)):
+        p.error("--base, --draft, --set and --out are needed, or --table")
+    return args
 
 
 def read_set(name: str, path: str | os.PathLike) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from prompt_sets import FILES, read_prompts
+import prompt_sets
 from records import append, commit, machine, without_places
 
 import easyspec_jax as es
@@ -227,28 +227,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         return sorted({int(n) for n in text.split(",")})
 
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--base", help="converted checkpoint")
-    p.add_argument("--draft", help="converted checkpoint; the base's own for self-drafting")
-    names = ", ".join(FILES)
-    p.add_argument("--set", action="append", metavar="NAME=PATH", help=f"repeatable: {names}")
     p.add_argument("--tuning-per-set", type=int, default=2, help="the first prompts of each set")
     p.add_argument("--held-out-per-set", type=int, default=3, help="those behind them")
-    p.add_argument("--max-prompt-tokens", type=int, default=150, help="longer prompts are skipped")
-    p.add_argument("--chat", action="store_true", help="each prompt is a user's message")
-    p.add_argument("--max-new-tokens", type=int, default=64)
-    p.add_argument("--num-draft-tokens", type=int, default=5)
     p.add_argument("--attention-steps", type=numbers, default=[7, 8, 9, 12, 16])
     p.add_argument("--fit", type=numbers, default=[], help="of these, also no larger groups")
     p.add_argument("--verify", type=int, default=3, help="decoded with before one is chosen")
-    p.add_argument("--out", type=pathlib.Path, help="JSONL file of the results")
-    p.add_argument("--table", type=pathlib.Path, help="only print the tables of this JSONL file")
     p.add_argument("--device", help="with --table: as for easyspec plan, to compare equal times")
     p.add_argument("--num-devices", type=int, help="how many of them")
     p.add_argument("--layer", type=int, help="of them for the layers of a group")
-    args = p.parse_args(argv)
-    if not args.table and not all((args.base, args.draft, args.set, args.out)):
-        p.error("--base, --draft, --set and --out are needed, or --table")
-    return args
+    return prompt_sets.parse(p, argv, max_tokens=150)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -268,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     num, limit = args.tuning_per_set, args.max_prompt_tokens
     total = num + args.held_out_per_set
-    sets = read_prompts(Tokenizer(args.base), args.set, total, limit, chat=args.chat)
+    sets = prompt_sets.read_prompts(Tokenizer(args.base), args.set, total, limit, chat=args.chat)
     tuning = [ids for found in sets.values() for ids in found[:num]]
     held_out = [ids for found in sets.values() for ids in found[num:]]
     own = ("table", "device", "num_devices", "layer")

@@ -18,7 +18,6 @@ import easyspec_jax as es
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))  # scripts, no package
 acceptance = importlib.import_module("acceptance")
-layouts = importlib.import_module("layouts")
 prompt_sets = importlib.import_module("prompt_sets")
 
 SPECBENCH = (
@@ -278,30 +277,3 @@ def test_without_models_there_is_nothing_to_measure(capsys):
     with pytest.raises(SystemExit):
         acceptance.main(["--base", "x"])
     assert "--base, --draft, --set and --out are needed, or --table" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_layouts_are_compared_from_configurations(tmp_path, capsys):
-    for name, layers in (("base", 2), ("draft", 6)):
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-        config = tiny_config("llama", num_hidden_layers=layers, **heads)
-        (tmp_path / f"{name}.json").write_text(json.dumps(config))
-    places = ("--base", str(tmp_path / "base.json"), "--draft", str(tmp_path / "draft.json"))
-    options = ("--group-size", "2", "--max-len", "64", "--out", str(tmp_path / "out.jsonl"))
-    layouts.main([*places, *options])
-    out = capsys.readouterr().out
-    record = json.loads((tmp_path / "out.jsonl").read_text())
-    assert record == json.loads(out.splitlines()[-1])
-    arms = record["arms"]
-    number = {name: arm["collectives"] for name, arm in arms.items()}
-    assert number["one device"]["draft"] == 0 < number["one device"]["verify"]
-    assert number["tensor parallel"]["draft"] - number["groups, by turns"]["draft"] == 2  # groups
-    assert number["groups, second copy"]["calibrate"] == number["groups, by turns"]["calibrate"] + 2
-    assert number["groups, MLPs whole"]["draft"] == number["groups, by turns"]["draft"] - 6
-    weights = {name: arm["bytes_per_device"]["draft weights"] for name, arm in arms.items()}
-    assert weights["groups, by turns"] < weights["groups, second copy"] < weights["one device"]
-    step = sum(
-        number["groups, by turns"][p] * n
-        for p, n in [("calibrate", 1), ("draft", 4), ("verify", 1)]
-    )
-    assert f" {step} |" in next(line for line in out.splitlines() if "by turns" in line)

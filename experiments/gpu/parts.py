@@ -1,4 +1,4 @@
-"""The parts of `gpu_suite.py`, each a function of a `Suite` that returns what it found.
+"""The parts of `suite.py`, each a function of a `Suite` that returns what it found.
 
 Everything is called three times before it is timed, and what is compared takes turns. A part that
 found something wrong says so in one sentence under "problem".

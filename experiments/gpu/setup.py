@@ -1,4 +1,4 @@
-"""What the parts of `gpu_suite.py` share: shapes, a drafter with a set acceptance, compiled loops.
+"""What the parts of `suite.py` share: shapes, a drafter with a set acceptance, compiled loops.
 
 All models are random and made on the device. A prompt is one token, so there is nothing to absorb
 and no prefill to compile.
