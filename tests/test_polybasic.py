@@ -15,7 +15,7 @@ from test_distribution import FILTERED, PLAIN, TINY, enumerate_sequences
 import easyspec_jax as es
 from easyspec_jax import loop
 from easyspec_jax.drafters import polybasic
-from easyspec_jax.drafters.base import verify_in_one_pass
+from easyspec_jax.drafter import verify_in_one_pass
 from easyspec_jax.request import make_request
 
 slow = pytest.mark.slow

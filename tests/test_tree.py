@@ -266,7 +266,7 @@ def test_a_pass_over_a_tree_equals_passes_over_its_paths(batch):
     proposal = proposal_of(PARENTS, nodes, depth=3)
     root = jnp.asarray([prompt[b, n - 1] for b, n in enumerate(num)], jnp.int32)
     cache = absorbed(base, jnp.asarray(prompt, jnp.int32), tuple(n - 1 for n in num))
-    scores, cache, _ = jax.jit(es.drafters.base.verify_in_one_pass)(base, cache, root, proposal)
+    scores, cache, _ = jax.jit(es.verify.verify_in_one_pass)(base, cache, root, proposal)
     path = jnp.asarray([[0, 3, 5]] * batch, jnp.int32)
     kept = cache.keep(jnp.asarray(num, jnp.int32), path)
     for b, i in itertools.product(range(batch), range(7)):
@@ -287,7 +287,7 @@ def test_a_draft_that_stopped_early_is_verified_in_a_smaller_pass():
     parents, n = [-1, -1, 0, 1, 2, 2, 4, 5, 7, 7], 10  # five levels of two
     proposal = proposal_of(parents, rng.integers(0, 61, n), depth=5)
     cache, root = absorbed(base, jnp.asarray([[3, 4, 5, 6]], jnp.int32), (3,)), jnp.int32([6])
-    run = jax.jit(es.drafters.base.verify_in_one_pass)
+    run = jax.jit(es.verify.verify_in_one_pass)
     whole, _, _ = run(base, cache, root, proposal)
     sizes = es.drafters.base.verification_sizes(5)
     assert sizes == (1, 2, 3, 5)
