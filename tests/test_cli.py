@@ -12,6 +12,7 @@ import zipfile
 
 import jax
 import pytest
+from decoders import spy_on_prefills
 
 import convert
 import easyspec_jax as es
@@ -144,19 +145,14 @@ def test_the_same_seed_draws_the_same_text(easyspec):
 
 
 def test_chat_keeps_one_session(easyspec, monkeypatch):
-    prompts, starts = [], []
-    stream, prefill = es.Decoder.stream, es.Decoder._prefill
+    prompts, starts = [], spy_on_prefills(monkeypatch)
+    stream = es.Decoder.stream
 
     def spy_stream(self, prompt, **options):
         prompts.append(list(prompt))
         return stream(self, prompt, **options)
 
-    def spy_prefill(self, state, rows, specs, start=0):
-        starts.append(start)
-        return prefill(self, state, rows, specs, start)
-
     monkeypatch.setattr(es.Decoder, "stream", spy_stream)
-    monkeypatch.setattr(es.Decoder, "_prefill", spy_prefill)
     status, out, err = easyspec(
         *("chat", "--base", "base", "--draft", "draft", "--max-new-tokens", 6, "--tensor", 1),
         *("--max-len", 120, "--system", "be kind"),
@@ -199,13 +195,6 @@ def test_an_interrupt_ends_with_130(easyspec, monkeypatch):
         (("info", "base", "--device-memory", "nan"), "--device-memory must be a size above 0"),
         (("info", "base", "--max-len", 257), "--max-len must be in 2 .. 256, the base's context"),
         (("chat", "--base", "base", "--max-len", 1), "--max-len must be at least 2, got 1"),
-        (
-            (
-                *("generate", "--base", "base", "--draft", "base", "--exact-pass", "copy"),
-                *("--draft-layout", "tensor", "x"),
-            ),
-            "a copy for exact passes needs layers of a group over a mesh axis",
-        ),
         (("generate", "--base", "bare", "hi"), "bare has no tokenizer"),
         (("generate", "--base", "base", "--show-draft", "hi"), "--show-draft needs --draft"),
         (("generate", "--base", "base", "--no-calibrate", "x"), "--no-calibrate needs --draft"),

@@ -64,7 +64,7 @@ def pair(layout, *, mesh, partition=(1, 4, 3, 1), gamma=3, width=2):
     [
         ("tensor", (1,) * 9),
         ("layer", (1, 4, 3, 1)),
-        (es.LayoutRules(heads=("tensor",), group="layer", exact="copy", mlp=()), (1, 6, 1, 1)),
+        (es.LayoutRules(heads=("tensor",), group="layer", mlp=()), (1, 6, 1, 1)),
     ],
 )
 def test_collectives_are_those_of_the_compiled_program(layout, partition):
