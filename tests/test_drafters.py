@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from decoders import CONFIG, NEW, PROMPTS, autoregressive, joined, model
+from decoders import CONFIG, GROUPS, NEW, PROMPTS, autoregressive, joined, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,12 +23,18 @@ class Way:
     batches: bool = True  # whether it drafts for several rows at once
 
 
+def mesh_of(base):
+    return tuple(base.layout.mesh.shape.values())
+
+
 WAYS = {
     "early-exit": Way(lambda base: es.EarlyExitDrafter(base), ((4, 1),), batches=False),
     "polybasic": Way(
         lambda base: es.PolybasicDrafter(
             model(tuple(base.layout.mesh.shape.values()), seed=3),
-            es.LayerParallelDrafter(model(tuple(base.layout.mesh.shape.values()), group_size=2)),
+            es.LayerParallelDrafter(
+                model(tuple(base.layout.mesh.shape.values()), group_size=GROUPS)
+            ),
             mu=3,
         ),
         ((5, 1),),

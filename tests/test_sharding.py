@@ -183,24 +183,6 @@ def test_specs_name_the_axes_of_each_letter():
 
 
 @pytest.mark.parametrize(
-    "heads, shape, kv, query",
-    [
-        ((8, 8), (4, 2), ("tensor", "layer"), ()),  # the owner's heads lie side by side
-        ((16, 4), (4, 2), ("tensor",), ("layer",)),
-        ((8, 1), (4, 2), (), ("tensor", "layer")),
-        ((14, 2), (2, 4), ("layer",), ()),
-        ((9, 3), (4, 2), (), ()),  # nothing divides: as many copies as devices
-    ],
-    ids=str,
-)
-def test_a_second_copy_splits_its_heads_over_the_groups_axis_too(heads, shape, kv, query):
-    rules = LayoutRules(heads=("tensor",), group="layer", exact="copy")
-    layout = make_layout(config_of(*heads), es.make_mesh(*shape), rules)
-    assert (layout.copy.kv, layout.copy.query) == (kv, query)
-    assert make_layout(config_of(*heads), es.make_mesh(1, 8), rules).copy is None
-
-
-@pytest.mark.parametrize(
     "rules, sentence",
     [
         ({"heads": ("rows",)}, "heads must be a tuple of the mesh axes .* got .'rows',"),
@@ -208,8 +190,6 @@ def test_a_second_copy_splits_its_heads_over_the_groups_axis_too(heads, shape, k
         ({"vocab": ("layer", "layer")}, "vocab must be a tuple of the mesh axes .* none twice"),
         ({"group": "rows"}, 'group must be "layer", "tensor" or None, got \'rows\''),
         ({"group": "layer"}, 'the axis "layer" carries the layers of a group: it cannot split'),
-        ({"exact": "twice"}, 'exact must be "turns" or "copy", got \'twice\''),
-        ({"exact": "copy"}, "a copy for exact passes needs layers of a group over a mesh axis"),
     ],
     ids=str,
 )
@@ -267,7 +247,7 @@ def test_one_checkpoint_gives_the_same_logits_and_cache_on_every_mesh(name, shap
     [
         ("9/3", (4, 2), (2,), None),
         ("16/4 bias", (2, 4), 1, None),  # queries apart from keys and values
-        ("8/8 tied", (4, 2), (2,), LayoutRules(heads=("tensor",), group="layer", exact="copy")),
+        ("8/8 tied", (4, 2), (2,), "layer"),
         ("8/1 bias", (1, 1), (2,), None),
     ],
     ids=str,

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import all_logits, fresh_cache, model, self_drafting, surprise
+from decoders import all_logits, fresh_cache, model, self_drafting, started, surprise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutation import BROKEN_RULES, mutate, repeat_siblings
 
 import easyspec_jax as es
 from easyspec_jax import loop, sampling, tree
-from easyspec_jax.request import make_request
 from easyspec_jax.sampling import Proposal, ancestry, make_filters, verify
 
 GREEDY = make_filters(es.Sampling())
@@ -139,7 +138,7 @@ def test_a_row_stops_below_the_least_probability():
 def test_the_draft_is_the_beam_of_its_model(width):
     """What a model drafts, its own tree pass included: positions, ancestors, rows of a batch."""
     decoder, prompts = self_drafting((1, 1), 1, 4, width=width), [[1, 2, 3, 4, 5], [9, 8]]
-    state, _ = decoder._prefilled(make_request(decoder.base.config, prompts, 10))
+    state = started(decoder, prompts, 10).state
 
     @jax.jit
     def propose(drafter, state):
