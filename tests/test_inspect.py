@@ -150,7 +150,7 @@ def test_distributions_are_compared_by_hand():
         np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]),
         np.log([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]),
     )
-    found = stale_passes.compare_distributions(p, q)
+    found = inspect_layers.compare_distributions(p, q)
     assert found["kl"] == pytest.approx(0.25 * np.log(2) / 2)
     assert found["argmax_agreement"] == 0.5 and found["overlap"] == pytest.approx(0.875)
 

@@ -128,7 +128,10 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 # `experiments/published.py`, which predicts all others. Hopper devices: the same share of what they
 # are sold with and the same kernels; collectives fitted to measurements of custom all-reduces of 4
 # to 256 KB (sglang issue 2904). `score` and `logit`: three passes over float32 numbers.
-_HOPPER = {"collective": 3.35e-6, "hop": 0.38e-6, "link": 4.6e10, "kernel": 5e-6, "step": 3e-5}
+_HOPPER = {
+    "flops": 0.6 * 989e12, "collective": 3.35e-6, "hop": 0.38e-6, "link": 4.6e10, "kernel": 5e-6,
+    "step": 3e-5,
+}  # fmt: skip
 _A100 = {
     "bandwidth": 1.7e12, "flops": 0.6 * 312e12, "memory": 0.75 * 80e9, "score": 8e-12,
     "logit": 8e-12, "collective": 6.9e-6, "hop": 0.56e-6, "link": 4e10,
@@ -140,7 +143,6 @@ PRESETS = {
     "h100": Device(
         name="h100",
         bandwidth=0.83 * 3.35e12,
-        flops=0.6 * 989e12,
         memory=0.75 * 80e9,
         score=5e-12,
         logit=5e-12,
@@ -149,7 +151,6 @@ PRESETS = {
     "h200": Device(
         name="h200",
         bandwidth=0.83 * 4.8e12,
-        flops=0.6 * 989e12,
         memory=0.75 * 141e9,
         score=3e-12,
         logit=3e-12,
