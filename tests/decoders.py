@@ -12,7 +12,8 @@ import numpy as np
 
 import easyspec_jax as es
 from easyspec_jax import loop
-from easyspec_jax.request import make_request
+from easyspec_jax.request import make_inputs
+from easyspec_jax.sharding import replicate, zeros
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
 CONFIG = es.ModelConfig(
@@ -52,7 +53,7 @@ def self_drafting(
     width=1,
     **more,
 ):
-    draft = model(mesh_shape, group_size=group_size, layout="layer")
+    draft = model(mesh_shape, group_size=group_size, layout="grouped")
     drafter = es.LayerParallelDrafter(draft, calibrate=calibrate, parallel=parallel)
     base = model(mesh_shape)
     return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width, **more)
@@ -81,8 +82,7 @@ def _all_logits(base, tokens, cache):
 
 
 def fresh_cache(m, batch, max_len):
-    abstract = es.cache.abstract_cache(m.config, m.layout, m.partition, batch, max_len, m.dtype)
-    return es.cache.zeros(abstract)
+    return zeros(m.abstract_cache(batch, max_len))
 
 
 @dataclasses.dataclass
@@ -90,28 +90,28 @@ class Run:
     """A decoder at work on one request: prompts absorbed, then step by step or to the end."""
 
     decoder: es.Decoder
-    request: es.request.Request
+    request: es.Request
     state: loop.DecodeState
-    specs: loop.Specs
 
     def step(self) -> loop.Emission:
         """One step of the stream's program; `state` goes on."""
-        self.state, emission = loop.run_step(*self._pair, self.state, specs=self.specs)
+        self.state, emission = loop.run_step(*self._pair, self.request, self.state)
         return emission
 
     def finish(self) -> None:
         """Every step that is left, by the loop of `generate`."""
-        self.state = loop.run_loop(*self._pair, self.state, specs=self.specs)
+        self.state = loop.run_loop(*self._pair, self.request, self.state)
 
-    def after(self, state: loop.DecodeState) -> loop.DecodeState:
-        """The state one step behind `state`; to be traced."""
-        return loop.step(*self._pair, state)[0]
+    def after(self, state: loop.DecodeState, key=None) -> loop.DecodeState:
+        """The state one step behind `state`, under another key if one is given; to be traced."""
+        request = self.request if key is None else self.request.replace(key=key)
+        return loop.step(*self._pair, request, state)[0]
 
     def finish_row(self, b: int) -> None:
         """Row b counts as done from now on."""
         done = np.asarray(self.state.done).copy()
         done[b] = True
-        self.state = self.state.replace(done=self.decoder._put(done))
+        self.state = self.state.replace(done=replicate(done, self.decoder.base.layout.mesh))
 
     @property
     def _pair(self):
@@ -120,34 +120,32 @@ class Run:
 
 def started(decoder, prompts, max_new_tokens=NEW, sampling=es.Sampling(), **options) -> Run:  # noqa: B008
     """The prompts of a request absorbed, but for each row's last token."""
-    request = make_request(decoder.base.config, prompts, max_new_tokens, sampling, **options)
-    return Run(decoder, request, *decoder._prefilled(request))
+    inputs = make_inputs(decoder.base.config, prompts, max_new_tokens, sampling, **options)
+    return Run(decoder, *decoder.prefill(inputs))
 
 
-def lowered_loop(decoder, request, size=None):
+def lowered_loop(decoder, inputs, size=None):
     """The loop of `generate` before it is compiled, for caches of `size` tokens; and its state, as
     shapes.
     """
-    state = decoder.planned(request, size)
-    specs = loop.Specs.of((decoder.base, decoder.drafter, state))
-    return loop.run_loop.lower(decoder.base, decoder.drafter, state, specs=specs), state
+    request, state = decoder.planned(inputs, size)
+    return loop.run_loop.lower(decoder.base, decoder.drafter, request, state), state
 
 
 def compilations() -> tuple[int, int, int]:
     """How many programs this process has of the loop, of a step, and of a piece of a prefill."""
-    programs = loop.run_loop, loop.run_step, loop.prefill_chunk
-    return tuple(program._cache_size() for program in programs)
+    return tuple(run._cache_size() for run in (loop.run_loop, loop.run_step, loop.prefill_chunk))
 
 
 def spy_on_prefills(monkeypatch) -> list[int]:
     """Where each prefill begins from now on, in order."""
-    starts, prefill = [], es.Decoder._prefill
+    starts, absorb = [], es.Decoder.absorb
 
-    def spy(self, state, request, specs, start=0):
+    def spy(self, request, state, longest, start=0):
         starts.append(start)
-        return prefill(self, state, request, specs, start)
+        return absorb(self, request, state, longest, start)
 
-    monkeypatch.setattr(es.Decoder, "_prefill", spy)
+    monkeypatch.setattr(es.Decoder, "absorb", spy)
     return starts
 
 

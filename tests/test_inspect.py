@@ -86,7 +86,7 @@ def test_a_regrouped_model_is_the_one_loaded_in_groups(exact):
     got, _ = run(model, exact[1].tokens, empty_cache(model), run_fuzzy)
     np.testing.assert_array_equal(got, run(want, exact[1].tokens, empty_cache(want), run_fuzzy)[0])
     with pytest.raises(ValueError, match="regroup needs layers that share their devices"):
-        stale_passes.regroup(es.abstract_model(TINY, es.make_mesh(8, 1), layout="layer"), 2)
+        stale_passes.regroup(es.abstract_model(TINY, es.make_mesh(8, 1), layout="grouped"), 2)
 
 
 def test_an_exact_pass_records_what_each_layer_reads_and_makes(exact):

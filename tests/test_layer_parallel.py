@@ -64,7 +64,7 @@ def load(tmp_path_factory):
         return convert.convert(source, root / name / "ckpt", progress=False)
 
     @functools.cache
-    def get(name, shape, group_size, layout="layer"):
+    def get(name, shape, group_size, layout="grouped"):
         return es.load_model(
             checkpoint(name),
             es.make_mesh(*shape),
@@ -78,7 +78,7 @@ def load(tmp_path_factory):
 
 @functools.cache
 def weights(name):
-    config = es.ModelConfig.from_hf(MODELS[name])
+    config = es.config_from_hf(MODELS[name])
     return config, reference.from_hf(config, random_tensors(MODELS[name]))
 
 

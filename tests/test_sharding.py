@@ -47,7 +47,7 @@ MODELS = {
 
 
 def config_of(num_heads, num_kv_heads, **overrides):
-    return es.ModelConfig.from_hf(heads(num_heads, num_kv_heads, **overrides))
+    return es.config_from_hf(heads(num_heads, num_kv_heads, **overrides))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def load(checkpoints):
 
 
 def plain(name):
-    config = es.ModelConfig.from_hf(MODELS[name])
+    config = es.config_from_hf(MODELS[name])
     return reference.run(config, reference.from_hf(config, random_tensors(MODELS[name])), TOKENS)
 
 
@@ -285,7 +285,7 @@ def test_saving_refuses_what_would_be_lost_or_wrong(checkpoints, load, tmp_path)
 
 
 def test_random_weights_are_the_same_on_every_mesh_and_in_groups():
-    config = es.ModelConfig.from_hf(dict(MODELS["9/3"], num_hidden_layers=3))
+    config = es.config_from_hf(dict(MODELS["9/3"], num_hidden_layers=3))
     one = es.random_model(config, es.make_mesh(1, 1), seed=3)
     many = es.random_model(config, es.make_mesh(4, 2), seed=3, group_size=(3,))
     np.testing.assert_array_equal(one.params.lm_head, many.params.lm_head)
@@ -449,7 +449,7 @@ def test_damage_is_told_from_the_machines_failures(checkpoints, monkeypatch, err
     ids=str,
 )
 def test_impossible_arrangements_are_refused(options, sentence):
-    config = es.ModelConfig.from_hf(dict(MODELS["9/3"], num_hidden_layers=5))
+    config = es.config_from_hf(dict(MODELS["9/3"], num_hidden_layers=5))
     with pytest.raises(ValueError, match=sentence):
         es.random_model(config, es.make_mesh(4, 2), **options)
 
@@ -457,7 +457,7 @@ def test_impossible_arrangements_are_refused(options, sentence):
 def test_group_size_one_is_laid_out_as_asked(checkpoints, load):
     assert load("8/8 tied", (4, 2)).layout.kv == BOTH
     draft = es.load_model(
-        checkpoints["8/8 tied"], es.make_mesh(4, 2), dtype=jnp.float64, layout="layer"
+        checkpoints["8/8 tied"], es.make_mesh(4, 2), dtype=jnp.float64, layout="grouped"
     )
     assert draft.layout.kv == ("tensor",) and draft.layout.group == "layer"
     assert draft.partition == (1, 1)
