@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 import easyspec_jax as es
+from easyspec_jax import weights
 from easyspec_jax.checkpoint import METADATA_FILE, read_metadata
-from easyspec_jax.cli.drafting import DEPTH, add_option, draft_layout, partition_of
-from easyspec_jax.cli.options import add_mesh, add_requests, max_len
+from easyspec_jax.cli.drafting import add_option, draft_layout, partition_of
+from easyspec_jax.cli.options import add_mesh, add_requests, given, max_len
 from easyspec_jax.memory import check_memory, listed
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
 from easyspec_jax.text import has_chat_template, read_generation_config, stop_ids
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(add, "group_size", default=4, help="layers that run at once (default 4)")
     add_option(add, "draft_layout")
     add_option(add, "draft_mlp")
-    add_option(add, "num_draft_tokens", default=DEPTH, help=f"per step (default {DEPTH})")
-    add_option(add, "tree_width", default=1)
+    add_option(add, "num_draft_tokens", help="per step (default 5)")
+    add_option(add, "tree_width")
     add_requests(add, memory=": refuse what does not fit into them in bfloat16")
     add("--collectives", action="store_true", help="compile a step, list what devices exchange")
     add_mesh(add, tensor="heads (default: 1)")
@@ -130,8 +131,9 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
 
 def count_parameters(config: es.ModelConfig) -> int:
     """Numbers that a checkpoint stores; a tied head counts once."""
-    shapes = [*config.layer_shapes().values()] * config.num_layers + [*config.top_shapes().values()]
-    return sum(math.prod(shape) for shape in shapes)
+    layer, top = (weights.present(table, config).values() for table in (weights.LAYER, weights.TOP))
+    counts = [math.prod(weight.shape(config)) for weight in [*layer] * config.num_layers + [*top]]
+    return sum(counts)
 
 
 def _dimensions(c: es.ModelConfig) -> str:
@@ -161,8 +163,7 @@ def _decoder(args, base, draft, mesh, partition, dtype) -> es.Decoder:
         return es.Decoder(model)
     options = {"group_size": partition, "dtype": dtype, "layout": draft_layout(args)}
     drafter = es.LayerParallelDrafter(es.abstract_model(draft, mesh, **options))
-    depth, width = args.num_draft_tokens, args.tree_width
-    return es.Decoder(model, drafter, num_draft_tokens=depth, tree_width=width)
+    return es.Decoder(model, drafter, **given(args, "num_draft_tokens", "tree_width"))
 
 
 def _print_collectives(decoder: es.Decoder, found: list[Collective]) -> None:

@@ -1,4 +1,4 @@
-"""`easyspec plan`: every layout, group size, γ and w for a pair, priced and ranked."""
+"""`easyspec plan`: every deployment, group size, γ and w for a pair, priced and ranked."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def document(planner: Planner, plan: Plan, top: int) -> dict[str, Any]:
         "considered": len(plan.choices),
         "too_large": plan.refused,
         "autoregression": plan.autoregression.as_dict(),
-        "choices": [choice.as_dict() for choice in plan.by_layout()[:top]],
+        "choices": [choice.as_dict() for choice in plan.by_deployment()[:top]],
         "fastest_of_kind": {name: c.as_dict() for name, c in fastest.items() if c is not None},
         "speedup": plan.autoregression.token_seconds / plan.best.token_seconds,
     }
@@ -141,11 +141,11 @@ def report(planner: Planner, plan: Plan, top: int) -> list[str]:
         f"acceptance      {_describe_acceptance(planner.acceptance)}",
         f"choices         {len(plan.choices)}, {plan.refused} more need too much memory",
         f"autoregression  {1e3 * plain.token_seconds:.2f} ms a token, tensor parallel over "
-        f"{plain.layout.devices}, bound by {_TERMS[plain.bound]}",
+        f"{plain.deployment.devices}, bound by {_TERMS[plain.bound]}",
         "",
         _row(*_COLUMNS, "how"),
     ]
-    ranked = plan.by_layout()
+    ranked = plan.by_deployment()
     lines += [_choice_row(rank, choice, plain) for rank, choice in enumerate(ranked[:top], 1)]
     lines += ["", "the fastest of each kind"]
     for placement in PLACEMENTS:
@@ -191,8 +191,8 @@ def _row(*cells: str) -> str:
 def _choice_row(rank: int, choice: Choice, plain: Choice) -> str:
     return _row(
         str(rank),
-        choice.layout.draft,
-        str(choice.layout.devices),
+        choice.deployment.draft,
+        str(choice.deployment.devices),
         str(choice.num_draft_tokens),
         str(choice.tree_width),
         f"{choice.tokens_per_step:.2f}",
@@ -206,12 +206,12 @@ def _choice_row(rank: int, choice: Choice, plain: Choice) -> str:
 def _drafting(plan: Plan) -> str:
     """How groups compare with an exact draft of the same γ and w, in a sentence."""
     best = plan.best
-    if best.layout.draft != "groups":
+    if best.deployment.draft != "groups":
         return ""
     same = [
         c
         for c in plan.choices
-        if c.layout.draft in ("one device", "tensor parallel")
+        if c.deployment.draft in ("one device", "tensor parallel")
         and (c.num_draft_tokens, c.tree_width) == (best.num_draft_tokens, best.tree_width)
     ]
     if not same:
@@ -220,5 +220,5 @@ def _drafting(plan: Plan) -> str:
     gain = exact.drafting / best.drafting
     return (
         f" Drafting takes {1e3 * best.drafting:.2f} ms, {gain:.2f} times faster than with the "
-        f"fastest exact draft ({exact.layout.options()})."
+        f"fastest exact draft ({exact.deployment.options()})."
     )

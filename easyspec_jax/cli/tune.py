@@ -23,7 +23,7 @@ from easyspec_jax.checkpoint import (
     read_partition,
     write_partition,
 )
-from easyspec_jax.cli.drafting import DEPTH, GROUPED, add_option
+from easyspec_jax.cli.drafting import GROUPED, add_option
 from easyspec_jax.cli.options import COUNT, add_device, add_dtype, add_machine, add_mesh
 from easyspec_jax.planner.device import read_device
 from easyspec_jax.request import check_tokenizers, make_inputs
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention-steps", type=int, metavar="K", help=steps)
     add_mesh(add, layer=None, tensor="tuning, here (default: all)")
     add_device(add, "weigh tokens against the times predicted for", "how many of them")
-    add_option(add, "num_draft_tokens", default=DEPTH, help=f"per step (default {DEPTH})")
+    add_option(add, "num_draft_tokens", default=5, help="per step (default 5)")
     add("--max-new-tokens", **COUNT, default=64, help="of each answer (default 64)")
     warm = "of the text to be drafted (default 0, greedy)"
     add("--temperature", type=float, default=0.0, metavar="T", help=warm)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         attention_steps=steps,
         max_group_size=most,
         step_seconds=step_seconds,
-        num_verified=args.verify,
+        num_confirmed=args.verify,
         eos_ids=eos_ids,
         progress=True,
         **{name: getattr(args, name) for name in _DECODING},
@@ -136,14 +136,14 @@ def predict_times(
     devices = args.num_devices or layer
     if devices % layer:
         raise ValueError(f"--layer {layer} does not divide --num-devices {devices}")
-    from easyspec_jax.planner.plan import Layout, Planner
+    from easyspec_jax.planner.plan import Deployment, Planner
 
     planner = Planner(base=base, draft=draft, device=read_device(args.device))
-    place = Layout(layer=layer, tensor=devices // layer, draft="groups", rules=GROUPED)
+    place = Deployment(layer=layer, tensor=devices // layer, draft="groups", rules=GROUPED)
 
     def seconds(partition):
-        layout = dataclasses.replace(place, group_size=partition)
-        return planner.price(layout, args.num_draft_tokens).cost.seconds
+        where = dataclasses.replace(place, group_size=partition)
+        return planner.price(where, args.num_draft_tokens).cost.seconds
 
     return seconds
 
