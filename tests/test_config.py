@@ -27,7 +27,7 @@ LLAMA3 = {
 
 
 def tiny(family: str = "llama", **overrides) -> ModelConfig:
-    return config_from_hf(tiny_config(family, **overrides))
+    return ModelConfig.from_hf(tiny_config(family, **overrides))
 
 
 def test_tiny_llama_is_read_field_by_field():
@@ -73,7 +73,7 @@ def test_absent_attributes_take_the_defaults_of_transformers(family):
         if name in ("num_key_value_heads", "head_dim", "sliding_window"):
             continue  # filled in by the class, compared below
         assert getattr(hf_default, name) == value, name
-    ours = config_from_hf({"model_type": family, **SIZES})
+    ours = ModelConfig.from_hf({"model_type": family, **SIZES})
     assert ours.num_kv_heads == hf.num_key_value_heads
     assert ours.head_dim == (getattr(hf, "head_dim", None) or 256 // 32)
     assert ours.sliding_window == getattr(hf, "sliding_window", None)
@@ -85,8 +85,8 @@ def test_objects_of_transformers_and_their_saved_form_agree_with_the_raw_dict(fa
     transformers = pytest.importorskip("transformers", reason="makes configuration objects")
     raw = tiny_config(family, rope_scaling=LLAMA3, eos_token_id=[2, 5])
     hf = transformers.AutoConfig.for_model(**raw)
-    assert config_from_hf(hf) == config_from_hf(raw)
-    assert config_from_hf(json.loads(hf.to_json_string(use_diff=False))) == tiny(
+    assert ModelConfig.from_hf(hf) == ModelConfig.from_hf(raw)
+    assert ModelConfig.from_hf(json.loads(hf.to_json_string(use_diff=False))) == tiny(
         family, rope_scaling=LLAMA3, eos_token_id=[2, 5]
     )
 

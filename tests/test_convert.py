@@ -64,7 +64,7 @@ def test_every_array_is_the_transposed_tensor_with_its_heads_split(family, tmp_p
     raw = tiny_config(family, num_attention_heads=6, num_key_value_heads=2)
     src = write_hf_folder(tmp_path / "hf", raw)
     out, hf = run(src, tmp_path / "out"), random_tensors(raw)
-    config = config_from_hf(raw)
+    config = ModelConfig.from_hf(raw)
     top = load_part(out, checkpoint.TOP)
     assert {n: a.shape for n, a in top.items()} == config.top_shapes()
     np.testing.assert_array_equal(top["embed"], hf["model.embed_tokens.weight"])

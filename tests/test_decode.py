@@ -271,10 +271,10 @@ def draft_cache_error(decoder, steps=4):
     absorbed = int(state.absorbed[0])
     again = es.Session()
     decoder.stream(committed[: absorbed + 1], max_new_tokens=1, session=again)
-    assert int(again._state.draft.cache.length[0]) == absorbed == int(state.draft.cache.length[0])
+    assert int(again._state.draft.length[0]) == absorbed == int(state.draft.length[0])
     pairs = zip(
-        jax.tree.leaves(state.draft.cache.blocks),
-        jax.tree.leaves(again._state.draft.cache.blocks),
+        jax.tree.leaves(state.draft.blocks),
+        jax.tree.leaves(again._state.draft.blocks),
         strict=True,
     )
     assert absorbed > len(prompt)

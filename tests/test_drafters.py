@@ -18,7 +18,7 @@ import easyspec_jax as es
 class Way:
     """One way to draft."""
 
-    make: Callable[[es.Model], es.drafters.Drafter]  # for a base
+    make: Callable[[es.Model], es.Drafter]  # for a base
     shapes: tuple[tuple[int, int], ...]  # (γ, w) to try, a chain first
     batches: bool = True  # whether it drafts for several rows at once
 

@@ -154,7 +154,7 @@ def sequence_surprise(decoder, s, rows=4096):
     @jax.jit
     @jax.vmap
     def three_steps(key):
-        end = jax.lax.fori_loop(0, 3, lambda _, s: run.after(s), state.replace(key=key))
+        end = jax.lax.fori_loop(0, 3, lambda _, s: run.after(s, key), state)
         return end.tokens[0, 2:5], end.counters.drafted
 
     tokens, drafted = three_steps(jax.random.split(jax.random.key(5), rows))

@@ -37,7 +37,7 @@ def write_gguf(
     path, raw: dict, *, kind="F32", vector_kind="F32", metadata=(), tensors=()
 ) -> pathlib.Path:
     """A GGUF file of the random weights of a tiny config; `metadata` and `tensors` are added."""
-    arch, config = raw["model_type"], config_from_hf(raw)
+    arch, config = raw["model_type"], ModelConfig.from_hf(raw)
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_len)
@@ -81,9 +81,9 @@ def test_a_gguf_file_gives_what_the_folder_gives(family, tmp_path):
     assert wanted.keys() == got.keys()
     for name in wanted:
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
-    config = config_from_hf(json.loads((two / "config.json").read_text()))
+    config = ModelConfig.from_hf(json.loads((two / "config.json").read_text()))
     assert config.norm_eps == pytest.approx(1e-5)
-    assert config.layer_shapes() == config_from_hf(raw).layer_shapes()
+    assert config.layer_shapes() == ModelConfig.from_hf(raw).layer_shapes()
 
 
 @untokenized
@@ -132,7 +132,7 @@ def test_llama3_factors_become_rope_scaling(factor, tmp_path):
     factors = llama3_factors(factor)
     file = write_gguf(tmp_path / "m.gguf", raw, tensors={"rope_freqs.weight": factors})
     out = run(file, tmp_path / "out")
-    config = config_from_hf(json.loads((out / "config.json").read_text()))
+    config = ModelConfig.from_hf(json.loads((out / "config.json").read_text()))
     assert config.rope_scaling == RopeScaling(kind="llama3", factor=factor)
     factors[7] = 3.0
     file = write_gguf(tmp_path / "n.gguf", raw, tensors={"rope_freqs.weight": factors})
@@ -151,7 +151,7 @@ def test_linear_scaling_and_end_tokens(tmp_path):
     out = run(
         write_gguf(tmp_path / "m.gguf", tiny_config("llama"), metadata=metadata), tmp_path / "out"
     )
-    config = config_from_hf(json.loads((out / "config.json").read_text()))
+    config = ModelConfig.from_hf(json.loads((out / "config.json").read_text()))
     assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
     assert config.eos_ids == (2,) and config.bos_id is None
     generation = json.loads((out / "generation_config.json").read_text())

@@ -17,14 +17,12 @@ from decoders import (
     started,
     surprise,
 )
-from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_distribution import FILTERED, PLAIN, TINY, enumerate_sequences
 
 import easyspec_jax as es
 from easyspec_jax.drafters import polybasic
-from easyspec_jax.verify import verify_in_one_pass
 
 slow = pytest.mark.slow
 NEW = 20
@@ -32,13 +30,12 @@ BASE = dataclasses.replace(CONFIG, num_layers=3)
 STRANGER = dataclasses.replace(SMALL, num_layers=2)  # of a larger vocabulary, with a tied head
 
 
-@struct.dataclass
 class OwnVerification(es.LayerParallelDrafter):
     """A drafter that may use its base's cache: the middle has to keep that whole."""
 
-    def verify(self, base, base_cache, root, proposal, state):
-        del state
-        return verify_in_one_pass(base, base_cache, root, proposal)
+    @property
+    def shares_base_cache(self):
+        return True
 
 
 def middle_model(name, mesh_shape=(1, 1)):

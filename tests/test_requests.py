@@ -26,7 +26,7 @@ import easyspec_jax as es
 from easyspec_jax import loop, memory
 from easyspec_jax.distributed import check_agreement
 from easyspec_jax.profile import time_phase
-from easyspec_jax.request import make_request
+from easyspec_jax.request import make_inputs
 from easyspec_jax.stats import Counters, count
 
 # Statistics.
@@ -151,8 +151,8 @@ def test_the_compiled_loop_copies_no_cache_on_a_mesh():
 
 def cache_traffic(decoder, batch) -> collections.Counter:
     """Operations of the compiled loop whose result is as large as a device's part of an entry."""
-    request = make_request(CONFIG, [[1, 2, 3]] * batch, 40)
-    lowered, state = lowered_loop(decoder, request, 4096)  # only a cache entry has this shape
+    inputs = make_inputs(CONFIG, [[1, 2, 3]] * batch, 40)
+    lowered, state = lowered_loop(decoder, inputs, 4096)  # only a cache entry has this shape
     entry = state.cache.blocks[0][0].k
     part = entry.sharding.shard_shape(entry.shape)
     shape = re.compile(r"= f64\[([\d,]+)\]\S* (\S+?)\(")
@@ -171,14 +171,14 @@ def test_caches_are_donated(mesh_shape, monkeypatch):
     seen = []
     run = loop.run_loop
 
-    def spy(base, drafter, state, *, specs):
+    def spy(base, drafter, request, state):
         seen.append(state)
-        return run(base, drafter, state, specs=specs)
+        return run(base, drafter, request, state)
 
     monkeypatch.setattr(loop, "run_loop", spy)
     width = 4 if mesh_shape == (4, 2) else 1
     self_drafting(mesh_shape, width=width).generate(PROMPTS, max_new_tokens=NEW)
-    caches = jax.tree.leaves((seen[0].cache.blocks, seen[0].draft.cache.blocks))
+    caches = jax.tree.leaves((seen[0].cache.blocks, seen[0].draft.blocks))
     assert len(caches) >= 10 and all(leaf.is_deleted() for leaf in caches)
 
 
@@ -218,7 +218,7 @@ def test_a_finished_row_drafts_nothing():
     ],
 )
 def test_bad_requests_are_refused(monkeypatch, prompts, options, sentence):
-    monkeypatch.setattr(es.decode, "zeros", lambda abstract: pytest.fail("allocated"))
+    monkeypatch.setattr(es.engine, "zeros", lambda abstract: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=sentence):
         self_drafting().generate(prompts, **{"max_new_tokens": 4, **options})
 
@@ -266,7 +266,7 @@ def test_sliding_window_is_kept_or_refused():
 
 def test_too_little_memory_is_refused_with_the_budget(monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda mesh: 100_000)
-    monkeypatch.setattr(es.decode, "zeros", lambda abstract: pytest.fail("allocated"))
+    monkeypatch.setattr(es.engine, "zeros", lambda abstract: pytest.fail("allocated"))
     with pytest.raises(
         ValueError,
         match=r"base cache .* draft cache .* beside base weights .* draft weights .* but a device",
@@ -287,9 +287,9 @@ def test_short_draft_context_warns_once_and_stays_lossless():
 def test_a_timed_step_leaves_its_row_where_it_was():
     """One that has reached its limit may do less: 2 x 4 steps of up to 4 tokens, room for 5."""
     decoder = self_drafting()
-    state = started(decoder, [PROMPTS[0]], 5).state
-    length = int(state.length[0])
-    _, state = time_phase("step", decoder.base, decoder.drafter, state, repeats=4)
+    run = started(decoder, [PROMPTS[0]], 5)
+    length, pair = int(run.state.length[0]), (decoder.base, decoder.drafter)
+    _, state = time_phase("step", *pair, run.request, run.state, repeats=4)
     assert (int(state.length[0]), bool(state.done[0])) == (length, False)
     assert int(state.counters.steps[0]) == 8
 

@@ -20,8 +20,6 @@ from jax.sharding import PartitionSpec as P
 import convert
 import easyspec_jax as es
 from easyspec_jax import memory
-from easyspec_jax.cache import abstract_cache
-from easyspec_jax.checkpoint import abstract_params
 from easyspec_jax.layer_parallel import run_fuzzy
 from easyspec_jax.sharding import LAYOUTS, LayoutRules, make_layout
 
@@ -141,7 +139,7 @@ SPLITS = [
 @pytest.mark.parametrize("num_heads, num_kv, shape, layer_parallel, kv, query", SPLITS, ids=str)
 def test_heads_are_split_where_they_divide(num_heads, num_kv, shape, layer_parallel, kv, query):
     config, mesh = config_of(num_heads, num_kv), es.make_mesh(*shape)
-    layout = make_layout(config, mesh, LAYOUTS["layer" if layer_parallel else "tensor"])
+    layout = make_layout(config, mesh, LAYOUTS["grouped" if layer_parallel else "tensor"])
     assert (layout.kv, layout.query) == (kv, query)
     assert layout.heads == kv + query
     assert layout.group == ("layer" if layer_parallel and shape[0] > 1 else None)
@@ -162,7 +160,7 @@ def test_heads_are_split_where_they_divide(num_heads, num_kv, shape, layer_paral
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["tensor", "layer"])
+@pytest.mark.parametrize("name", ["tensor", "grouped"])
 def test_mlp_and_vocabulary_go_over_all_devices_that_divide_them(size, shape, axes, name):
     config = config_of(8, 8, intermediate_size=size, vocab_size=size)
     layout = make_layout(config, es.make_mesh(*shape), LAYOUTS[name])
@@ -175,10 +173,10 @@ def test_specs_name_the_axes_of_each_letter():
         es.make_mesh(4, 2),
         LayoutRules(),
     )
-    assert layout.spec("DKJH") == P(None, "tensor", "layer")
+    assert layout.spec("DKGH") == P(None, "tensor", "layer")
     assert layout.spec("FD") == P(BOTH)
     assert layout.spec("VD") == P()
-    draft = make_layout(config_of(16, 4), es.make_mesh(4, 2), LAYOUTS["layer"])
+    draft = make_layout(config_of(16, 4), es.make_mesh(4, 2), LAYOUTS["grouped"])
     assert draft.spec("LKSH") == P("layer", "tensor")
 
 
@@ -199,9 +197,9 @@ def test_impossible_rules_are_refused(rules, sentence):
 
 
 def test_arrays_are_read_in_as_many_parts_as_there_are_devices():
-    layout = make_layout(config_of(8, 8), es.make_mesh(4, 2), LAYOUTS["layer"])
-    assert layout.finest("DKJH", (24, 8, 1, 4)).spec == P(None, ("tensor", "layer"), None, None)
-    assert layout.finest("DKJH", (24, 2, 1, 4)).spec == P("layer", "tensor", None, None)
+    layout = make_layout(config_of(8, 8), es.make_mesh(4, 2), LAYOUTS["grouped"])
+    assert layout.finest("DKGH", (24, 8, 1, 4)).spec == P(None, ("tensor", "layer"), None, None)
+    assert layout.finest("DKGH", (24, 2, 1, 4)).spec == P("layer", "tensor", None, None)
     assert layout.finest("DKH", (9, 4, 3)).spec == P(None, "tensor", None)
     assert layout.finest("D", (24,)).spec == P()  # too small to be worth it
     assert layout.finest("DF", (24, 64)).spec == P(None, BOTH)
@@ -247,7 +245,7 @@ def test_one_checkpoint_gives_the_same_logits_and_cache_on_every_mesh(name, shap
     [
         ("9/3", (4, 2), (2,), None),
         ("16/4 bias", (2, 4), 1, None),  # queries apart from keys and values
-        ("8/8 tied", (4, 2), (2,), "layer"),
+        ("8/8 tied", (4, 2), (2,), "grouped"),
         ("8/1 bias", (1, 1), (2,), None),
     ],
     ids=str,
@@ -323,12 +321,13 @@ def test_without_a_mesh_all_devices_are_used(checkpoints):
 def test_budgeted_bytes_are_the_bytes_of_the_arrays(name, shape, partition, load):
     model = load(name, shape, partition)
     config, mesh = model.config, model.layout.mesh
-    abstract = abstract_params(config, model.layout, model.partition, jnp.float64)
+    options = {"group_size": model.partition, "dtype": jnp.float64}
+    abstract = es.abstract_model(config, mesh, **options).params
     assert jax.tree.structure(abstract) == jax.tree.structure(model.params)
     for planned, real in zip(jax.tree.leaves(abstract), jax.tree.leaves(model.params), strict=True):
         assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
         assert planned.sharding.is_equivalent_to(real.sharding, real.ndim)
-    cache = abstract_cache(config, model.layout, model.partition, 3, 16, jnp.float64)
+    cache = model.abstract_cache(3, 16)
     made = reference.empty_cache(model, 3, 16)
     for tree, plan in ((model.params, abstract), (made, cache)):
         for device in mesh.devices.flat:
@@ -441,7 +440,7 @@ def test_damage_is_told_from_the_machines_failures(checkpoints, monkeypatch, err
         ({"dtype": "float63"}, "dtype must be one of .* got float63"),
         (
             {"layout": "both"},
-            'layout must be one of "tensor", "layer", "replicated", or LayoutRules, got \'both\'',
+            'layout must be one of "tensor", "grouped", "replicated", or LayoutRules, got \'both\'',
         ),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
         ({"group_size": (1, 5)}, "that sum to the 5 layers of the model"),

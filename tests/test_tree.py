@@ -241,13 +241,13 @@ def test_ancestry_by_hand():
 def test_placement_by_hand():
     """Root and nodes at entries 4 to 11: all see what is before, the root, and their ancestors."""
     proposal = proposal_of(PARENTS, range(7), depth=3)
-    placed = tree.verification_placement(jnp.asarray([4], jnp.int32), proposal)
+    placed = verify.verification_placement(jnp.asarray([4], jnp.int32), proposal)
     assert np.asarray(placed.positions).tolist() == [[4, 5, 5, 6, 6, 6, 7, 7]]
     mask = np.asarray(placed.mask(14))[0]
     want = [{0, 1, 2, 3, 4}] + [{0, 1, 2, 3, 4} | {5 + i for i in seen} for seen in SEEN]
     assert [set(np.flatnonzero(row).tolist()) for row in mask] == want
     chain = proposal_of([-1, 0, 1], range(3), depth=3)
-    assert tree.verification_placement(jnp.asarray([4], jnp.int32), chain) is None
+    assert verify.verification_placement(jnp.asarray([4], jnp.int32), chain) is None
 
 
 @functools.partial(jax.jit, static_argnames="num")
