@@ -83,7 +83,7 @@ def test_statistics_agree_with_themselves(width):
 
 def test_a_drafter_reports_its_own_counters(monkeypatch):
     drafter = es.LayerParallelDrafter
-    monkeypatch.setattr(drafter, "report", lambda self, state: state.cache.length.tolist())
+    monkeypatch.setattr(drafter, "report", lambda self, state: state.length.tolist())
     out = self_drafting((1, 1), 1, 3).generate([PROMPTS[0]], max_new_tokens=8)
     assert out.drafter_report == [len(PROMPTS[0]) + 4]  # what the second and last step absorbed
     assert autoregressive().generate([PROMPTS[0]], max_new_tokens=2).drafter_report == {}
