@@ -41,7 +41,7 @@ _SPLITS = {
     "tekken": _TEKKEN,
 }
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word in the vocabulary wins
-_BEGINS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a BOS token goes first unless said
+_BEGINS = _WHOLE_WORDS_FIRST  # a BOS token goes first unless said
 
 
 def check_tokenizer(metadata: dict[str, Any]) -> None:

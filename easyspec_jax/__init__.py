@@ -15,7 +15,7 @@ from easyspec_jax.checkpoint import abstract_model, load_model, random_model, sa
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.distributed import initialize_distributed
-from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafter import Drafter
 from easyspec_jax.drafters.early_exit import EarlyExitDrafter
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.drafters.polybasic import PolybasicDrafter

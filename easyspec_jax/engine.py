@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from easyspec_jax import loop
 from easyspec_jax.config import Sampling
-from easyspec_jax.drafters.base import Autoregression, Drafter
+from easyspec_jax.drafter import Autoregression, Drafter
 from easyspec_jax.memory import check_memory, decode_budget
 from easyspec_jax.model import Model
 from easyspec_jax.request import Inputs, Request, check_pair, make_inputs

@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.cache import KVCache
-from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafter import Drafter
 from easyspec_jax.model import Model, forward
 from easyspec_jax.request import Request
 from easyspec_jax.sampling import fit_vocab

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from easyspec_jax import loop
-from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafter import Drafter
 from easyspec_jax.model import Model
 from easyspec_jax.request import Request
 from easyspec_jax.sharding import mesh_jit

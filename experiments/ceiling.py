@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import time
 
@@ -11,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import easyspec_jax as es
-from easyspec_jax import loop
-from easyspec_jax.cache import abstract_cache, own_slots, zeros
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.model import forward, logits
 from easyspec_jax.planner.measure import product_seconds
-from easyspec_jax.sharding import on_mesh, replicate
+from easyspec_jax.sharding import mesh_jit, replicate, zeros
 
-P = jax.sharding.PartitionSpec
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}  # bytes a second, SXM, A100 80 GB
 
 
@@ -70,21 +66,14 @@ def top_gap(base: es.Model, ids: list[int]) -> float:
     """How far the likeliest token behind `ids` is above the second for the base, in logits."""
     tokens = np.asarray([ids + [0] * (-len(ids) % 128)], np.int32)
     tokens = replicate(tokens, base.layout.mesh)
-    shape = (*tokens.shape, base.dtype)
-    cache = zeros(abstract_cache(base.config, base.layout, base.partition, *shape))
+    cache = zeros(base.abstract_cache(*tokens.shape))
     at = replicate(np.int32(len(ids) - 1), base.layout.mesh)
-    scores = _logits_at(base, tokens, cache, at, specs=loop.Specs.of((base, cache)))
+    scores = _logits_at(base, tokens, cache, at)
     best, second = np.sort(np.asarray(scores))[-1:-3:-1]
     return float(best) - float(second)
 
 
-@functools.partial(jax.jit, static_argnames="specs")
-def _logits_at(base, tokens, cache, at, *, specs):
-    base_specs, cache_specs = specs.tree
-
-    def run(base, tokens, cache, at):
-        hidden, _ = forward(base, tokens, own_slots(cache))
-        return logits(base, jax.lax.dynamic_slice_in_dim(hidden, at, 1, axis=1))[0, 0]
-
-    specs = (base_specs, P(), cache_specs, P())
-    return on_mesh(run, base.layout.mesh, specs, P())(base, tokens, cache, at)
+@mesh_jit()
+def _logits_at(base, tokens, cache, at):
+    hidden, _ = forward(base, tokens, cache)
+    return logits(base, jax.lax.dynamic_slice_in_dim(hidden, at, 1, axis=1))[0, 0]

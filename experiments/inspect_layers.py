@@ -31,7 +31,7 @@ from easyspec_jax.model import (
     rms_norm,
     run_layer,
 )
-from easyspec_jax.tuner.stale_passes import Text, compare_distributions, regroup
+from easyspec_jax.tuner.stale_passes import Text, regroup
 
 Record = dict[str, Any]
 
@@ -154,6 +154,18 @@ def stale_similarity(
         for name, value in zip(found, values, strict=True):
             found[name].append(float(value.mean()))
     return found
+
+
+def compare_distributions(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
+    """Means over positions of log-probabilities [n, V]: Kullback-Leibler divergence of q from p
+    (nats), how often both have the same likeliest token, and the sum of min(p, q), which is the
+    chance that a token drawn from q is accepted by p at temperature 1.
+    """
+    return {
+        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
+        "argmax_agreement": float((p.argmax(-1) == q.argmax(-1)).mean()),
+        "overlap": float(np.exp(np.minimum(p, q)).sum(-1).mean()),
+    }
 
 
 def measure_group(

@@ -38,7 +38,12 @@ QUICK = {
 
 
 def pytest_configure(config):
-    """One folder of compiled programs for all workers of a run, empty when it begins."""
+    """One folder of compiled programs for all workers of a run, empty when it begins. Programs are
+    optimised only where tests with real weights are asked for.
+    """
+    if "real" not in config.option.markexpr.replace("not real", ""):
+        flags = [f"--{name}={QUICK[name]}" for name in known_flags()]
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = os.environ["EASYSPEC_TEST_CACHE"]  # made by the process that started this one
     else:
@@ -53,13 +58,6 @@ def pytest_configure(config):
     }.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
-
-
-def pytest_collection_finish(session):
-    """Programs are optimised where one of the chosen tests needs real weights."""
-    if not any(item.get_closest_marker("real") for item in session.items):
-        flags = [f"--{name}={QUICK[name]}" for name in known_flags()]
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 
 def known_flags():

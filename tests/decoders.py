@@ -1,8 +1,9 @@
 """Tiny models and decoders, made once per test process: compiling them is what the tests' time goes
-into. And Pearson's test of what they draw.
+into. The one way in which tests run a decoder step by step, and Pearson's test of what it draws.
 """
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -10,16 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import easyspec_jax as es
+from easyspec_jax import loop
+from easyspec_jax.request import make_inputs
+from easyspec_jax.sharding import replicate, zeros
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
 CONFIG = es.ModelConfig(
-    vocab_size=61, embed_dim=24, mlp_dim=32, num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6,
+    vocab_size=61, embed_dim=24, mlp_dim=32, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=6,
     max_len=96,
 )  # fmt: skip
 SMALL = es.ModelConfig(
     vocab_size=64, embed_dim=16, mlp_dim=24, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=8,
     max_len=96, tie_embeddings=True,
 )  # fmt: skip
+GROUPS = (1, 2)  # of CONFIG's layers; on 4 and 8 devices the group is padded
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8], [60]]
 NEW = 24
 
@@ -40,7 +45,7 @@ def autoregressive(mesh_shape=(1, 1)):
 @functools.cache
 def self_drafting(
     mesh_shape=(1, 1),
-    group_size=3,
+    group_size=GROUPS,
     gamma=3,
     calibrate=True,
     parallel="attention",
@@ -48,7 +53,7 @@ def self_drafting(
     width=1,
     **more,
 ):
-    draft = model(mesh_shape, group_size=group_size, layout="layer")
+    draft = model(mesh_shape, group_size=group_size, layout="grouped")
     drafter = es.LayerParallelDrafter(draft, calibrate=calibrate, parallel=parallel)
     base = model(mesh_shape)
     return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width, **more)
@@ -77,8 +82,71 @@ def _all_logits(base, tokens, cache):
 
 
 def fresh_cache(m, batch, max_len):
-    abstract = es.cache.abstract_cache(m.config, m.layout, m.partition, batch, max_len, m.dtype)
-    return es.cache.zeros(abstract)
+    return zeros(m.abstract_cache(batch, max_len))
+
+
+@dataclasses.dataclass
+class Run:
+    """A decoder at work on one request: prompts absorbed, then step by step or to the end."""
+
+    decoder: es.Decoder
+    request: es.Request
+    state: loop.DecodeState
+
+    def step(self) -> loop.Emission:
+        """One step of the stream's program; `state` goes on."""
+        self.state, emission = loop.run_step(*self._pair, self.request, self.state)
+        return emission
+
+    def finish(self) -> None:
+        """Every step that is left, by the loop of `generate`."""
+        self.state = loop.run_loop(*self._pair, self.request, self.state)
+
+    def after(self, state: loop.DecodeState, key=None) -> loop.DecodeState:
+        """The state one step behind `state`, under another key if one is given; to be traced."""
+        request = self.request if key is None else self.request.replace(key=key)
+        return loop.step(*self._pair, request, state)[0]
+
+    def finish_row(self, b: int) -> None:
+        """Row b counts as done from now on."""
+        done = np.asarray(self.state.done).copy()
+        done[b] = True
+        self.state = self.state.replace(done=replicate(done, self.decoder.base.layout.mesh))
+
+    @property
+    def _pair(self):
+        return self.decoder.base, self.decoder.drafter
+
+
+def started(decoder, prompts, max_new_tokens=NEW, sampling=es.Sampling(), **options) -> Run:  # noqa: B008
+    """The prompts of a request absorbed, but for each row's last token."""
+    inputs = make_inputs(decoder.base.config, prompts, max_new_tokens, sampling, **options)
+    return Run(decoder, *decoder.prefill(inputs))
+
+
+def lowered_loop(decoder, inputs, size=None):
+    """The loop of `generate` before it is compiled, for caches of `size` tokens; and its state, as
+    shapes.
+    """
+    request, state = decoder.planned(inputs, size)
+    return loop.run_loop.lower(decoder.base, decoder.drafter, request, state), state
+
+
+def compilations() -> tuple[int, int, int]:
+    """How many programs this process has of the loop, of a step, and of a piece of a prefill."""
+    return tuple(run._cache_size() for run in (loop.run_loop, loop.run_step, loop.prefill_chunk))
+
+
+def spy_on_prefills(monkeypatch) -> list[int]:
+    """Where each prefill begins from now on, in order."""
+    starts, absorb = [], es.Decoder.absorb
+
+    def spy(self, request, state, longest, start=0):
+        starts.append(start)
+        return absorb(self, request, state, longest, start)
+
+    monkeypatch.setattr(es.Decoder, "absorb", spy)
+    return starts
 
 
 def joined(pieces):

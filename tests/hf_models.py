@@ -15,8 +15,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import convert
-from easyspec_jax import checkpoint
-from easyspec_jax.config import ModelConfig
+from easyspec_jax import checkpoint, weights
+from easyspec_jax.hf_config import config_from_hf
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -183,9 +183,10 @@ def load_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
     """The arrays of one part, which must have the shapes of the config and the noted dtype."""
     from orbax.checkpoint import v1 as ocp
 
-    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    config = config_from_hf(json.loads((folder / "config.json").read_text()))
     dtype = np.dtype(json.loads((folder / checkpoint.METADATA_FILE).read_text())["dtype"])
-    shapes = config.top_shapes() if part == checkpoint.TOP else config.layer_shapes()
+    table = weights.TOP if part == checkpoint.TOP_PART else weights.LAYER
+    shapes = {n: w.shape(config) for n, w in weights.present(table, config).items()}
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     abstract = {n: jax.ShapeDtypeStruct(s, dtype, sharding=device) for n, s in shapes.items()}
     return {name: np.asarray(value) for name, value in ocp.load(folder / part, abstract).items()}
@@ -193,7 +194,7 @@ def load_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
 
 def load_all(folder: pathlib.Path, num_layers: int = 3) -> dict[str, np.ndarray]:
     """The arrays of all parts, those of layer i under "i.name"."""
-    arrays = load_part(folder, checkpoint.TOP)
+    arrays = load_part(folder, checkpoint.TOP_PART)
     for i in range(num_layers):
         part = load_part(folder, checkpoint.layer_name(i))
         arrays |= {f"{i}.{name}": value for name, value in part.items()}

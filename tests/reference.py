@@ -9,27 +9,24 @@ library's own forward.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.cache import KVCache, abstract_cache, own_slots, stacked_like, zeros
+from easyspec_jax.cache import KVCache
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.loop import Specs
 from easyspec_jax.model import Model, forward, logits, run_layer
-from easyspec_jax.sharding import on_mesh
+from easyspec_jax.sharding import mesh_jit, zeros
 
 Layer = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
 class Weights:
-    """A model as checkpoints hold it: `ModelConfig.layer_shapes` per layer, and `top_shapes`."""
+    """A model as checkpoints hold it: `weights.LAYER` for each layer, and `weights.TOP`."""
 
     layers: list[Layer]
     top: Layer
@@ -202,9 +199,7 @@ def _attention(config, w, x, first, past):
 
 def empty_cache(model: Model, batch: int, max_len: int, fill: float = 0.0) -> KVCache:
     """A cache with no committed tokens; every entry holds `fill`."""
-    cache = zeros(
-        abstract_cache(model.config, model.layout, model.partition, batch, max_len, model.dtype)
-    )
+    cache = zeros(model.abstract_cache(batch, max_len))
     if not fill:
         return cache
     blocks = jax.tree.map(
@@ -221,34 +216,24 @@ def run_library(model: Model, tokens, cache: KVCache, *, num=None, run_block=run
         if num is None
         else jnp.asarray(num, jnp.int32)
     )
-    return _run(model, tokens, cache, num, run_block=run_block, specs=Specs.of((model, cache)))
+    return _run(model, tokens, cache, num, run_block=run_block)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("run_block", "specs"),
-    compiler_options={
-        "xla_backend_optimization_level": 0
-    },  # halves the time to compile; the HLO stays
+@mesh_jit(
+    out=(None, "cache"),
+    static_argnames="run_block",
+    compiler_options={"xla_backend_optimization_level": 0},  # half the time; the HLO stays
 )
-def _run(model, tokens, cache, num, *, run_block, specs):
-    model_specs, cache_specs = specs.tree
-
-    def call(model, tokens, cache, num):
-        hidden, new = forward(model, tokens, own_slots(cache), num=num, run_block=run_block)
-        return logits(model, hidden), stacked_like(cache, new)
-
-    in_specs = (model_specs, P(), cache_specs, P())
-    return on_mesh(call, model.layout.mesh, in_specs, (P(), cache_specs))(model, tokens, cache, num)
+def _run(model, tokens, cache, num, *, run_block):
+    hidden, new = forward(model, tokens, cache, num=num, run_block=run_block)
+    return logits(model, hidden), new
 
 
 def compiled_text(model: Model, tokens, cache: KVCache, *, run_block) -> str:
     """Optimised HLO of `run_library`."""
     tokens = jnp.asarray(tokens, jnp.int32)
     num = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    lowered = _run.lower(
-        model, tokens, cache, num, run_block=run_block, specs=Specs.of((model, cache))
-    )
+    lowered = _run.lower(model, tokens, cache, num, run_block=run_block)
     return lowered.compile().as_text()
 
 

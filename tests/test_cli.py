@@ -12,6 +12,7 @@ import zipfile
 
 import jax
 import pytest
+from decoders import spy_on_prefills
 
 import convert
 import easyspec_jax as es
@@ -144,19 +145,14 @@ def test_the_same_seed_draws_the_same_text(easyspec):
 
 
 def test_chat_keeps_one_session(easyspec, monkeypatch):
-    prompts, starts = [], []
-    stream, prefill = es.Decoder.stream, es.Decoder._prefill
+    prompts, starts = [], spy_on_prefills(monkeypatch)
+    stream = es.Decoder.stream
 
     def spy_stream(self, prompt, **options):
         prompts.append(list(prompt))
         return stream(self, prompt, **options)
 
-    def spy_prefill(self, state, rows, specs, start=0):
-        starts.append(start)
-        return prefill(self, state, rows, specs, start)
-
     monkeypatch.setattr(es.Decoder, "stream", spy_stream)
-    monkeypatch.setattr(es.Decoder, "_prefill", spy_prefill)
     status, out, err = easyspec(
         *("chat", "--base", "base", "--draft", "draft", "--max-new-tokens", 6, "--tensor", 1),
         *("--max-len", 120, "--system", "be kind"),

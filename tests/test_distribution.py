@@ -96,7 +96,7 @@ CANDIDATES = {"chosen": "best", "drawn": "sampled"}
 @pytest.mark.parametrize(("kind", "broken"), BROKEN_RULES)
 def test_broken_rules_of_trees_are_noticed(monkeypatch, kind, broken):
     decoder = tiny_decoder(f"{kind} {broken}", candidates=CANDIDATES[kind], width=3)
-    mutate(monkeypatch, es.sampling, *BROKEN_RULES[kind, broken])
+    mutate(monkeypatch, es.verify, *BROKEN_RULES[kind, broken])
     assert sequence_surprise(decoder, PLAIN, rows=32768) > 5
 
 
@@ -112,7 +112,7 @@ def test_a_duplicate_sibling_is_noticed(monkeypatch, candidates):
 def test_broken_sampling_is_noticed(monkeypatch, broken):
     decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken
     if broken == "no residual":
-        mutate(monkeypatch, es.sampling, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
+        mutate(monkeypatch, es.verify, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
     elif broken == "q of another temperature":
         mutate(monkeypatch, es.tree, "_ranks", "log_q + jax", "3 * log_q + jax")
     else:

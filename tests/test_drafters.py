@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from decoders import CONFIG, NEW, PROMPTS, autoregressive, joined, model
+from decoders import CONFIG, GROUPS, NEW, PROMPTS, autoregressive, joined, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,9 +18,13 @@ import easyspec_jax as es
 class Way:
     """One way to draft."""
 
-    make: Callable[[es.Model], es.drafters.Drafter]  # for a base
+    make: Callable[[es.Model], es.Drafter]  # for a base
     shapes: tuple[tuple[int, int], ...]  # (γ, w) to try, a chain first
     batches: bool = True  # whether it drafts for several rows at once
+
+
+def mesh_of(base):
+    return tuple(base.layout.mesh.shape.values())
 
 
 WAYS = {
@@ -28,7 +32,9 @@ WAYS = {
     "polybasic": Way(
         lambda base: es.PolybasicDrafter(
             model(tuple(base.layout.mesh.shape.values()), seed=3),
-            es.LayerParallelDrafter(model(tuple(base.layout.mesh.shape.values()), group_size=2)),
+            es.LayerParallelDrafter(
+                model(tuple(base.layout.mesh.shape.values()), group_size=GROUPS)
+            ),
             mu=3,
         ),
         ((5, 1),),

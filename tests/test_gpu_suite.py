@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from decoders import CONFIG, all_logits, model
 
-from easyspec_jax.sampling import Proposal
+from easyspec_jax.verify import Proposal
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))  # scripts, no package

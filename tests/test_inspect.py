@@ -86,7 +86,7 @@ def test_a_regrouped_model_is_the_one_loaded_in_groups(exact):
     got, _ = run(model, exact[1].tokens, empty_cache(model), run_fuzzy)
     np.testing.assert_array_equal(got, run(want, exact[1].tokens, empty_cache(want), run_fuzzy)[0])
     with pytest.raises(ValueError, match="regroup needs layers that share their devices"):
-        stale_passes.regroup(es.abstract_model(TINY, es.make_mesh(8, 1), layout="layer"), 2)
+        stale_passes.regroup(es.abstract_model(TINY, es.make_mesh(8, 1), layout="grouped"), 2)
 
 
 def test_an_exact_pass_records_what_each_layer_reads_and_makes(exact):
@@ -150,7 +150,7 @@ def test_distributions_are_compared_by_hand():
         np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]),
         np.log([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]),
     )
-    found = stale_passes.compare_distributions(p, q)
+    found = inspect_layers.compare_distributions(p, q)
     assert found["kl"] == pytest.approx(0.25 * np.log(2) / 2)
     assert found["argmax_agreement"] == 0.5 and found["overlap"] == pytest.approx(0.875)
 

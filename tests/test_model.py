@@ -77,7 +77,7 @@ def load(folders):
 
 def plain(name, tokens, **options):
     """The reference's pass for one of CONFIGS."""
-    config = es.ModelConfig.from_hf(CONFIGS[name])
+    config = es.config_from_hf(CONFIGS[name])
     return reference.run(
         config, reference.from_hf(config, random_tensors(CONFIGS[name])), tokens, **options
     )
@@ -139,7 +139,7 @@ def test_every_config_changes_the_logits():
     for name in ("llama-eps", "llama-theta", "llama-linear"):
         assert np.abs(plain(name, TOKENS).logits - base).max() > 1e-2, name
     unscaled = dict(CONFIGS["llama-llama3"], rope_scaling=None)
-    config = es.ModelConfig.from_hf(unscaled)
+    config = es.config_from_hf(unscaled)
     without = reference.run(config, reference.from_hf(config, random_tensors(unscaled)), TOKENS)
     assert np.abs(plain("llama-llama3", TOKENS).logits - without.logits).max() > 1e-2
 
@@ -229,7 +229,7 @@ def test_ids_without_a_row_are_read_as_unknown_or_padding(name, unk, pad, row, l
 
 
 def test_rotary_frequencies_by_hand():
-    config = es.ModelConfig.from_hf(tiny_config("llama", head_dim=4, rope_theta=100.0))
+    config = es.config_from_hf(tiny_config("llama", head_dim=4, rope_theta=100.0))
     np.testing.assert_allclose(rope_frequencies(config), [1.0, 0.1])
     linear = dataclasses.replace(config, rope_scaling=es.RopeScaling(kind="linear", factor=4.0))
     np.testing.assert_allclose(rope_frequencies(linear), [0.25, 0.025])

@@ -6,32 +6,36 @@ import functools
 import jax
 import numpy as np
 import pytest
-from decoders import CONFIG, PROMPTS, SMALL, fresh_cache, joined, model, surprise
-from flax import struct
+from decoders import (
+    CONFIG,
+    PROMPTS,
+    SMALL,
+    compilations,
+    fresh_cache,
+    joined,
+    model,
+    started,
+    surprise,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_distribution import FILTERED, PLAIN, TINY, enumerate_sequences
 
 import easyspec_jax as es
-from easyspec_jax import loop
 from easyspec_jax.drafters import polybasic
-from easyspec_jax.drafters.base import verify_in_one_pass
-from easyspec_jax.request import make_request
 
 slow = pytest.mark.slow
 NEW = 20
-GREEDY = es.Sampling()
 BASE = dataclasses.replace(CONFIG, num_layers=3)
 STRANGER = dataclasses.replace(SMALL, num_layers=2)  # of a larger vocabulary, with a tied head
 
 
-@struct.dataclass
 class OwnVerification(es.LayerParallelDrafter):
     """A drafter that may use its base's cache: the middle has to keep that whole."""
 
-    def verify(self, base, base_cache, root, proposal, state):
-        del state
-        return verify_in_one_pass(base, base_cache, root, proposal)
+    @property
+    def shares_base_cache(self):
+        return True
 
 
 def middle_model(name, mesh_shape=(1, 1)):
@@ -60,11 +64,6 @@ def chain(middle="stranger", inner="self", mesh_shape=(1, 1), *, gamma=6, mu=3, 
 @functools.cache
 def plain():
     return es.Decoder(model((1, 1), config=BASE))
-
-
-def prefilled(decoder, prompts, sampling=GREEDY):
-    request = make_request(decoder.base.config, prompts, NEW, sampling)
-    return decoder._prefilled(request)
 
 
 # I1: greedy tokens are those of greedy autoregression; float64 makes this exact.
@@ -163,14 +162,14 @@ def check_middle_cache(decoder, state):
 @pytest.mark.parametrize("middle", ["stranger", pytest.param("base", marks=slow)])
 def test_the_middles_cache_is_that_of_a_fresh_prefill(middle):
     decoder = chain(middle)
-    state, specs = prefilled(decoder, [[*range(9)]])
+    run = started(decoder, [[*range(9)]], NEW)
     for _ in range(4):
-        before = np.asarray(state.tokens[0]), int(state.length[0])
-        state, _ = loop.run_step(decoder.base, decoder.drafter, state, specs=specs)
-        stage, length = state.draft.stage, before[1]
+        before = np.asarray(run.state.tokens[0]), int(run.state.length[0])
+        run.step()
+        stage, length = run.state.draft.stage, before[1]
         assert stage.tokens[0, :length].tolist() == before[0][:length].tolist()
         assert 3 <= int(stage.length[0]) - length <= 6
-        check_middle_cache(decoder, state)
+        check_middle_cache(decoder, run.state)
 
 
 # I4: both stages keep the distribution that they are to keep.
@@ -213,9 +212,9 @@ def test_a_wrong_q_is_noticed(monkeypatch):
 @pytest.mark.parametrize("s", [PLAIN, pytest.param(FILTERED, marks=slow)])
 def test_the_buffer_follows_the_middle(s):
     decoder = tiny_chain(mu=3, gamma=5)
-    state, specs = prefilled(decoder, ROWS, s)
-    state, _ = loop.run_step(decoder.base, decoder.drafter, state, specs=specs)
-    buffers = np.asarray(state.draft.stage.tokens)[:, 2:5].tolist()
+    run = started(decoder, ROWS, NEW, s)
+    run.step()
+    buffers = np.asarray(run.state.draft.stage.tokens)[:, 2:5].tolist()
     table = enumerate_sequences(decoder.drafter.middle, [3, 1], s)
     assert surprise(map(tuple, buffers), table) < 5
     if s == PLAIN:
@@ -287,10 +286,11 @@ def test_the_phases_of_its_step_are_timed():
 def test_requests_of_one_size_compile_once_and_the_state_is_donated():
     decoder = chain("base", gamma=7)
     decoder.generate(PROMPTS, max_new_tokens=NEW)
-    compiled = loop.run_loop._cache_size()
+    compiled = compilations()
     decoder.generate([[5] * 12, [4], [9, 9]], max_new_tokens=NEW - 3)
-    assert loop.run_loop._cache_size() == compiled
-    state, specs = prefilled(decoder, PROMPTS)
-    loop.run_loop(decoder.base, decoder.drafter, state, specs=specs)
+    assert compilations() == compiled
+    run = started(decoder, PROMPTS, NEW)
+    state = run.state
+    run.finish()
     assert all(x.is_deleted() for x in jax.tree.leaves(state.draft.stage.cache.blocks))
     assert state.draft.stage.tokens.is_deleted()

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 from decoders import NEW, PROMPTS, autoregressive, joined, model
+from easyspec_jax.cli.arguments import make_parser
 
 import convert.__main__
 import easyspec_jax as es
-from easyspec_jax.cli.arguments import make_parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("easyspec_jax", "convert", "experiments", ".github")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutation import mutate
 
-from easyspec_jax import Sampling, sampling
-from easyspec_jax.sampling import Proposal, make_filters, probabilities, sample, verify
+from easyspec_jax import Sampling, verify
+from easyspec_jax.sampling import make_filters, probabilities, sample
+from easyspec_jax.verify import Proposal, accept_path
 
 
 def sorted_filter(logits, s: Sampling):
@@ -91,7 +92,7 @@ SAMPLED = make_filters(Sampling(temperature=1.0))
 )
 def test_greedy_by_hand(drafted, valid, accepted, next_token):
     logits = 5 * jax.nn.one_hot(jnp.asarray([[1, 2, 3, 4]]), 6, dtype=jnp.float32)
-    verdict = verify(logits, chain([drafted], valid=[valid]), GREEDY, jax.random.key(0))
+    verdict = accept_path(logits, chain([drafted], valid=[valid]), GREEDY, jax.random.key(0))
     assert int(verdict.num_accepted[0]) == accepted
     assert int(verdict.next_token[0]) == next_token
 
@@ -102,7 +103,7 @@ def test_equal_distributions_accept_everything():
     logits = jnp.broadcast_to(jnp.asarray(logits), (8192, 4, 7))
     p = probabilities(logits, SAMPLED)
     drafted = sample(jax.random.key(1), p[:, :3])
-    verdict = verify(logits, chain(drafted, p[:, :3]), SAMPLED, jax.random.key(2))
+    verdict = accept_path(logits, chain(drafted, p[:, :3]), SAMPLED, jax.random.key(2))
     assert (np.asarray(verdict.num_accepted) == 3).all()
     bonus = np.asarray(verdict.next_token).tolist()
     assert surprise(bonus, dict(enumerate(np.asarray(p[0, 3])))) < 5
@@ -128,7 +129,7 @@ def emitted(kind, seed=0):
         q = jnp.broadcast_to(jax.nn.softmax(q)[None], (ROWS, 2, V))
         valid = np.tile([[True, kind != "invalid"]], (ROWS, 1))
         proposal = chain(sample(keys[0], q), q, valid)
-    verdict = verify(logits, proposal, SAMPLED, keys[1])
+    verdict = accept_path(logits, proposal, SAMPLED, keys[1])
     m, last = np.asarray(verdict.num_accepted), np.asarray(verdict.next_token)
     drafted = np.asarray(proposal.tokens)
     first = np.where(m > 0, drafted[:, 0], last)
@@ -154,9 +155,9 @@ def test_one_step_keeps_the_distribution(kind):
 @pytest.mark.parametrize("broken", ["accept all", "accept too easily", "no residual"])
 def test_broken_rules_are_noticed(monkeypatch, kind, broken):
     if broken == "no residual" and kind == "drawn":
-        mutate(monkeypatch, sampling, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
+        mutate(monkeypatch, verify, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
     elif broken == "no residual":
-        monkeypatch.setattr(sampling, "_without_children", lambda p, proposal, last: p)
+        monkeypatch.setattr(verify, "_without_children", lambda p, proposal, last: p)
     else:
         uniform = jax.random.uniform
         bound = {"accept all": 0.0, "accept too easily": 0.5}[broken]
@@ -170,7 +171,7 @@ def test_residual_after_each_rejection_by_hand():
     """p = (.5, .5, 0), q = (0, .5, .5): token 2 is always rejected, then only 0 is left."""
     p = jnp.log(jnp.asarray([[[0.5, 0.5, 0.0]] * 2] * 256, jnp.float32))
     q = jnp.asarray([[[0.0, 0.5, 0.5]]] * 256, jnp.float32)
-    verdict = verify(p, chain([[2]] * 256, q), SAMPLED, jax.random.key(0))
+    verdict = accept_path(p, chain([[2]] * 256, q), SAMPLED, jax.random.key(0))
     assert (np.asarray(verdict.num_accepted) == 0).all()
     assert (np.asarray(verdict.next_token) == 0).all()
 

@@ -20,8 +20,6 @@ from jax.sharding import PartitionSpec as P
 import convert
 import easyspec_jax as es
 from easyspec_jax import memory
-from easyspec_jax.cache import abstract_cache
-from easyspec_jax.checkpoint import abstract_params
 from easyspec_jax.layer_parallel import run_fuzzy
 from easyspec_jax.sharding import LAYOUTS, LayoutRules, make_layout
 
@@ -47,7 +45,7 @@ MODELS = {
 
 
 def config_of(num_heads, num_kv_heads, **overrides):
-    return es.ModelConfig.from_hf(heads(num_heads, num_kv_heads, **overrides))
+    return es.config_from_hf(heads(num_heads, num_kv_heads, **overrides))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def load(checkpoints):
 
 
 def plain(name):
-    config = es.ModelConfig.from_hf(MODELS[name])
+    config = es.config_from_hf(MODELS[name])
     return reference.run(config, reference.from_hf(config, random_tensors(MODELS[name])), TOKENS)
 
 
@@ -141,7 +139,7 @@ SPLITS = [
 @pytest.mark.parametrize("num_heads, num_kv, shape, layer_parallel, kv, query", SPLITS, ids=str)
 def test_heads_are_split_where_they_divide(num_heads, num_kv, shape, layer_parallel, kv, query):
     config, mesh = config_of(num_heads, num_kv), es.make_mesh(*shape)
-    layout = make_layout(config, mesh, LAYOUTS["layer" if layer_parallel else "tensor"])
+    layout = make_layout(config, mesh, LAYOUTS["grouped" if layer_parallel else "tensor"])
     assert (layout.kv, layout.query) == (kv, query)
     assert layout.heads == kv + query
     assert layout.group == ("layer" if layer_parallel and shape[0] > 1 else None)
@@ -162,7 +160,7 @@ def test_heads_are_split_where_they_divide(num_heads, num_kv, shape, layer_paral
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["tensor", "layer"])
+@pytest.mark.parametrize("name", ["tensor", "grouped"])
 def test_mlp_and_vocabulary_go_over_all_devices_that_divide_them(size, shape, axes, name):
     config = config_of(8, 8, intermediate_size=size, vocab_size=size)
     layout = make_layout(config, es.make_mesh(*shape), LAYOUTS[name])
@@ -175,29 +173,11 @@ def test_specs_name_the_axes_of_each_letter():
         es.make_mesh(4, 2),
         LayoutRules(),
     )
-    assert layout.spec("DKJH") == P(None, "tensor", "layer")
+    assert layout.spec("DKGH") == P(None, "tensor", "layer")
     assert layout.spec("FD") == P(BOTH)
     assert layout.spec("VD") == P()
-    draft = make_layout(config_of(16, 4), es.make_mesh(4, 2), LAYOUTS["layer"])
+    draft = make_layout(config_of(16, 4), es.make_mesh(4, 2), LAYOUTS["grouped"])
     assert draft.spec("LKSH") == P("layer", "tensor")
-
-
-@pytest.mark.parametrize(
-    "heads, shape, kv, query",
-    [
-        ((8, 8), (4, 2), ("tensor", "layer"), ()),  # the owner's heads lie side by side
-        ((16, 4), (4, 2), ("tensor",), ("layer",)),
-        ((8, 1), (4, 2), (), ("tensor", "layer")),
-        ((14, 2), (2, 4), ("layer",), ()),
-        ((9, 3), (4, 2), (), ()),  # nothing divides: as many copies as devices
-    ],
-    ids=str,
-)
-def test_a_second_copy_splits_its_heads_over_the_groups_axis_too(heads, shape, kv, query):
-    rules = LayoutRules(heads=("tensor",), group="layer", exact="copy")
-    layout = make_layout(config_of(*heads), es.make_mesh(*shape), rules)
-    assert (layout.copy.kv, layout.copy.query) == (kv, query)
-    assert make_layout(config_of(*heads), es.make_mesh(1, 8), rules).copy is None
 
 
 @pytest.mark.parametrize(
@@ -208,8 +188,6 @@ def test_a_second_copy_splits_its_heads_over_the_groups_axis_too(heads, shape, k
         ({"vocab": ("layer", "layer")}, "vocab must be a tuple of the mesh axes .* none twice"),
         ({"group": "rows"}, 'group must be "layer", "tensor" or None, got \'rows\''),
         ({"group": "layer"}, 'the axis "layer" carries the layers of a group: it cannot split'),
-        ({"exact": "twice"}, 'exact must be "turns" or "copy", got \'twice\''),
-        ({"exact": "copy"}, "a copy for exact passes needs layers of a group over a mesh axis"),
     ],
     ids=str,
 )
@@ -219,9 +197,9 @@ def test_impossible_rules_are_refused(rules, sentence):
 
 
 def test_arrays_are_read_in_as_many_parts_as_there_are_devices():
-    layout = make_layout(config_of(8, 8), es.make_mesh(4, 2), LAYOUTS["layer"])
-    assert layout.finest("DKJH", (24, 8, 1, 4)).spec == P(None, ("tensor", "layer"), None, None)
-    assert layout.finest("DKJH", (24, 2, 1, 4)).spec == P("layer", "tensor", None, None)
+    layout = make_layout(config_of(8, 8), es.make_mesh(4, 2), LAYOUTS["grouped"])
+    assert layout.finest("DKGH", (24, 8, 1, 4)).spec == P(None, ("tensor", "layer"), None, None)
+    assert layout.finest("DKGH", (24, 2, 1, 4)).spec == P("layer", "tensor", None, None)
     assert layout.finest("DKH", (9, 4, 3)).spec == P(None, "tensor", None)
     assert layout.finest("D", (24,)).spec == P()  # too small to be worth it
     assert layout.finest("DF", (24, 64)).spec == P(None, BOTH)
@@ -267,7 +245,7 @@ def test_one_checkpoint_gives_the_same_logits_and_cache_on_every_mesh(name, shap
     [
         ("9/3", (4, 2), (2,), None),
         ("16/4 bias", (2, 4), 1, None),  # queries apart from keys and values
-        ("8/8 tied", (4, 2), (2,), LayoutRules(heads=("tensor",), group="layer", exact="copy")),
+        ("8/8 tied", (4, 2), (2,), "grouped"),
         ("8/1 bias", (1, 1), (2,), None),
     ],
     ids=str,
@@ -305,7 +283,7 @@ def test_saving_refuses_what_would_be_lost_or_wrong(checkpoints, load, tmp_path)
 
 
 def test_random_weights_are_the_same_on_every_mesh_and_in_groups():
-    config = es.ModelConfig.from_hf(dict(MODELS["9/3"], num_hidden_layers=3))
+    config = es.config_from_hf(dict(MODELS["9/3"], num_hidden_layers=3))
     one = es.random_model(config, es.make_mesh(1, 1), seed=3)
     many = es.random_model(config, es.make_mesh(4, 2), seed=3, group_size=(3,))
     np.testing.assert_array_equal(one.params.lm_head, many.params.lm_head)
@@ -343,12 +321,13 @@ def test_without_a_mesh_all_devices_are_used(checkpoints):
 def test_budgeted_bytes_are_the_bytes_of_the_arrays(name, shape, partition, load):
     model = load(name, shape, partition)
     config, mesh = model.config, model.layout.mesh
-    abstract = abstract_params(config, model.layout, model.partition, jnp.float64)
+    options = {"group_size": model.partition, "dtype": jnp.float64}
+    abstract = es.abstract_model(config, mesh, **options).params
     assert jax.tree.structure(abstract) == jax.tree.structure(model.params)
     for planned, real in zip(jax.tree.leaves(abstract), jax.tree.leaves(model.params), strict=True):
         assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
         assert planned.sharding.is_equivalent_to(real.sharding, real.ndim)
-    cache = abstract_cache(config, model.layout, model.partition, 3, 16, jnp.float64)
+    cache = model.abstract_cache(3, 16)
     made = reference.empty_cache(model, 3, 16)
     for tree, plan in ((model.params, abstract), (made, cache)):
         for device in mesh.devices.flat:
@@ -461,7 +440,7 @@ def test_damage_is_told_from_the_machines_failures(checkpoints, monkeypatch, err
         ({"dtype": "float63"}, "dtype must be one of .* got float63"),
         (
             {"layout": "both"},
-            'layout must be one of "tensor", "layer", "replicated", or LayoutRules, got \'both\'',
+            'layout must be one of "tensor", "grouped", "replicated", or LayoutRules, got \'both\'',
         ),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
         ({"group_size": (1, 5)}, "that sum to the 5 layers of the model"),
@@ -469,7 +448,7 @@ def test_damage_is_told_from_the_machines_failures(checkpoints, monkeypatch, err
     ids=str,
 )
 def test_impossible_arrangements_are_refused(options, sentence):
-    config = es.ModelConfig.from_hf(dict(MODELS["9/3"], num_hidden_layers=5))
+    config = es.config_from_hf(dict(MODELS["9/3"], num_hidden_layers=5))
     with pytest.raises(ValueError, match=sentence):
         es.random_model(config, es.make_mesh(4, 2), **options)
 
@@ -477,7 +456,7 @@ def test_impossible_arrangements_are_refused(options, sentence):
 def test_group_size_one_is_laid_out_as_asked(checkpoints, load):
     assert load("8/8 tied", (4, 2)).layout.kv == BOTH
     draft = es.load_model(
-        checkpoints["8/8 tied"], es.make_mesh(4, 2), dtype=jnp.float64, layout="layer"
+        checkpoints["8/8 tied"], es.make_mesh(4, 2), dtype=jnp.float64, layout="grouped"
     )
     assert draft.layout.kv == ("tensor",) and draft.layout.group == "layer"
     assert draft.partition == (1, 1)

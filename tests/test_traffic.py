@@ -7,9 +7,9 @@ import math
 
 import jax
 import pytest
+from decoders import started
 
 import easyspec_jax as es
-from easyspec_jax import loop
 from easyspec_jax.planner.program import collectives, read_collectives
 
 GAMMA, WIDTH, FLOAT = 3, 2, 4
@@ -166,8 +166,9 @@ def test_planning_compiles_the_program_that_runs():
     mesh = es.make_mesh(2, 1)
     base = es.random_model(BASE, mesh, dtype="float32")
     decoder = es.Decoder(base)
-    state, specs = decoder._prefilled(es.request.make_request(BASE, [[1, 2]], 9))
-    planned = decoder.planned(es.request.make_request(BASE, [[1, 2]], 9))
-    assert loop.Specs.of((base, None, planned)) == specs
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), planned, state)
-    assert all(jax.tree.leaves(same))
+    run = started(decoder, [[1, 2]], 9)
+    planned = decoder.planned(run.request)
+    assert jax.tree.structure(planned) == jax.tree.structure(run.state)
+    for want, got in zip(*map(jax.tree.leaves, (planned, run.state)), strict=True):
+        assert (want.shape, want.dtype) == (got.shape, got.dtype)
+        assert want.sharding.is_equivalent_to(got.sharding, got.ndim)

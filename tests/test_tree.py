@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import all_logits, fresh_cache, model, self_drafting, surprise
+from decoders import all_logits, fresh_cache, model, self_drafting, started, surprise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutation import BROKEN_RULES, mutate, repeat_siblings
 
 import easyspec_jax as es
-from easyspec_jax import loop, sampling, tree
-from easyspec_jax.request import make_request
-from easyspec_jax.sampling import Proposal, ancestry, make_filters, verify
+from easyspec_jax import loop, tree, verify
+from easyspec_jax.sampling import make_filters
+from easyspec_jax.verify import Proposal, accept_path, ancestry
 
 GREEDY = make_filters(es.Sampling())
 SAMPLED = make_filters(es.Sampling(temperature=1.0))
@@ -139,15 +139,15 @@ def test_a_row_stops_below_the_least_probability():
 def test_the_draft_is_the_beam_of_its_model(width):
     """What a model drafts, its own tree pass included: positions, ancestors, rows of a batch."""
     decoder, prompts = self_drafting((1, 1), 1, 4, width=width), [[1, 2, 3, 4, 5], [9, 8]]
-    state, _ = decoder._prefilled(make_request(decoder.base.config, prompts, 10))
+    run = started(decoder, prompts, 10)
 
     @jax.jit
-    def propose(drafter, state):
+    def propose(drafter, request, state):
         recent, num = loop.window(state.tokens, state.absorbed, 5), state.length - state.absorbed
-        key = jax.random.key(0)
-        return drafter.propose(state.draft, state.cache, recent, state.absorbed, num, key)[0]
+        at, key = state.absorbed, jax.random.key(0)
+        return drafter.propose(state.draft, request, state.cache, recent, at, num, key)[0]
 
-    proposal = propose(decoder.drafter, state)
+    proposal = propose(decoder.drafter, run.request, run.state)
     for b, prompt in enumerate(prompts):
         level = {(): 0.0}
         for d in range(4):
@@ -203,7 +203,7 @@ def test_a_sibling_with_hardly_any_q_left_is_still_tried(gap):
     proposal = tree.grow(new, 0, scores, filters, jax.random.key(0)).proposal()
     p = np.array([1e-30, 0.4, 0.6], np.float32)
     logits = jnp.broadcast_to(jnp.asarray(np.log(p) * 0.1), (rows, 3, 3))
-    first = first_tokens(verify(logits, proposal, filters, jax.random.key(1)), proposal)
+    first = first_tokens(accept_path(logits, proposal, filters, jax.random.key(1)), proposal)
     assert surprise(first, dict(enumerate(p))) < 5
 
 
@@ -241,13 +241,13 @@ def test_ancestry_by_hand():
 def test_placement_by_hand():
     """Root and nodes at entries 4 to 11: all see what is before, the root, and their ancestors."""
     proposal = proposal_of(PARENTS, range(7), depth=3)
-    placed = tree.verification_placement(jnp.asarray([4], jnp.int32), proposal)
+    placed = verify.verification_placement(jnp.asarray([4], jnp.int32), proposal)
     assert np.asarray(placed.positions).tolist() == [[4, 5, 5, 6, 6, 6, 7, 7]]
     mask = np.asarray(placed.mask(14))[0]
     want = [{0, 1, 2, 3, 4}] + [{0, 1, 2, 3, 4} | {5 + i for i in seen} for seen in SEEN]
     assert [set(np.flatnonzero(row).tolist()) for row in mask] == want
     chain = proposal_of([-1, 0, 1], range(3), depth=3)
-    assert tree.verification_placement(jnp.asarray([4], jnp.int32), chain) is None
+    assert verify.verification_placement(jnp.asarray([4], jnp.int32), chain) is None
 
 
 @functools.partial(jax.jit, static_argnames="num")
@@ -266,7 +266,7 @@ def test_a_pass_over_a_tree_equals_passes_over_its_paths(batch):
     proposal = proposal_of(PARENTS, nodes, depth=3)
     root = jnp.asarray([prompt[b, n - 1] for b, n in enumerate(num)], jnp.int32)
     cache = absorbed(base, jnp.asarray(prompt, jnp.int32), tuple(n - 1 for n in num))
-    scores, cache, _ = jax.jit(es.drafters.base.verify_in_one_pass)(base, cache, root, proposal)
+    scores, cache, _ = jax.jit(verify.verify_in_one_pass)(base, cache, root, proposal)
     path = jnp.asarray([[0, 3, 5]] * batch, jnp.int32)
     kept = cache.keep(jnp.asarray(num, jnp.int32), path)
     for b, i in itertools.product(range(batch), range(7)):
@@ -287,7 +287,7 @@ def test_a_draft_that_stopped_early_is_verified_in_a_smaller_pass():
     parents, n = [-1, -1, 0, 1, 2, 2, 4, 5, 7, 7], 10  # five levels of two
     proposal = proposal_of(parents, rng.integers(0, 61, n), depth=5)
     cache, root = absorbed(base, jnp.asarray([[3, 4, 5, 6]], jnp.int32), (3,)), jnp.int32([6])
-    run = jax.jit(es.drafters.base.verify_in_one_pass)
+    run = jax.jit(verify.verify_in_one_pass)
     whole, _, _ = run(base, cache, root, proposal)
     sizes = es.drafters.base.verification_sizes(5)
     assert sizes == (1, 2, 3, 5)
@@ -319,7 +319,7 @@ def scores_for(table, vocab, nodes):
 )
 def test_greedy_path_by_hand(table, path, next_token, tries):
     proposal = proposal_of(PARENTS, [1, 2, 3, 4, 5, 6, 7], depth=3)
-    verdict = verify(scores_for(table, 9, 7), proposal, GREEDY, jax.random.key(0))
+    verdict = accept_path(scores_for(table, 9, 7), proposal, GREEDY, jax.random.key(0))
     assert int(verdict.num_accepted[0]) == len(path)
     assert np.asarray(verdict.path)[0, : len(path)].tolist() == path
     assert int(verdict.next_token[0]) == next_token
@@ -328,7 +328,7 @@ def test_greedy_path_by_hand(table, path, next_token, tries):
 
 def test_an_invalid_node_hides_its_children():
     proposal = proposal_of(PARENTS, range(1, 8), depth=3, valid=[[True, False] + [True] * 5])
-    verdict = verify(scores_for({-1: 2, 1: 5}, 9, 7), proposal, GREEDY, jax.random.key(0))
+    verdict = accept_path(scores_for({-1: 2, 1: 5}, 9, 7), proposal, GREEDY, jax.random.key(0))
     assert int(verdict.num_accepted[0]) == 0 and int(verdict.next_token[0]) == 2
     assert np.asarray(verdict.tries)[0].tolist() == [1, 0, 0]
 
@@ -354,7 +354,7 @@ def step_tree(drawn):
 def step_surprise(drawn):
     """First two tokens that a step emits, against p; a third for what came after two."""
     proposal, logits, base = step_tree(drawn)
-    verdict = jax.jit(functools.partial(sampling.verify))(
+    verdict = jax.jit(functools.partial(verify.accept_path))(
         logits, proposal, SAMPLED, jax.random.key(7)
     )
     m, last = np.asarray(verdict.num_accepted), np.asarray(verdict.next_token)
@@ -382,7 +382,7 @@ def test_a_step_over_a_tree_keeps_the_distribution(drawn):
 
 @pytest.mark.parametrize(("kind", "broken"), BROKEN_RULES)
 def test_broken_rules_are_noticed(monkeypatch, kind, broken):
-    mutate(monkeypatch, sampling, *BROKEN_RULES[kind, broken])
+    mutate(monkeypatch, verify, *BROKEN_RULES[kind, broken])
     assert step_surprise(kind == "drawn") > 5
 
 
@@ -402,7 +402,7 @@ def test_siblings_by_likelihood_would_be_noticed():
     p = dict(enumerate(np.asarray(jax.nn.softmax(logits[0, 0]), np.float64)))
 
     def emitted(proposal):
-        verdict = verify(logits[:, : WIDTH + 1], proposal, SAMPLED, jax.random.key(3))
+        verdict = accept_path(logits[:, : WIDTH + 1], proposal, SAMPLED, jax.random.key(3))
         return first_tokens(verdict, proposal)
 
     assert surprise(emitted(fair), p) < 5 < surprise(emitted(only), p)

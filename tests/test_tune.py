@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import PROMPTS, all_logits, model
+from decoders import CONFIG, PROMPTS, all_logits, model
 
 import easyspec_jax as es
 from easyspec_jax.loop import Specs
@@ -23,7 +23,7 @@ from easyspec_jax.tuner.partitions import (
     uniform_partitions,
 )
 
-MODEL = functools.partial(model, layout="tensor")
+MODEL = functools.partial(model, layout="tensor", config=dataclasses.replace(CONFIG, num_layers=5))
 
 
 def compositions(total, largest):
@@ -286,7 +286,7 @@ def test_several_devices_tune_as_one():
 
 @pytest.mark.slow
 def test_tuning_above_temperature_zero():
-    m, stranger = MODEL((1, 1)), model((1, 1), seed=3, layout="tensor")
+    m, stranger = MODEL((1, 1)), MODEL((1, 1), seed=3)
     options = {"attention_steps": 2, "num_draft_tokens": 2, "max_new_tokens": 8, "num_confirmed": 1}
     found = tune.tune(m, m, PROMPTS, temperature=0.8, **options)
     assert found.exact_acceptance == pytest.approx(1)

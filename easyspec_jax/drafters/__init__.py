@@ -1,1 +1,1 @@
-"""Ways of drafting, one per file; `base` says what the decoding loop asks of each."""
+"""Ways of drafting, one per file; `easyspec_jax.drafter` says what the loop asks of each."""

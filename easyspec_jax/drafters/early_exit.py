@@ -20,7 +20,7 @@ from jax import lax
 from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafter import Drafter
 from easyspec_jax.drafters.exit_statistics import ExitStatistics, choose_exit
 from easyspec_jax.model import (
     Model,

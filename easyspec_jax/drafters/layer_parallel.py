@@ -14,7 +14,7 @@ from jax import lax
 
 from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache
-from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafter import Drafter
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.request import Request

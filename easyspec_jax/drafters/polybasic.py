@@ -18,7 +18,7 @@ from jax import lax
 
 from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafter import Drafter
 from easyspec_jax.loop import DecodeState, put_rows, step, window
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.request import Request

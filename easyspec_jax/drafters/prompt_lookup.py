@@ -17,7 +17,7 @@ from jax import lax
 
 from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafters.base import Drafter
+from easyspec_jax.drafter import Drafter
 from easyspec_jax.request import Request
 from easyspec_jax.sharding import shape_of
 from easyspec_jax.verify import Proposal

@@ -27,22 +27,21 @@ from easyspec_jax.planner.device import Device
 from easyspec_jax.sharding import LAYER, TENSOR, make_mesh
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-_SMALL, _LARGE = (512, 1536), (2048, 5632)  # of models of 100 million and a billion weights
+# Inner and outer dimension, of models of 100 million and a billion weights.
+_SMALL, _LARGE = (512, 1536), (2048, 5632)
 _ENTRIES, _HEADS, _HEAD_DIM = 256, 16, 64
 
 
-def measure_device(dtype: Any = None, *, weight_bytes: int | None = None) -> Device:
+def measure_device(dtype: Any = None) -> Device:
     """The first device, and how devices like it exchange sums.
 
     Args:
       dtype: of weights; None: float32 on CPU, else bfloat16, as `load_model`.
-      weight_bytes: that a product's loop streams; None: 256 MiB on CPU, else 1 GiB, more than any
-        cache.
     """
     first = jax.devices()[0]
     on_cpu = first.platform == "cpu"
     dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-    size = weight_bytes or (2**28 if on_cpu else 2**30)
+    size = 2**28 if on_cpu else 2**30  # more than any cache
     products = tuple((rows, *product_costs(rows, dtype, size)) for rows in ROWS)
     rows, slowest, _ = products[-1]
     stats = first.memory_stats() or {}
@@ -120,15 +119,9 @@ def _small_step(device: Device, layers: int, dtype: Any) -> tuple[float, float]:
     """Seconds of a step of a model of so many layers, measured and as `device` predicts."""
     inner, outer = _SMALL
     config = ModelConfig(
-        vocab_size=64,
-        embed_dim=inner,
-        mlp_dim=outer,
-        num_layers=layers,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=64,
-        max_len=256,
-    )
+        vocab_size=64, embed_dim=inner, mlp_dim=outer, num_layers=layers, num_heads=8,
+        num_kv_heads=4, head_dim=64, max_len=256,
+    )  # fmt: skip
     decoder = Decoder(random_model(config, make_mesh(1, 1), seed=0, dtype=dtype))
     measured = min(decoder.profile(1, 8, max_new_tokens=8)["step"] for _ in range(4))
     costs = step_costs(decoder, device, entries=decoder.capacity(8 + 8))

@@ -39,14 +39,12 @@ def collectives(decoder: Decoder, batch: int = 1, max_len: int = 512) -> list[Co
 
     The first level of a draft needs logits only, and they are told apart: their phase is
     "calibrate", as is the pass they come from. So a step of γ levels runs "calibrate", "verify" and
-    "commit" once and "draft" γ - 1 times.
+    "commit" once and "draft" γ - 1 times. No draft is stopped early here.
 
     Args:
       decoder: its models may be `abstract_model`s; nothing is allocated.
       batch: rows.
       max_len: tokens of each row in all, at most the context; it changes no collective.
-
-    Drafts are not stopped early here: a step at full depth.
 
     Raises:
       ValueError: `max_len` below 2.

@@ -99,18 +99,6 @@ def regroup(model: Model, group_size: int | Sequence[int]) -> Model:
     return model.replace(params=model.params.replace(blocks=blocks), partition=partition)
 
 
-def compare_distributions(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
-    """Means over positions of log-probabilities [n, V]: Kullback-Leibler divergence of q from p
-    (nats), how often both have the same likeliest token, and the sum of min(p, q), which is the
-    chance that a token drawn from q is accepted by p at temperature 1.
-    """
-    return {
-        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
-        "argmax_agreement": float((p.argmax(-1) == q.argmax(-1)).mean()),
-        "overlap": float(np.exp(np.minimum(p, q)).sum(-1).mean()),
-    }
-
-
 def staleness(partition: Sequence[int]) -> np.ndarray:
     """i32[L], how many layers old the residual stream is that each layer's attention reads."""
     return np.concatenate([np.arange(size, dtype=np.int32) for size in partition])

@@ -112,7 +112,7 @@ def _alone(suite: Suite, name: str, rate: float) -> dict[str, Any]:
     return {
         "tokens_per_second": speed,
         "weight_bytes_per_token": read,
-        "cache_bytes": device_bytes(decoder.planned(suite.request(decoder)).cache),
+        "cache_bytes": device_bytes(decoder.planned(suite.inputs(decoder))[1].cache),
         "ceiling_tokens_per_second": ceiling,
         "of_ceiling": speed["median"] / ceiling,
     }
@@ -205,7 +205,7 @@ def draft_step(suite: Suite) -> dict[str, Any]:
     phases: dict[str, Callable[[], dict[str, float]]] = {}
     for size in p.group_sizes:
         if suite.time_for(f"draft in groups of {size}"):
-            draft = suite.model(p.draft, group_size=size, layout="layer")
+            draft = suite.model(p.draft, group_size=size, layout="grouped")
             drafter = es.LayerParallelDrafter(draft)
             decoder = es.Decoder(base, drafter, num_draft_tokens=gamma)
             phases[str(size)] = _phases(suite, decoder, ("calibrate", "propose"))
@@ -248,13 +248,13 @@ def _phases(
     warm; it holds the models.
     """
     repeats = repeats or suite.preset.loop_repeats
-    state, _ = decoder._prefilled(suite.request(decoder))
+    request, state = decoder.prefill(suite.inputs(decoder))
     held: list[DecodeState] = [state]
 
     def measure():
         seconds = {}
         for name in names:
-            args = (name, decoder.base, decoder.drafter, held.pop())
+            args = (name, decoder.base, decoder.drafter, request, held.pop())
             seconds[name], state = time_phase(*args, repeats=repeats)
             held.append(state)
         return seconds

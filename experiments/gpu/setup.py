@@ -20,9 +20,9 @@ from gpu.kernels import step_launches
 
 import easyspec_jax as es
 from easyspec_jax import loop
-from easyspec_jax.request import Request, make_request
-from easyspec_jax.sampling import Proposal
+from easyspec_jax.request import Inputs, make_inputs
 from easyspec_jax.sharding import replicate
+from easyspec_jax.verify import Proposal
 
 WARM = 3  # calls before one is timed: GPU programs are captured as graphs in their first runs
 
@@ -91,7 +91,6 @@ TINY = Preset(
 PRESETS = {"gpu": GPU, "tiny": TINY}
 
 
-@struct.dataclass
 class AgreeingDrafter(es.LayerParallelDrafter):
     """A drafter that the base agrees with at a set rate, for models that never would: it measures
     the time of the loop, not its text.
@@ -155,7 +154,7 @@ class Arm:
 class Program:
     """A compiled loop."""
 
-    run: Callable  # (base, drafter, state) -> state
+    run: Callable  # (base, drafter, request, state) -> state
     lower_seconds: float  # tracing and lowering, in Python
     compile_seconds: float
     launches: dict[str, Any]  # of `step_launches`
@@ -206,9 +205,9 @@ class Suite:
         values = {"acceptance": np.float32(acceptance), "seed": np.int32(seed)}
         return {name: replicate(value, self.mesh) for name, value in values.items()}
 
-    def request(self, decoder: es.Decoder) -> Request:
+    def inputs(self, decoder: es.Decoder) -> Inputs:
         """One token of prompt, and as many new ones as the preset says."""
-        return make_request(decoder.base.config, [[1]], self.preset.new_tokens)
+        return make_inputs(decoder.base.config, [[1]], self.preset.new_tokens)
 
     def program(self, arm: Arm) -> Program:
         """The arm's loop, compiled from shapes at the first call."""
@@ -223,14 +222,13 @@ class Suite:
             for name in (arm.base, arm.draft)
         )
         decoder = self.decoder(arm, base, draft)
-        state = decoder.planned(self.request(decoder))
-        args = (base, decoder.drafter, state)
+        request, state = decoder.planned(self.inputs(decoder))
         start = time.perf_counter()
-        lowered = loop.run_loop.lower(*args, specs=loop.Specs.of(args))
+        lowered = loop.run_loop.lower(base, decoder.drafter, request, state)
         middle = time.perf_counter()
         compiled = lowered.compile()
         end = time.perf_counter()
-        caches = (state.cache, state.draft.cache) if arm.draft else (state.cache,)
+        caches = (state.cache, state.draft) if arm.draft else (state.cache,)
         entries = tuple(int(np.prod(cache.blocks[0][0].k.shape)) for cache in caches)
         launches = step_launches(compiled.as_text(), entries)
         self.say(f"compiled {arm}: {middle - start:.1f} s in Python, {end - middle:.1f} s by XLA")
@@ -239,9 +237,10 @@ class Suite:
     def run(self, arm: Arm, decoder: es.Decoder, drafter: Any = None) -> tuple[float, int]:
         """Seconds and steps of one whole loop of the arm."""
         program = self.program(arm)
-        state, _ = jax.block_until_ready(decoder._prefilled(self.request(decoder)))
+        request, state = jax.block_until_ready(decoder.prefill(self.inputs(decoder)))
         start = time.perf_counter()
-        state = jax.block_until_ready(program.run(decoder.base, drafter, state))
+        drafter = decoder.drafter if drafter is None else drafter
+        state = jax.block_until_ready(program.run(decoder.base, drafter, request, state))
         return time.perf_counter() - start, int(state.step)
 
 
