@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,11 +103,11 @@ def _open_safetensors(path: pathlib.Path) -> Any:
 
 
 def _header(rows: Any) -> Tensor:
-    dtype = rows.get_dtype()
+    dtype: str = rows.get_dtype()
     return Tensor(tuple(rows.get_shape()), _DTYPE_NAMES.get(dtype, dtype))
 
 
-def _shards(folder: pathlib.Path) -> dict[str, set[str] | None]:
+def _shards(folder: pathlib.Path) -> Mapping[str, set[str] | None]:
     """File name of every shard, with the tensors that the index puts there (None without index)."""
     if (folder / WEIGHTS).exists():
         return {WEIGHTS: None}
@@ -118,7 +118,7 @@ def _shards(folder: pathlib.Path) -> dict[str, set[str] | None]:
     weight_map = _parse(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map.")
-    shards: dict[str, set[str] | None] = {}
+    shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if (
             not isinstance(shard, str)

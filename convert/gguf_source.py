@@ -108,7 +108,7 @@ class GgufSource:
         """Build the tokenizer files from the metadata, where the file has a vocabulary."""
         write_tokenizer(self._metadata, folder)
 
-    def _get(self, key: str, default=None):
+    def _get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"{self._metadata['general.architecture']}.{key}", default)
 
     def _token_id(self, kind: str) -> int | None:
@@ -229,7 +229,8 @@ class GgufSource:
             for name, shape in expected_tensors(self.config).items()
             if len(shape) > 1 and self.label(name) in self._stored
         }
-        return {("F16",): "float16", ("BF16",): "bfloat16"}.get(tuple(kinds), "float32")
+        half = {"F16": "float16", "BF16": "bfloat16"}
+        return half.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
 def _open(path: pathlib.Path):

@@ -176,17 +176,17 @@ def _token(metadata: dict[str, Any], kind: str) -> str | None:
     return None if index is None else metadata["tokenizer.ggml.tokens"][index]
 
 
-def _adds(metadata: dict[str, Any], kind: str) -> bool:
-    """Whether the tokenizer puts its BOS or EOS token around a text."""
+def _added(metadata: dict[str, Any], kind: str) -> list[str]:
+    """The BOS or EOS token, where the tokenizer puts it around a text; else nothing."""
     default = metadata["tokenizer.ggml.model"] == "llama"
     default = kind == "bos" and (default or metadata.get("tokenizer.ggml.pre") in _BEGINS)
     wanted = metadata.get(f"tokenizer.ggml.add_{kind}_token", default)
-    return bool(wanted) and _token(metadata, kind) is not None
+    token = _token(metadata, kind)
+    return [token] if wanted and token is not None else []
 
 
 def _add_template(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
-    before = [_token(metadata, "bos")] if _adds(metadata, "bos") else []
-    after = [_token(metadata, "eos")] if _adds(metadata, "eos") else []
+    before, after = _added(metadata, "bos"), _added(metadata, "eos")
     if before or after:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
@@ -200,8 +200,8 @@ def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": _adds(metadata, "bos"),
-        "add_eos_token": _adds(metadata, "eos"),
+        "add_bos_token": bool(_added(metadata, "bos")),
+        "add_eos_token": bool(_added(metadata, "eos")),
     }
     for name, kind in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if (token := _token(metadata, kind)) is not None:

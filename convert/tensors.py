@@ -42,16 +42,23 @@ class Source(Protocol):
     config_text: str  # config.json, as it is copied
     generation_config: dict
     dtype: str  # a key of DTYPES: what the source stores
-    tensors: Mapping[str, Tensor]
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What the headers say, by name."""
+        ...
 
     def label(self, name: str) -> str:
         """The name under which the source itself knows a tensor, for messages."""
+        ...
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Consecutive slices along the first axis; each is valid until the next one is taken."""
+        ...
 
     def write_tokenizer(self, folder) -> None:
         """Put the tokenizer files that the source has into `folder`."""
+        ...
 
 
 def model_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Weight]]]:

@@ -282,7 +282,7 @@ class Conversation:
         """Add the answer: its tokens and text. A stop id at its end is the template's to write."""
         self.messages.append({"role": "assistant", "content": text})
         ids = list(ids[:-1]) if ids and ids[-1] in eos_ids else list(ids)
-        if self._tokenizer.decode(ids) == text:
+        if self._told is not None and self._tokenizer.decode(ids) == text:
             self._ids, self._told = [*self._ids, *ids], self._told + text
         else:  # cut at a stop string
             self._told = None

@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace, prompts: list[list[int]], arms: list[Arm])
     if longest > base.config.context:  # its answer would be cut short
         raise ValueError(f"the base's context is {base.config.context}, but {longest} are needed")
     drafts = {
-        size: es.load_model(args.draft, mesh, group_size=size, layout="layer")
+        size: es.load_model(args.draft, mesh, group_size=size, layout="grouped")
         for size in {arm.group_size for arm in arms}
     }
     greedy = any(arm.temperature == 0 for arm in arms)

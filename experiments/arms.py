@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import easyspec_jax as es
-from easyspec_jax.decode import PREFILL_CHUNKS
+from easyspec_jax.engine import PREFILL_CHUNKS
 
 LAYERED = ("exact", "calibrated", "uncalibrated")  # with a draft model, in groups or not
 PEERS = ("transformers", "assisted", "assisted-constant")
@@ -61,7 +61,7 @@ def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
     return {name: arm(decoder) for name, decoder in decoders.items()}
 
 
-def _drafters(args, base) -> Iterator[tuple[str, str, es.drafters.Drafter | None]]:
+def _drafters(args, base) -> Iterator[tuple[str, str, es.Drafter | None]]:
     """Kind, name and drafter of every arm of ours, in the order asked for."""
     drafts = {}
 

@@ -19,19 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from easyspec_jax.cache import KVCache, abstract_cache, zeros
+from easyspec_jax.cache import KVCache
 from easyspec_jax.layer_parallel import PARALLEL, draft_runner
-from easyspec_jax.model import (
-    Block,
-    Model,
-    Placement,
-    RunBlock,
-    forward,
-    logits,
-    rms_norm,
-    run_layer,
-)
+from easyspec_jax.model import Model, Placement, RunBlock, forward, logits, rms_norm, run_layer
+from easyspec_jax.sharding import zeros
 from easyspec_jax.tuner.stale_passes import Text, regroup
+from easyspec_jax.weights import Block
 
 Record = dict[str, Any]
 
@@ -77,9 +70,8 @@ def _run(model, tokens, cache, placement, run_block):
 
 def exact_pass(model: Model, text: Text) -> Pass:
     """One pass of a model without groups over the text; its cache has room for as much again."""
-    size = 2 * text.tokens.shape[1]
-    abstract = abstract_cache(model.config, model.layout, model.partition, 1, size, model.dtype)
-    return _as_pass(_run(model, text.tokens, zeros(abstract), None, run_layer))
+    cache = zeros(model.abstract_cache(1, 2 * text.tokens.shape[1]))
+    return _as_pass(_run(model, text.tokens, cache, None, run_layer))
 
 
 def fuzzy_pass(model: Model, text: Text, parallel: str, exact: KVCache, calibrate: bool) -> Pass:
@@ -106,7 +98,12 @@ def fuzzy_pass(model: Model, text: Text, parallel: str, exact: KVCache, calibrat
     )
     layers = iter([kv for block in exact.blocks for kv in block])
     blocks = tuple(tuple(itertools.islice(layers, size)) for size in model.partition)
-    cache = KVCache(blocks=blocks, length=jnp.full((1,), t, jnp.int32))
+    cache = KVCache(
+        blocks=blocks,
+        length=jnp.full((1,), t, jnp.int32),
+        layout=model.layout,
+        partition=model.partition,
+    )
     return _as_pass(_run(model, text.tokens, cache, placement, draft_runner(parallel)))
 
 

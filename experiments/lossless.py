@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import easyspec_jax as es
-from easyspec_jax.cache import abstract_cache, zeros
 from easyspec_jax.cli.demo import divergence
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.sampling import make_filters, probabilities
+from easyspec_jax.sharding import zeros
 
 Table = dict[tuple[int, ...], float]  # probability of every sequence
 
@@ -28,8 +28,7 @@ Table = dict[tuple[int, ...], float]  # probability of every sequence
 def all_logits(base: Model, tokens: np.ndarray) -> np.ndarray:
     """Scores f[B, T, V] behind every position of i32[B, T], from one pass on one device."""
     tokens = jnp.asarray(tokens, jnp.int32)
-    shape = (base.config, base.layout, base.partition, *tokens.shape, base.dtype)
-    return np.asarray(_score(base, tokens, zeros(abstract_cache(*shape))))
+    return np.asarray(_score(base, tokens, zeros(base.abstract_cache(*tokens.shape))))
 
 
 @jax.jit

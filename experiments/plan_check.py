@@ -25,7 +25,7 @@ import easyspec_jax as es
 from easyspec_jax.planner.cost import step_costs
 from easyspec_jax.planner.measure import measure_device
 from easyspec_jax.profile import time_phase
-from easyspec_jax.request import make_request
+from easyspec_jax.request import make_inputs
 
 SETTINGS = [  # (group_size, γ, w); γ 0: autoregression
     (1, 0, 1), (1, 1, 1), (1, 3, 1), (1, 5, 1), (1, 8, 1), (1, 3, 4), (1, 5, 8),
@@ -42,15 +42,15 @@ class Arm:
         drafter = None if draft is None else es.LayerParallelDrafter(draft)
         options = {"num_draft_tokens": gamma, "tree_width": width} if drafter else {}
         self.decoder = es.Decoder(base, drafter, **options)
-        request = make_request(base.config, np.zeros((1, PROMPT), np.int32), NEW)
-        self.state, _ = jax.block_until_ready(self.decoder._prefilled(request))
+        inputs = make_inputs(base.config, np.zeros((1, PROMPT), np.int32), NEW)
+        self.request, self.state = jax.block_until_ready(self.decoder.prefill(inputs))
         self.seconds: list[float] = []
         self.predicted: list[float] = []
 
     def time(self, repeats: int) -> None:
         """Time a step."""
-        models = (self.decoder.base, self.decoder.drafter)
-        seconds, self.state = time_phase("step", *models, self.state, repeats=repeats)
+        run = (self.decoder.base, self.decoder.drafter, self.request, self.state)
+        seconds, self.state = time_phase("step", *run, repeats=repeats)
         self.seconds.append(seconds)
 
     def predict(self, device: Any) -> None:
@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
     drafts = {
-        size: es.load_model(args.draft, mesh, group_size=size, layout="layer")
+        size: es.load_model(args.draft, mesh, group_size=size, layout="grouped")
         for size in sorted({size for size, _, _ in SETTINGS})
     }
     arms = {

@@ -1,4 +1,4 @@
-"""ModelConfig.from_hf on config.json files of every style, and what the dataclasses refuse."""
+"""config_from_hf on config.json files of every style, and what the dataclasses refuse."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import json
 import pytest
 from hf_models import FAMILIES, tiny_config
 
-from easyspec_jax.config import _FAMILY_DEFAULTS, ModelConfig, RopeScaling, Sampling
+from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
+from easyspec_jax.hf_config import _FAMILY_DEFAULTS, config_from_hf
+from easyspec_jax.weights import LAYER, TOP, present
 
 SIZES = {
     "vocab_size": 64,
@@ -27,7 +29,7 @@ LLAMA3 = {
 
 
 def tiny(family: str = "llama", **overrides) -> ModelConfig:
-    return ModelConfig.from_hf(tiny_config(family, **overrides))
+    return config_from_hf(tiny_config(family, **overrides))
 
 
 def test_tiny_llama_is_read_field_by_field():
@@ -50,12 +52,15 @@ def test_tiny_llama_is_read_field_by_field():
 
 
 def test_shapes_split_heads_and_follow_the_family():
-    shapes = tiny("qwen2").layer_shapes()
-    assert shapes["wq"] == (32, 2, 2, 8) and shapes["wo"] == (2, 2, 8, 32)
-    assert shapes["bq"] == (2, 2, 8) and "q_norm" not in shapes
-    assert tiny("qwen3").layer_shapes()["k_norm"] == (8,)
-    assert tiny().top_shapes()["lm_head"] == (32, 61)
-    assert "lm_head" not in tiny(tie_word_embeddings=True).top_shapes()
+    def shapes(table, config):
+        return {name: weight.shape(config) for name, weight in present(table, config).items()}
+
+    layer = shapes(LAYER, tiny("qwen2"))
+    assert layer["wq"] == (32, 2, 2, 8) and layer["wo"] == (2, 2, 8, 32)
+    assert layer["bq"] == (2, 2, 8) and "q_norm" not in layer
+    assert shapes(LAYER, tiny("qwen3"))["k_norm"] == (8,)
+    assert shapes(TOP, tiny())["lm_head"] == (32, 61)
+    assert "lm_head" not in shapes(TOP, tiny(tie_word_embeddings=True))
 
 
 def test_configs_are_hashable_and_frozen():
@@ -73,7 +78,7 @@ def test_absent_attributes_take_the_defaults_of_transformers(family):
         if name in ("num_key_value_heads", "head_dim", "sliding_window"):
             continue  # filled in by the class, compared below
         assert getattr(hf_default, name) == value, name
-    ours = ModelConfig.from_hf({"model_type": family, **SIZES})
+    ours = config_from_hf({"model_type": family, **SIZES})
     assert ours.num_kv_heads == hf.num_key_value_heads
     assert ours.head_dim == (getattr(hf, "head_dim", None) or 256 // 32)
     assert ours.sliding_window == getattr(hf, "sliding_window", None)
@@ -85,8 +90,8 @@ def test_objects_of_transformers_and_their_saved_form_agree_with_the_raw_dict(fa
     transformers = pytest.importorskip("transformers", reason="makes configuration objects")
     raw = tiny_config(family, rope_scaling=LLAMA3, eos_token_id=[2, 5])
     hf = transformers.AutoConfig.for_model(**raw)
-    assert ModelConfig.from_hf(hf) == ModelConfig.from_hf(raw)
-    assert ModelConfig.from_hf(json.loads(hf.to_json_string(use_diff=False))) == tiny(
+    assert config_from_hf(hf) == config_from_hf(raw)
+    assert config_from_hf(json.loads(hf.to_json_string(use_diff=False))) == tiny(
         family, rope_scaling=LLAMA3, eos_token_id=[2, 5]
     )
 
@@ -175,7 +180,7 @@ def test_known_harmless_attributes_are_ignored():
         ({"eos_token_id": ["2"]}, "eos_ids must be a tuple of token ids"),
     ],
 )
-def test_refusals_of_from_hf(overrides, message):
+def test_refusals_of_config_from_hf(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny(**overrides)
 

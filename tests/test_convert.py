@@ -30,7 +30,8 @@ import convert
 from convert.__main__ import main
 from convert.tensors import read_array
 from easyspec_jax import checkpoint
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.hf_config import config_from_hf
+from easyspec_jax.weights import LAYER, TOP, present
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODELS = pathlib.Path(os.environ.get("EASYSPEC_MODELS", "~/.cache/easyspec-models")).expanduser()
@@ -64,13 +65,13 @@ def test_every_array_is_the_transposed_tensor_with_its_heads_split(family, tmp_p
     raw = tiny_config(family, num_attention_heads=6, num_key_value_heads=2)
     src = write_hf_folder(tmp_path / "hf", raw)
     out, hf = run(src, tmp_path / "out"), random_tensors(raw)
-    config = ModelConfig.from_hf(raw)
-    top = load_part(out, checkpoint.TOP)
-    assert {n: a.shape for n, a in top.items()} == config.top_shapes()
+    config = config_from_hf(raw)
+    top = load_part(out, checkpoint.TOP_PART)
+    assert top.keys() == present(TOP, config).keys()
     np.testing.assert_array_equal(top["embed"], hf["model.embed_tokens.weight"])
     np.testing.assert_array_equal(top["lm_head"], hf["lm_head.weight"].T)
     layer, prefix = load_part(out, checkpoint.layer_name(1)), "model.layers.1."
-    assert {n: a.shape for n, a in layer.items()} == config.layer_shapes()
+    assert layer.keys() == present(LAYER, config).keys()
     q, k = hf[prefix + "self_attn.q_proj.weight"], hf[prefix + "self_attn.k_proj.weight"]
     o = hf[prefix + "self_attn.o_proj.weight"]
     for kv in range(2):
@@ -96,7 +97,7 @@ def test_the_folder_holds_configs_tokenizer_and_metadata(folder, tmp_path):
         "temperature": 0.6,
     }
     weights = 0
-    for part in (checkpoint.TOP, *map(checkpoint.layer_name, range(3))):
+    for part in (checkpoint.TOP_PART, *map(checkpoint.layer_name, range(3))):
         weights ^= checkpoint.checksum(part, load_part(out, part))
     assert json.loads((out / checkpoint.METADATA_FILE).read_text()) == {
         "format": checkpoint.FORMAT,
@@ -134,7 +135,7 @@ def test_types_are_kept_or_cast(stored, wanted, tmp_path):
     want = np.dtype(wanted or stored)
     assert json.loads((out / checkpoint.METADATA_FILE).read_text())["dtype"] == want.name
     embed = random_tensors(raw, dtype=np.dtype(stored))["model.embed_tokens.weight"].astype(want)
-    got = load_part(out, checkpoint.TOP)["embed"]
+    got = load_part(out, checkpoint.TOP_PART)["embed"]
     assert got.dtype == want
     np.testing.assert_array_equal(got, embed)
 
@@ -142,7 +143,9 @@ def test_types_are_kept_or_cast(stored, wanted, tmp_path):
 def test_mixed_types_become_float32(folder, tmp_path):
     half = {"model.norm.weight": lambda x: x.astype(ml_dtypes.bfloat16)}
     rewrite(folder, **half)
-    assert load_part(run(folder, tmp_path / "out"), checkpoint.TOP)["embed"].dtype == np.float32
+    assert (
+        load_part(run(folder, tmp_path / "out"), checkpoint.TOP_PART)["embed"].dtype == np.float32
+    )
 
 
 def test_small_chunks_change_nothing(folder, tmp_path, monkeypatch):
@@ -166,7 +169,10 @@ def tied_folder(path: pathlib.Path, dtype, change) -> pathlib.Path:
 def test_known_harmless_tensors_are_dropped(stored, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.tensors.CHUNK_BYTES", 600)
     src = tied_folder(tmp_path / "hf", np.dtype(stored), lambda x: x.astype(np.float32))
-    assert set(load_part(run(src, tmp_path / "out"), checkpoint.TOP)) == {"embed", "final_norm"}
+    assert set(load_part(run(src, tmp_path / "out"), checkpoint.TOP_PART)) == {
+        "embed",
+        "final_norm",
+    }
 
 
 @pytest.mark.parametrize(
@@ -233,6 +239,8 @@ def test_values_beyond_the_range_are_refused(dtype, value, wider, tensor, folder
 @pytest.mark.parametrize("rows", [30, 33])
 def test_a_source_that_yields_another_number_of_rows_is_refused(rows):
     class Source:
+        config = config_from_hf(tiny_config("llama"))
+
         def label(self, name):
             return "its.name"
 
@@ -241,7 +249,7 @@ def test_a_source_that_yields_another_number_of_rows_is_refused(rows):
             yield np.ones(rows - 20, np.float32)
 
     with pytest.raises(ValueError, match=f"^tensor its.name holds {rows} rows instead of 32.$"):
-        read_array(Source(), NORM, "final_norm", (32,), np.dtype(np.float32))
+        read_array(Source(), NORM, present(TOP, Source.config)["final_norm"], np.dtype(np.float32))
 
 
 def test_targets_and_options_that_are_refused(folder, tmp_path):
@@ -441,7 +449,7 @@ def test_temporary_folders_of_dead_processes_are_removed(folder, tmp_path):
 def test_the_command_line(folder, tmp_path, capsys):
     assert main([str(folder), str(tmp_path / "out"), "--dtype", "bfloat16", "--quiet"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
-    assert load_part(tmp_path / "out", checkpoint.TOP)["embed"].dtype == ml_dtypes.bfloat16
+    assert load_part(tmp_path / "out", checkpoint.TOP_PART)["embed"].dtype == ml_dtypes.bfloat16
     assert main([str(folder), str(tmp_path / "out"), "--quiet"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

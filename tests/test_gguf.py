@@ -13,11 +13,12 @@ from test_convert import real_model
 from tokenizers import Tokenizer
 
 import convert
-from convert.gguf_source import _LAYER, _TOP, GgufSource
+from convert.gguf_source import GgufSource
 from convert.gguf_tokenizer import _SPLITS, write_tokenizer
-from convert.tensors import LAYER_NAMES, TOP_NAMES
 from easyspec_jax import checkpoint
-from easyspec_jax.config import ModelConfig, RopeScaling
+from easyspec_jax.config import RopeScaling
+from easyspec_jax.hf_config import config_from_hf
+from easyspec_jax.weights import GGUF_LAYER, HF_LAYER, LAYER, TOP
 
 untokenized = pytest.mark.filterwarnings("ignore:the source has no tokenizer")
 KINDS = {"control": 3, "user": 4, "unused": 5, "byte": 6}
@@ -37,7 +38,7 @@ def write_gguf(
     path, raw: dict, *, kind="F32", vector_kind="F32", metadata=(), tensors=()
 ) -> pathlib.Path:
     """A GGUF file of the random weights of a tiny config; `metadata` and `tensors` are added."""
-    arch, config = raw["model_type"], ModelConfig.from_hf(raw)
+    arch, config = raw["model_type"], config_from_hf(raw)
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_len)
@@ -52,10 +53,9 @@ def write_gguf(
         add = {bool: writer.add_bool, float: writer.add_float32, str: writer.add_string}
         add |= {int: writer.add_uint32, list: writer.add_array}
         add[type(value)](key, value)
-    names = {TOP_NAMES[ours]: theirs for ours, theirs in _TOP.items()}
+    names = {w.hf: w.gguf for w in TOP}
     for i in range(config.num_layers):
-        for ours, theirs in _LAYER.items():
-            names[f"model.layers.{i}.{LAYER_NAMES[ours]}"] = f"blk.{i}.{theirs}"
+        names |= {HF_LAYER.format(i) + w.hf: GGUF_LAYER.format(i) + w.gguf for w in LAYER}
     stored = {names[name]: array for name, array in random_tensors(raw).items()}
     for name, array in (stored | dict(tensors)).items():
         if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
@@ -81,9 +81,8 @@ def test_a_gguf_file_gives_what_the_folder_gives(family, tmp_path):
     assert wanted.keys() == got.keys()
     for name in wanted:
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
-    config = ModelConfig.from_hf(json.loads((two / "config.json").read_text()))
+    config = config_from_hf(json.loads((two / "config.json").read_text()))
     assert config.norm_eps == pytest.approx(1e-5)
-    assert config.layer_shapes() == ModelConfig.from_hf(raw).layer_shapes()
 
 
 @untokenized
@@ -94,7 +93,7 @@ def test_types_and_quantisation(kind, dtype, tmp_path):
     raw = tiny_config("llama", hidden_size=32, intermediate_size=64, tie_word_embeddings=True)
     out = run(write_gguf(tmp_path / "m.gguf", raw, kind=kind), tmp_path / "out")
     assert json.loads((out / checkpoint.METADATA_FILE).read_text())["dtype"] == dtype
-    top = load_part(out, checkpoint.TOP)
+    top = load_part(out, checkpoint.TOP_PART)
     assert set(top) == {"embed", "final_norm"}
     embed = random_tensors(raw)["model.embed_tokens.weight"]
     if kind == "Q8_0":
@@ -132,7 +131,7 @@ def test_llama3_factors_become_rope_scaling(factor, tmp_path):
     factors = llama3_factors(factor)
     file = write_gguf(tmp_path / "m.gguf", raw, tensors={"rope_freqs.weight": factors})
     out = run(file, tmp_path / "out")
-    config = ModelConfig.from_hf(json.loads((out / "config.json").read_text()))
+    config = config_from_hf(json.loads((out / "config.json").read_text()))
     assert config.rope_scaling == RopeScaling(kind="llama3", factor=factor)
     factors[7] = 3.0
     file = write_gguf(tmp_path / "n.gguf", raw, tensors={"rope_freqs.weight": factors})
@@ -151,7 +150,7 @@ def test_linear_scaling_and_end_tokens(tmp_path):
     out = run(
         write_gguf(tmp_path / "m.gguf", tiny_config("llama"), metadata=metadata), tmp_path / "out"
     )
-    config = ModelConfig.from_hf(json.loads((out / "config.json").read_text()))
+    config = config_from_hf(json.loads((out / "config.json").read_text()))
     assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
     assert config.eos_ids == (2,) and config.bos_id is None
     generation = json.loads((out / "generation_config.json").read_text())

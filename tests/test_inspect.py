@@ -16,6 +16,7 @@ import pytest
 import easyspec_jax as es
 from easyspec_jax.layer_parallel import run_fuzzy, run_whole_layers
 from easyspec_jax.model import Step, rotate
+from easyspec_jax.sharding import zeros
 from easyspec_jax.tuner import stale_passes
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))  # scripts, no package
@@ -57,10 +58,7 @@ def run(model, tokens, cache, run_block):
 
 
 def empty_cache(model, size=32):
-    abstract = es.cache.abstract_cache(
-        model.config, model.layout, model.partition, 1, size, model.dtype
-    )
-    return es.cache.zeros(abstract)
+    return zeros(model.abstract_cache(1, size))
 
 
 def last_log_probs(model, hidden):

@@ -64,7 +64,7 @@ def pair(layout, *, mesh, partition=(1, 4, 3, 1), gamma=3, width=2):
     ("layout", "partition"),
     [
         ("tensor", (1,) * 9),
-        ("layer", (1, 4, 3, 1)),
+        ("grouped", (1, 4, 3, 1)),
         (es.LayoutRules(heads=("tensor",), group="layer", mlp=()), (1, 6, 1, 1)),
     ],
 )
@@ -83,12 +83,12 @@ def test_collectives_are_those_of_the_compiled_program(layout, partition):
     received = dict.fromkeys(want, 0.0)
     for one in found:
         n = 8
-        if layout not in ("tensor", "layer") and one.phase != "verify" and one.part in alone:
+        if layout not in ("tensor", "grouped") and one.phase != "verify" and one.part in alone:
             n = 2  # heads over "tensor", MLPs whole
         times = 2 if one.kind == "all-reduce" else 1
         received[one.phase] += times * (n - 1) / n * one.bytes
     costs = step_costs(decoder, device(link=1.0), entries=64)
-    if layout != "layer":  # whose layers alone sum over two devices and over eight
+    if layout != "grouped":  # whose layers alone sum over two devices and over eight
         assert costs["calibrate"].seconds == pytest.approx(received["calibrate"])
         assert costs["draft"].seconds == pytest.approx(2 * received["draft"])
         assert costs["verify"].seconds == pytest.approx(received["verify"])

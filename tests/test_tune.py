@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import CONFIG, PROMPTS, all_logits, model
+from decoders import CONFIG, PROMPTS, all_logits, fresh_cache, model
 
 import easyspec_jax as es
-from easyspec_jax.loop import Specs
 from easyspec_jax.tuner import search, stale_passes, tune
 from easyspec_jax.tuner.partitions import (
     cheapest_partitions,
@@ -46,9 +45,8 @@ def written():
 
 
 def stale(m, window, partition, recent=1):
-    args = (m, window)
-    options = {"recent": recent, "vocab_size": m.config.vocab_size, "specs": Specs.of(args)}
-    found = search._log_probs(*args, stale_passes.staleness(partition), **options)
+    options = {"recent": recent, "vocab_size": m.config.vocab_size}
+    found = search._log_probs(m, window, stale_passes.staleness(partition), **options)
     return np.asarray(found[0, : window.size])
 
 
@@ -67,8 +65,7 @@ def drafted(partition, text, recent):
     rows = []
     for at in range(text.start - 1, text.end - 1):
         first = max(at - recent + 1, text.start - 1)
-        abstract = es.cache.abstract_cache(m.config, m.layout, m.partition, 1, 64, m.dtype)
-        cache = es.cache.zeros(abstract)
+        cache = fresh_cache(m, 1, 64)
         _, cache = forward(m, jnp.asarray(text.tokens), cache, exact)
         cache = cache.rollback(jnp.array([first], jnp.int32))  # what lies behind is written again
         for place in range(first, at + 1):
@@ -301,7 +298,7 @@ def test_with_a_time_for_steps_speed_decides():
     assert free[0].partition == (1,) * 5  # as many tokens as there can be
     dear = search.search(s, costs, 5, step_seconds=lambda partition: 10.0 ** len(partition))
     assert dear[0].partition == (5,) and dear[0].step_seconds == 10.0
-    assert dear[0].speed(3.0) == 0.3
+    assert dear[0].speed == dear[0].predicted / 10
     assert fastest_partitions(costs + 1.0, 5, lambda p: max(p))[0] == (1,) * 5
     few = search.search(s, costs, 4)
     assert {len(c.partition) for c in few if c.kind != "uniform"} == {4}

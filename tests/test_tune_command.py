@@ -12,7 +12,7 @@ import pytest
 from decoders import PROMPTS, model
 
 import easyspec_jax as es
-from easyspec_jax import tuned
+from easyspec_jax import checkpoint
 from easyspec_jax.cli import answering
 from easyspec_jax.cli import tune as tune_command
 from easyspec_jax.cli.main import make_parser
@@ -24,14 +24,14 @@ from easyspec_jax.tuner import search, stale_passes, tune
 
 
 def test_the_file_is_read_as_written_and_replaced_whole(tmp_path):
-    file = tuned.write_partition(tmp_path, (1, 2, 2), {"tuned_for": {"draft_weights": "aa"}})
-    assert tuned.read_partition(tmp_path, 5) == (1, 2, 2)
-    assert tuned.read_partition(tmp_path, 5, "aa") == (1, 2, 2)
+    file = checkpoint.write_partition(tmp_path, (1, 2, 2), {"tuned_for": {"draft_weights": "aa"}})
+    assert checkpoint.read_partition(tmp_path, 5) == (1, 2, 2)
+    assert checkpoint.read_partition(tmp_path, 5, "aa") == (1, 2, 2)
     with pytest.warns(UserWarning, match="was found for other weights: run `easyspec tune"):
-        tuned.read_partition(tmp_path, 5, "bb")
+        checkpoint.read_partition(tmp_path, 5, "bb")
     with pytest.raises(TypeError):
-        tuned.write_partition(tmp_path, (5,), {"candidates": object()})
-    assert tuned.read_partition(tmp_path, 5) == (1, 2, 2)
+        checkpoint.write_partition(tmp_path, (5,), {"candidates": object()})
+    assert checkpoint.read_partition(tmp_path, 5) == (1, 2, 2)
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -51,7 +51,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, content, sentence):
     if content is not None:
         (tmp_path / "partition.json").write_text(content)
     with pytest.raises(ValueError) as error:
-        tuned.read_partition(tmp_path, 5)
+        checkpoint.read_partition(tmp_path, 5)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -139,7 +139,7 @@ def test_times_of_partitions_are_the_planners():
     assert seconds((1, 4, 4)) < seconds((1, 3, 4, 1)) < seconds((1,) * 9)
     assert seconds((5, 3, 1)) > seconds((4, 4, 1))  # five layers on four devices take two turns
     planner = Planner(base=config, draft=config, device=PRESETS["h100"])
-    place = {"layer": 4, "tensor": 2, "draft": "groups", "rules": LAYOUTS["layer"]}
+    place = {"layer": 4, "tensor": 2, "draft": "groups", "rules": LAYOUTS["grouped"]}
     choice = planner.price(Deployment(**place, group_size=(1, 4, 4)), 5)
     assert seconds((1, 4, 4)) == choice.cost.seconds
     assert times()((1, 8)) < seconds((1, 8))  # all eight side by side
@@ -147,7 +147,7 @@ def test_times_of_partitions_are_the_planners():
 
 def test_a_saved_model_does_not_take_a_partition_along(pair):
     draft = pair / "draft"
-    tuned.write_partition(draft, (5,), {})
+    checkpoint.write_partition(draft, (5,), {})
     m = es.load_model(draft, es.make_mesh(1, 1), group_size="tuned")
     assert m.partition == (5,)
     es.save_model(m, pair / "copy", like=draft)

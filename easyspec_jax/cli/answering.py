@@ -92,7 +92,8 @@ def choose_sampling(args: argparse.Namespace, generation: dict[str, Any]) -> es.
     """The arguments' sampling, else generation_config.json's, else greedy; says which on stderr."""
     names = ("temperature", "top_k", "top_p", "min_p")
     asked = given(args, *names)
-    source, values = "as asked for" if asked else "the default", asked
+    source = "as asked for" if asked else "the default"
+    values: dict[str, Any] = asked
     if args.temperature is None and generation.get("do_sample"):
         source = "from generation_config.json" + (" and the arguments" if asked else "")
         if generation.get("repetition_penalty", 1.0) != 1.0:

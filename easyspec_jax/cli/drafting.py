@@ -30,7 +30,7 @@ def _group_size(text: str) -> int | tuple[int, ...] | str:
     except argparse.ArgumentTypeError:
         wanted = "neither a number nor sizes like 1,2,3,1 nor tuned"
         raise argparse.ArgumentTypeError(f"{text!r} is {wanted}") from None
-    return sizes if len(sizes) > 1 else sizes[0]
+    return sizes[0] if len(sizes) == 1 else sizes
 
 
 _SIZES = "layers that run at once, all groups' sizes, or what `easyspec tune` found"
@@ -194,7 +194,7 @@ def partition_of(
     Raises:
       ValueError: it does not fit the model, or the checkpoint was not tuned.
     """
-    if group_size == TUNED:
+    if isinstance(group_size, str):  # TUNED: the parser lets no other word pass
         return read_partition(path, config.num_layers, metadata.get("weights"))
     return es.make_partition(config.num_layers, group_size)
 

@@ -191,6 +191,8 @@ def _kind_of_part(decoder: es.Decoder, one: Collective) -> str:
     """A part's name; a block's is a layer alone, or the size of its group."""
     if not one.part.startswith("block_"):
         return one.part
-    model = decoder.base if one.phase == "verify" else decoder.drafter.draft
+    model, drafter = decoder.base, decoder.drafter
+    if one.phase != "verify" and isinstance(drafter, es.LayerParallelDrafter):
+        model = drafter.draft
     size = model.partition[int(one.part.removeprefix("block_"))]
     return "layer" if size == 1 else f"group of {size}"

@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -74,7 +75,8 @@ def configure(args: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     if getattr(args, "dtype", None) == "float32":  # else GPUs compute its products in TF32
         jax.config.update("jax_default_matmul_precision", "float32")
-    if getattr(args, "compile_cache", False) and jax.config.jax_compilation_cache_dir is None:
+    settings: Any = jax.config  # has its options as attributes only when it runs
+    if getattr(args, "compile_cache", False) and settings.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compile"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

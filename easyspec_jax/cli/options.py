@@ -24,7 +24,7 @@ class Checked(argparse.Action):
         super().__init__(*args, **options)
         self.must, self.fits = must, fits
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(self, parser, namespace, values: Any, option_string=None) -> None:
         for value in values if isinstance(values, tuple) else (values,):
             if not self.fits(value):
                 raise ValueError(f"{self.option_strings[0]} must be {self.must}, got {value}")

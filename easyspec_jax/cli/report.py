@@ -26,7 +26,7 @@ class Clock:
 
     def __init__(self, load_seconds: float):
         self.load = load_seconds
-        self.first: float | None = None  # seconds until the first tokens
+        self.first = 0.0  # seconds until the first tokens
         self.compiling = 0.0
         self.total = 0.0
         self.later_tokens = 0  # behind the first step's
@@ -42,14 +42,14 @@ class Clock:
 
     def count(self, piece: Sequence[int]) -> None:
         """One step has ended."""
-        if self.first is None:
-            self.first = time.perf_counter() - self._began
-        else:
+        if self.first:
             self.later_tokens += len(piece)
+        else:
+            self.first = time.perf_counter() - self._began
 
-    def _listen(self, event: str, seconds: float, **_) -> None:
+    def _listen(self, event: str, duration_secs: float, **_) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.compiling += seconds
+            self.compiling += duration_secs
 
 
 def print_report(args: argparse.Namespace, session: Session, clock: Clock) -> None:

@@ -113,11 +113,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _differs(found: Tuning) -> bool:
     """Whether a text was not autoregression's; says which partition's on stderr."""
-    wrong = [c for c in found.candidates if c.identical not in (None, found.num_prompts)]
-    for c in wrong:
-        count = f"{found.num_prompts - c.identical} of {found.num_prompts} answers"
-        print(f"{shown(c.partition)}: {count} differ from autoregression's", file=sys.stderr)
-    return bool(wrong)
+    differs = False
+    for c in found.candidates:
+        wrong = 0 if c.identical is None else found.num_prompts - c.identical
+        if wrong:
+            count = f"{wrong} of {found.num_prompts} answers"
+            print(f"{shown(c.partition)}: {count} differ from autoregression's", file=sys.stderr)
+        differs |= wrong > 0
+    return differs
 
 
 def predict_times(
@@ -254,15 +257,15 @@ def shown(partition: tuple[int, ...]) -> str:
 
 
 def _print(found: Tuning) -> None:
-    """A table of what was verified, the best first."""
+    """A table of what was decoded with, the best first."""
     print(f"{found.num_prompts} prompts, {found.num_tokens} tokens; tokens per step")
     timed = found.candidates[0].step_seconds is not None
     head = f"{'ms a step':>11}" if timed else ""
     print(f"{'steps':>5}{'predicted':>11}{'decoded':>9}{head}  partition")
     for c in found.candidates:
-        time = f"{1e3 * c.step_seconds:>11.3f}" if timed else ""
+        time = f"{1e3 * c.step_seconds:>11.3f}" if c.step_seconds is not None else ""
         print(
-            f"{c.attention_steps:>5}{c.predicted:>11.3f}{c.tokens_per_step:>9.3f}{time}  "
+            f"{c.attention_steps:>5}{c.predicted:>11.3f}{c.tokens:>9.3f}{time}  "
             f"{shown(c.partition)}{' (uniform)' if c.kind == 'uniform' else ''}"
         )
     best = found.candidates[0]
@@ -276,12 +279,10 @@ def _gain(best: Candidate, uniform: Candidate | None) -> str:
         return "and no uniform one has so few groups"
     if best is uniform:
         return "the uniform one: nothing that was tried is better"
-    tokens = best.tokens_per_step / uniform.tokens_per_step
-    gain = f"{tokens:.3f} times the tokens per step of the best uniform one"
+    gain = f"{best.tokens / uniform.tokens:.3f} times the tokens per step of the best uniform one"
     if best.step_seconds is None:
         return gain
-    speed = best.speed(best.tokens_per_step) / uniform.speed(uniform.tokens_per_step)
-    return f"{gain}, {speed:.3f} times its predicted speed"
+    return f"{gain}, {best.speed / uniform.speed:.3f} times its predicted speed"
 
 
 def _keep(path: str, num_layers: int, found: Tuning, record: dict[str, Any]) -> None:

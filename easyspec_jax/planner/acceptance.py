@@ -172,7 +172,8 @@ def _exponent(arm: _Arm, chain: tuple[float, float]) -> list[float]:
         return []
 
     def tokens(won, n):
-        return chain_tokens(*(1 - (1 - a) * (1 - won) for a in chain), n)
+        first, later = (1 - (1 - a) * (1 - won) for a in chain)
+        return chain_tokens(first, later, n)
 
     missed = max(1 - _solve(tokens, arm), 1e-3)
     return [-math.log(missed) / math.log(arm.tree_width)]
@@ -189,4 +190,7 @@ def _solve(tokens: Any, arm: _Arm) -> float:
 
     if not missing(0.0) < 0:
         return 0.0
-    return 1.0 if missing(1.0) <= 0 else brentq(missing, 0.0, 1.0)
+    if missing(1.0) <= 0:
+        return 1.0
+    root: Any = brentq(missing, 0.0, 1.0)  # a pair only where more is asked of it
+    return root

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from easyspec_jax.decode import Decoder
+from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.loop import PHASES
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.model import Model
@@ -179,6 +180,9 @@ def step_costs(
       batch: rows that are decoded together.
       entries: S, the capacity of their caches, all of which attention reads.
       known: passes priced before, for decoders of the same models that differ in γ and w alone.
+
+    Raises:
+      ValueError: a drafter of another kind.
     """
     known = {} if known is None else known
     gamma, width, drafter = decoder.num_draft_tokens, decoder.tree_width, decoder.drafter
@@ -193,6 +197,9 @@ def step_costs(
     costs = {phase: Cost() for phase in PHASES} | {"commit": Cost(host=device.step)}
     if not gamma:
         return costs | {"verify": run(decoder.base, 1, 1)}
+    if not isinstance(drafter, LayerParallelDrafter):
+        kind = type(drafter).__name__
+        raise ValueError(f"costs are known of a LayerParallelDrafter or of none, got a {kind}")
     window = "exact" if drafter.calibrate else drafter.parallel
     nodes = gamma * width + 1
     return costs | {

@@ -128,35 +128,22 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 # `experiments/published.py`, which predicts all others. Hopper devices: the same share of what they
 # are sold with and the same kernels; collectives fitted to measurements of custom all-reduces of 4
 # to 256 KB (sglang issue 2904). `score` and `logit`: three passes over float32 numbers.
-_HOPPER = {
-    "flops": 0.6 * 989e12, "collective": 3.35e-6, "hop": 0.38e-6, "link": 4.6e10, "kernel": 5e-6,
-    "step": 3e-5,
-}  # fmt: skip
-_A100 = {
-    "bandwidth": 1.7e12, "flops": 0.6 * 312e12, "memory": 0.75 * 80e9, "score": 8e-12,
-    "logit": 8e-12, "collective": 6.9e-6, "hop": 0.56e-6, "link": 4e10,
-}  # fmt: skip
-_EAGER = {"attention_kernels": 26, "mlp_kernels": 14, "pass_kernels": 23, "overlapped": True}
-PRESETS = {
-    "a100": Device(name="a100", kernel=5e-6, step=3e-5, **_A100),
-    "a100-eager": Device(name="a100-eager", kernel=19.1e-6, **_EAGER, **_A100),
-    "h100": Device(
-        name="h100",
-        bandwidth=0.83 * 3.35e12,
-        memory=0.75 * 80e9,
-        score=5e-12,
-        logit=5e-12,
-        **_HOPPER,
-    ),
-    "h200": Device(
-        name="h200",
-        bandwidth=0.83 * 4.8e12,
-        memory=0.75 * 141e9,
-        score=3e-12,
-        logit=3e-12,
-        **_HOPPER,
-    ),
-}
+_A100 = Device(
+    name="a100", bandwidth=1.7e12, flops=0.6 * 312e12, memory=0.75 * 80e9, kernel=5e-6,
+    score=8e-12, logit=8e-12, collective=6.9e-6, hop=0.56e-6, link=4e10, step=3e-5,
+)  # fmt: skip
+_EAGER = dataclasses.replace(
+    _A100, name="a100-eager", kernel=19.1e-6, attention_kernels=26, mlp_kernels=14,
+    pass_kernels=23, step=0.0, overlapped=True,
+)  # fmt: skip
+_H100 = Device(
+    name="h100", bandwidth=0.83 * 3.35e12, flops=0.6 * 989e12, memory=0.75 * 80e9, kernel=5e-6,
+    score=5e-12, logit=5e-12, collective=3.35e-6, hop=0.38e-6, link=4.6e10, step=3e-5,
+)  # fmt: skip
+_H200 = dataclasses.replace(
+    _H100, name="h200", bandwidth=0.83 * 4.8e12, memory=0.75 * 141e9, score=3e-12, logit=3e-12
+)
+PRESETS = {device.name: device for device in (_A100, _EAGER, _H100, _H200)}
 
 
 def read_device(name: str) -> Device:
@@ -186,10 +173,10 @@ def read_device(name: str) -> Device:
     for key, value in values.items():
         if value == math.inf:
             raise ValueError(f"{path}: {key} must be finite")
-    points = values.get("products", ())
-    if isinstance(points, list):
-        points = tuple(tuple(p) if isinstance(p, list) else p for p in points)
+    fields: dict[str, Any] = dict(values)
+    if isinstance(points := fields.get("products"), list):
+        fields["products"] = tuple(tuple(p) if isinstance(p, list) else p for p in points)
     try:
-        return Device(**values | {"products": points})
+        return Device(**fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -118,12 +118,13 @@ def kernel_costs(device: Device, dtype: Any) -> tuple[float, float]:
 def _small_step(device: Device, layers: int, dtype: Any) -> tuple[float, float]:
     """Seconds of a step of a model of so many layers, measured and as `device` predicts."""
     inner, outer = _SMALL
-    sizes = {"embed_dim": inner, "mlp_dim": outer, "num_heads": 8, "num_kv_heads": 4}
-    config = ModelConfig(vocab_size=64, head_dim=64, num_layers=layers, max_len=256, **sizes)
+    config = ModelConfig(
+        vocab_size=64, embed_dim=inner, mlp_dim=outer, num_layers=layers, num_heads=8,
+        num_kv_heads=4, head_dim=64, max_len=256,
+    )  # fmt: skip
     decoder = Decoder(random_model(config, make_mesh(1, 1), seed=0, dtype=dtype))
-    size = {"prompt_len": 8, "max_new_tokens": 8}
-    measured = min(decoder.profile(**size, repeats=20)["step"] for _ in range(4))
-    costs = step_costs(decoder, device, entries=decoder.capacity(sum(size.values())))
+    measured = min(decoder.profile(1, 8, max_new_tokens=8)["step"] for _ in range(4))
+    costs = step_costs(decoder, device, entries=decoder.capacity(8 + 8))
     return measured, sum(cost.seconds for cost in costs.values())
 
 

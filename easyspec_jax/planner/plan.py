@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class Deployment:
     layer: int
     tensor: int
     draft: str  # "none" (autoregression), "one device", "tensor parallel" or "groups"
-    rules: LayoutRules | None = None
+    rules: LayoutRules = LAYOUTS["tensor"]  # of the draft
     group_size: int | tuple[int, ...] = 1
 
     @property
@@ -48,8 +49,7 @@ class Deployment:
     def draft_devices(self) -> int:
         """Devices that share one attention layer of the draft: its tensor parallelism."""
         sizes = {LAYER: self.layer, TENSOR: self.tensor}
-        axes = self.rules.heads if self.rules else ()
-        return functools.reduce(lambda n, axis: n * sizes[axis], axes, 1)
+        return math.prod(sizes[axis] for axis in self.rules.heads)
 
     @property
     def mlp(self) -> str:
@@ -200,7 +200,7 @@ class Planner:
         phases = step_costs(decoder, self.device, batch=self.batch, entries=entries, known=known)
         brings = 1.0
         if num_draft_tokens:
-            partition = decoder.drafter.draft.partition
+            partition = make_partition(self.draft.num_layers, where.group_size)
             brings = self.acceptance.tokens_per_step(partition, num_draft_tokens, tree_width)
         return Choice(
             deployment=where,
@@ -312,6 +312,6 @@ def _shapes(config, mesh, dtype, group_size, rules):
     return abstract_model(config, abstract_mesh(*mesh), **options)
 
 
-def abstract_mesh(layer: int, tensor: int) -> AbstractMesh:
-    """`make_mesh` without devices."""
+def abstract_mesh(layer: int, tensor: int) -> Any:
+    """`make_mesh` without devices, as it stands in the place of a mesh."""
     return AbstractMesh((layer, tensor), (LAYER, TENSOR), axis_types=(AxisType.Auto,) * 2)

@@ -66,9 +66,15 @@ class Candidate:
         """Attention layers that run one after another: blocks."""
         return len(self.partition)
 
-    def speed(self, tokens: float) -> float:
-        """Tokens per second at so many tokens per step; tokens per step where no time is known."""
-        return tokens / (self.step_seconds or 1.0)
+    @property
+    def tokens(self) -> float:
+        """Tokens per step: by real decoding, else as predicted."""
+        return self.predicted if self.tokens_per_step is None else self.tokens_per_step
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second; tokens per step where no time is known."""
+        return self.tokens / (self.step_seconds or 1.0)
 
 
 class Scorer:
@@ -144,12 +150,12 @@ class Scorer:
     def _run(self, stale: np.ndarray, texts: range) -> list[tuple[np.ndarray, np.ndarray]]:
         """Divergence and acceptance, f[n] each, of every answer token of these texts."""
         mesh = self.draft.layout.mesh
-        stale = replicate(np.asarray(stale, np.int32), mesh)
+        old = replicate(np.asarray(stale, np.int32), mesh)
         temperature = replicate(np.float32(self.temperature), mesh)
         found = []
         # All are started before the first is waited for.
         for i in texts:
-            args = (self.draft, self.windows[i], stale, self.exact[i], self.base[i], temperature)
+            args = (self.draft, self.windows[i], old, self.exact[i], self.base[i], temperature)
             found.append(_judge(*args, recent=self.recent))
         sizes = [self.sizes[i] for i in texts]
         return [
@@ -258,7 +264,7 @@ def search(
         return found[partition]
 
     def promise(candidate: Candidate) -> tuple[float, float]:
-        return candidate.speed(candidate.predicted), -candidate.divergence
+        return candidate.speed, -candidate.divergence
 
     for partition in uniform_partitions(num_layers, max_blocks, largest):
         consider(partition, "uniform")

@@ -90,7 +90,7 @@ def confirm_best(
     finalists += [c for c in uniform if c not in finalists]
     bar = tqdm(finalists, "decoding", disable=not progress, leave=False)
     confirmed = [confirm(base, draft, c, prompts, expected, **options) for c in bar]
-    return sorted(confirmed, key=lambda c: (-c.speed(c.tokens_per_step), -c.predicted))
+    return sorted(confirmed, key=lambda c: (-c.speed, -c.predicted))
 
 
 def tune(
@@ -151,7 +151,7 @@ def tune(
         exact_acceptance=scorer.exact_acceptance,
         sensitivity=costs,
         num_prompts=len(greedy),
-        num_tokens=sum(w.size for w in scorer.windows),
+        num_tokens=sum(scorer.sizes),
     )
 
 

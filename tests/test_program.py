@@ -11,6 +11,7 @@ from decoders import started
 
 import easyspec_jax as es
 from easyspec_jax.planner.program import collectives, read_collectives
+from easyspec_jax.request import make_inputs
 
 GAMMA, WIDTH, FLOAT = 3, 2, 4
 GROUPS = (1, 4, 2, 1)  # on 4 devices a whole slot and a padded one
@@ -28,10 +29,6 @@ def pair(shape, layout, **options):
     draft = es.abstract_model(DRAFT, mesh, group_size=GROUPS, layout=layout)
     base = es.abstract_model(BASE, mesh)
     return es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=GAMMA, **options)
-
-
-def request():
-    return es.request.make_request(BASE, [[1]], 4096)
 
 
 def by_block(found, phase):
@@ -68,9 +65,8 @@ def check_nothing_large_moves(decoder, found):
         if len([n for n in x.sharding.shard_shape(x.shape) if n > 1]) > 1
     )
     assert max(one.bytes for one in found if one.part != "logits") < smallest
-    caches = jax.tree.leaves(
-        (decoder.planned(request()).cache, decoder.planned(request()).draft.cache)
-    )
+    _, state = decoder.planned(make_inputs(BASE, [[1]], 4096))
+    caches = jax.tree.leaves((state.cache, state.draft))
     entries = [x for x in caches if x.ndim > 1]
     held = min(math.prod(x.sharding.shard_shape(x.shape)) for x in entries)
     assert max(one.bytes for one in found if one.part != "logits") < FLOAT * held
@@ -167,8 +163,8 @@ def test_planning_compiles_the_program_that_runs():
     base = es.random_model(BASE, mesh, dtype="float32")
     decoder = es.Decoder(base)
     run = started(decoder, [[1, 2]], 9)
-    planned = decoder.planned(run.request)
-    assert jax.tree.structure(planned) == jax.tree.structure(run.state)
-    for want, got in zip(*map(jax.tree.leaves, (planned, run.state)), strict=True):
+    planned = decoder.planned(make_inputs(BASE, [[1, 2]], 9))
+    assert jax.tree.structure(planned) == jax.tree.structure((run.request, run.state))
+    for want, got in zip(*map(jax.tree.leaves, (planned, (run.request, run.state))), strict=True):
         assert (want.shape, want.dtype) == (got.shape, got.dtype)
         assert want.sharding.is_equivalent_to(got.sharding, got.ndim)
