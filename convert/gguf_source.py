@@ -18,7 +18,7 @@ import numpy as np
 from convert.gguf_tokenizer import check_tokenizer, write_tokenizer
 from convert.tensors import Tensor, expected_tensors, row_ranges
 from easyspec_jax.hf_config import config_from_hf
-from easyspec_jax.weights import EMBED, GGUF_LAYER, HEAD, HF_LAYER, LAYER, TOP
+from easyspec_jax.weights import EMBED, GGUF_PREFIX, HEAD, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -75,10 +75,10 @@ class GgufSource:
         self.config = config_from_hf(raw)
         self.config_text = json.dumps(raw, indent=2) + "\n"
         self.generation_config = self._generation_config()
-        self._labels = {w.hf: w.gguf for w in TOP}
+        self._labels = {w.hf: w.gguf for w in TOP_WEIGHTS}
         for i in range(self.config.num_layers):
-            for w in LAYER:
-                self._labels[HF_LAYER.format(i) + w.hf] = GGUF_LAYER.format(i) + w.gguf
+            for w in LAYER_WEIGHTS:
+                self._labels[HF_PREFIX.format(i) + w.hf] = GGUF_PREFIX.format(i) + w.gguf
         names = {theirs: hf for hf, theirs in self._labels.items()}
         self.tensors = {
             names.get(n, n): _header(t) for n, t in self._stored.items() if n != _ROPE_FACTORS

@@ -17,7 +17,7 @@ import numpy as np
 
 from easyspec_jax.checkpoint import TOP_PART, layer_name
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.weights import EMBED, HEAD, HF_LAYER, LAYER, TOP, Weight, present
+from easyspec_jax.weights import EMBED, HEAD, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS, Weight, present
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -63,10 +63,10 @@ class Source(Protocol):
 
 def model_parts(config: ModelConfig) -> Iterator[tuple[str, dict[str, Weight]]]:
     """Every part of a model's checkpoint, and its weights by their names in transformers."""
-    yield TOP_PART, {w.hf: w for w in present(TOP, config).values()}
-    layer = present(LAYER, config).values()
+    yield TOP_PART, {w.hf: w for w in present(TOP_WEIGHTS, config).values()}
+    layer = present(LAYER_WEIGHTS, config).values()
     for i in range(config.num_layers):
-        yield layer_name(i), {HF_LAYER.format(i) + w.hf: w for w in layer}
+        yield layer_name(i), {HF_PREFIX.format(i) + w.hf: w for w in layer}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -45,7 +45,7 @@ FORMAT = 1
 # {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null,
 #  "weights": `checksum` of all parts}
 METADATA_FILE = "easyspec.json"
-TOP_PART = "top"  # of `weights.TOP`; every other part holds the `weights.LAYER` of one layer
+TOP_PART = "top"  # of `weights.TOP_WEIGHTS`; every other part holds the `weights.LAYER_WEIGHTS` of one layer
 PARTITION_FILE = "partition.json"  # beside the parts: the groups that tuning chose, and why
 PARTITION_FORMAT = 1
 TUNED = "tuned"  # as a group size: that of the partition file
@@ -64,7 +64,7 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, np.ndarray]) ->
     from orbax.checkpoint import v1
 
     ocp: Any = v1  # its options are looser than their declared types
-    dims = {weight.name: weight.dims for weight in (*weights.LAYER, *weights.TOP)}
+    dims = {weight.name: weight.dims for weight in (*weights.LAYER_WEIGHTS, *weights.TOP_WEIGHTS)}
 
     def pieces(keypath, value):
         del value
@@ -265,13 +265,13 @@ def _build(config, mesh, group_size, dtype, layout, part: Callable, tokenizer) -
     placed, dtype = model.layout, model.dtype
     largest = max(device_bytes(block) for block in model.params.blocks)
     check_memory(placed.mesh, {"weights": device_bytes(model.params), "reading": largest})
-    layer = _abstract(weights.LAYER, config, dtype, placed)
+    layer = _abstract(weights.LAYER_WEIGHTS, config, dtype, placed)
     blocks, first = [], 0
     for size in model.partition:
         layers = [part(layer_name(i), layer) for i in range(first, first + size)]
         blocks.append(_jit_arrange(size, config, placed)(layers))
         first += size
-    top = part(TOP_PART, _abstract(weights.TOP, config, dtype, placed))
+    top = part(TOP_PART, _abstract(weights.TOP_WEIGHTS, config, dtype, placed))
     shardings = _named(_fields(weights.specs(config, placed, ())), placed.mesh)
     top = jax.jit(weights.arrange_top, out_shardings=shardings)(top)
     params = weights.Params(blocks=tuple(blocks), **top)
@@ -306,10 +306,10 @@ def _abstract_params(
     config: ModelConfig, layout: Layout, partition: tuple[int, ...], dtype: Any
 ) -> weights.Params:
     """Shapes and shardings of a model's weights, as ShapeDtypeStructs; nothing is allocated."""
-    layer = _abstract(weights.LAYER, config, dtype, layout)
+    layer = _abstract(weights.LAYER_WEIGHTS, config, dtype, layout)
     arrange = functools.partial(weights.arrange_block, layout=layout)
     blocks = {size: jax.eval_shape(arrange, [layer] * size) for size in set(partition)}
-    top = jax.eval_shape(weights.arrange_top, _abstract(weights.TOP, config, dtype, layout))
+    top = jax.eval_shape(weights.arrange_top, _abstract(weights.TOP_WEIGHTS, config, dtype, layout))
     shapes = weights.Params(blocks=tuple(blocks[size] for size in partition), **top)
     shardings = _named(weights.specs(config, layout, partition), layout.mesh)
     return jax.tree.map(
@@ -335,7 +335,7 @@ def _jit_arrange(size, config, layout):
 @functools.cache
 def _random_part(abstract):
     """A jitted key -> arrays; one draw for all arrays of a part compiles several times faster."""
-    table = {weight.name: weight for weight in (*weights.LAYER, *weights.TOP)}
+    table = {weight.name: weight for weight in (*weights.LAYER_WEIGHTS, *weights.TOP_WEIGHTS)}
 
     def make(key):
         ends = np.cumsum([math.prod(a.shape) for _, a in abstract])

@@ -1,6 +1,6 @@
 """Every weight of a model, described once: dimensions, initialiser, and what others call it.
 
-A checkpoint holds the arrays of `LAYER` for every layer and those of `TOP` once, matrices with
+A checkpoint holds the arrays of `LAYER_WEIGHTS` for every layer and those of `TOP_WEIGHTS` once, matrices with
 their inputs first. A model runs on the same numbers arranged: queries, keys and values in one
 matrix, gate and up in another, the layers of a group stacked. Shapes, splits over a mesh, random
 weights, conversion, loading and saving all read the tables here, so a family with one more norm is
@@ -32,8 +32,8 @@ class Weight:
     # Letters of its dimensions, those that a product sums over first: D embed, F mlp, V vocabulary,
     # K kv heads, G query heads of each, H head width.
     dims: str
-    hf: str  # in transformers, behind `HF_LAYER` where it is a layer's
-    gguf: str  # in GGUF files, behind `GGUF_LAYER`
+    hf: str  # in transformers, behind `HF_PREFIX` where it is a layer's
+    gguf: str  # in GGUF files, behind `GGUF_PREFIX`
     # How many of `dims` are inputs of a matrix, which others store transposed; 0: no matrix.
     num_inputs: int = 0
     # What a standard normal draw is multiplied by; None: a matrix keeps the size of its inputs,
@@ -85,10 +85,10 @@ def _has_head(config: ModelConfig) -> bool:
     return not config.tie_embeddings
 
 
-HF_LAYER, GGUF_LAYER = "model.layers.{}.", "blk.{}."
+HF_PREFIX, GGUF_PREFIX = "model.layers.{}.", "blk.{}."
 _BIAS: dict[str, Any] = {"spread": 0.02, "exists": _has_bias}
 
-LAYER = (
+LAYER_WEIGHTS = (
     Weight("attn_norm", "D", "input_layernorm.weight", "attn_norm.weight"),
     Weight("wq", "DKGH", "self_attn.q_proj.weight", "attn_q.weight", 1),
     Weight("wk", "DKH", "self_attn.k_proj.weight", "attn_k.weight", 1),
@@ -106,7 +106,7 @@ LAYER = (
 )
 EMBED = Weight("embed", "VD", "model.embed_tokens.weight", "token_embd.weight", spread=1.0)
 HEAD = Weight("lm_head", "DV", "lm_head.weight", "output.weight", 1, exists=_has_head)
-TOP = (EMBED, Weight("final_norm", "D", "model.norm.weight", "output_norm.weight"), HEAD)
+TOP_WEIGHTS = (EMBED, Weight("final_norm", "D", "model.norm.weight", "output_norm.weight"), HEAD)
 # Letters of the arrays that a model runs with. E counts what is fused: key and value, gate and up;
 # the G of "wqkv" and "bqkv" holds key and value too, where they are not apart.
 ARRANGED = {
@@ -196,7 +196,7 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
     stacked = layout.stacks(len(layers))
     if stacked:
         # From parts as they were read to whole layers: the compiler finds no short way by itself.
-        dims = {weight.name: weight.dims for weight in LAYER}
+        dims = {weight.name: weight.dims for weight in LAYER_WEIGHTS}
         layers = [
             {
                 name: lax.with_sharding_constraint(x, layout.named(dims[name]))

@@ -185,7 +185,7 @@ def load_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
 
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
     dtype = np.dtype(json.loads((folder / checkpoint.METADATA_FILE).read_text())["dtype"])
-    table = weights.TOP if part == checkpoint.TOP_PART else weights.LAYER
+    table = weights.TOP_WEIGHTS if part == checkpoint.TOP_PART else weights.LAYER_WEIGHTS
     shapes = {n: w.shape(config) for n, w in weights.present(table, config).items()}
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     abstract = {n: jax.ShapeDtypeStruct(s, dtype, sharding=device) for n, s in shapes.items()}

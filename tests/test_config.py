@@ -10,7 +10,7 @@ from hf_models import FAMILIES, tiny_config
 
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.hf_config import _FAMILY_DEFAULTS, config_from_hf
-from easyspec_jax.weights import LAYER, TOP, present
+from easyspec_jax.weights import LAYER_WEIGHTS, TOP_WEIGHTS, present
 
 SIZES = {
     "vocab_size": 64,
@@ -55,12 +55,12 @@ def test_shapes_split_heads_and_follow_the_family():
     def shapes(table, config):
         return {name: weight.shape(config) for name, weight in present(table, config).items()}
 
-    layer = shapes(LAYER, tiny("qwen2"))
+    layer = shapes(LAYER_WEIGHTS, tiny("qwen2"))
     assert layer["wq"] == (32, 2, 2, 8) and layer["wo"] == (2, 2, 8, 32)
     assert layer["bq"] == (2, 2, 8) and "q_norm" not in layer
-    assert shapes(LAYER, tiny("qwen3"))["k_norm"] == (8,)
-    assert shapes(TOP, tiny())["lm_head"] == (32, 61)
-    assert "lm_head" not in shapes(TOP, tiny(tie_word_embeddings=True))
+    assert shapes(LAYER_WEIGHTS, tiny("qwen3"))["k_norm"] == (8,)
+    assert shapes(TOP_WEIGHTS, tiny())["lm_head"] == (32, 61)
+    assert "lm_head" not in shapes(TOP_WEIGHTS, tiny(tie_word_embeddings=True))
 
 
 def test_configs_are_hashable_and_frozen():

@@ -31,7 +31,7 @@ from convert.__main__ import main
 from convert.tensors import read_array
 from easyspec_jax import checkpoint
 from easyspec_jax.hf_config import config_from_hf
-from easyspec_jax.weights import LAYER, TOP, present
+from easyspec_jax.weights import LAYER_WEIGHTS, TOP_WEIGHTS, present
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODELS = pathlib.Path(os.environ.get("EASYSPEC_MODELS", "~/.cache/easyspec-models")).expanduser()
@@ -67,11 +67,11 @@ def test_every_array_is_the_transposed_tensor_with_its_heads_split(family, tmp_p
     out, hf = run(src, tmp_path / "out"), random_tensors(raw)
     config = config_from_hf(raw)
     top = load_part(out, checkpoint.TOP_PART)
-    assert top.keys() == present(TOP, config).keys()
+    assert top.keys() == present(TOP_WEIGHTS, config).keys()
     np.testing.assert_array_equal(top["embed"], hf["model.embed_tokens.weight"])
     np.testing.assert_array_equal(top["lm_head"], hf["lm_head.weight"].T)
     layer, prefix = load_part(out, checkpoint.layer_name(1)), "model.layers.1."
-    assert layer.keys() == present(LAYER, config).keys()
+    assert layer.keys() == present(LAYER_WEIGHTS, config).keys()
     q, k = hf[prefix + "self_attn.q_proj.weight"], hf[prefix + "self_attn.k_proj.weight"]
     o = hf[prefix + "self_attn.o_proj.weight"]
     for kv in range(2):
@@ -249,7 +249,9 @@ def test_a_source_that_yields_another_number_of_rows_is_refused(rows):
             yield np.ones(rows - 20, np.float32)
 
     with pytest.raises(ValueError, match=f"^tensor its.name holds {rows} rows instead of 32.$"):
-        read_array(Source(), NORM, present(TOP, Source.config)["final_norm"], np.dtype(np.float32))
+        read_array(
+            Source(), NORM, present(TOP_WEIGHTS, Source.config)["final_norm"], np.dtype(np.float32)
+        )
 
 
 def test_targets_and_options_that_are_refused(folder, tmp_path):

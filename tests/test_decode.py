@@ -79,7 +79,7 @@ def cache_errors(run):
     assert (absorbed >= [row.size for row in run.request.rows]).all()
     return (
         entries_apart(state.cache, fresh.state.cache, length),
-        entries_apart(state.draft.cache, fresh.state.draft.cache, absorbed),
+        entries_apart(state.draft, fresh.state.draft, absorbed),
     )
 
 

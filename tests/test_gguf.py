@@ -18,7 +18,7 @@ from convert.gguf_tokenizer import _SPLITS, write_tokenizer
 from easyspec_jax import checkpoint
 from easyspec_jax.config import RopeScaling
 from easyspec_jax.hf_config import config_from_hf
-from easyspec_jax.weights import GGUF_LAYER, HF_LAYER, LAYER, TOP
+from easyspec_jax.weights import GGUF_PREFIX, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS
 
 untokenized = pytest.mark.filterwarnings("ignore:the source has no tokenizer")
 KINDS = {"control": 3, "user": 4, "unused": 5, "byte": 6}
@@ -53,9 +53,9 @@ def write_gguf(
         add = {bool: writer.add_bool, float: writer.add_float32, str: writer.add_string}
         add |= {int: writer.add_uint32, list: writer.add_array}
         add[type(value)](key, value)
-    names = {w.hf: w.gguf for w in TOP}
+    names = {w.hf: w.gguf for w in TOP_WEIGHTS}
     for i in range(config.num_layers):
-        names |= {HF_LAYER.format(i) + w.hf: GGUF_LAYER.format(i) + w.gguf for w in LAYER}
+        names |= {HF_PREFIX.format(i) + w.hf: GGUF_PREFIX.format(i) + w.gguf for w in LAYER_WEIGHTS}
     stored = {names[name]: array for name, array in random_tensors(raw).items()}
     for name, array in (stored | dict(tensors)).items():
         if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):

@@ -131,7 +131,10 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
 
 def count_parameters(config: es.ModelConfig) -> int:
     """Numbers that a checkpoint stores; a tied head counts once."""
-    layer, top = (weights.present(table, config).values() for table in (weights.LAYER, weights.TOP))
+    layer, top = (
+        weights.present(table, config).values()
+        for table in (weights.LAYER_WEIGHTS, weights.TOP_WEIGHTS)
+    )
     counts = [math.prod(weight.shape(config)) for weight in [*layer] * config.num_layers + [*top]]
     return sum(counts)
 
