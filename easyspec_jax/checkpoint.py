@@ -45,7 +45,8 @@ FORMAT = 1
 # {"format": 1, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null,
 #  "weights": `checksum` of all parts}
 METADATA_FILE = "easyspec.json"
-TOP_PART = "top"  # of `weights.TOP_WEIGHTS`; every other part holds the `weights.LAYER_WEIGHTS` of one layer
+# The part that holds `weights.TOP_WEIGHTS`; every other one holds one layer's `LAYER_WEIGHTS`.
+TOP_PART = "top"
 PARTITION_FILE = "partition.json"  # beside the parts: the groups that tuning chose, and why
 PARTITION_FORMAT = 1
 TUNED = "tuned"  # as a group size: that of the partition file

@@ -12,7 +12,7 @@ import numpy as np
 
 import easyspec_jax as es
 from easyspec_jax import loop
-from easyspec_jax.request import make_inputs
+from easyspec_jax.request import Inputs, make_inputs
 from easyspec_jax.sharding import replicate, zeros
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
@@ -90,6 +90,7 @@ class Run:
     """A decoder at work on one request: prompts absorbed, then step by step or to the end."""
 
     decoder: es.Decoder
+    inputs: Inputs
     request: es.Request
     state: loop.DecodeState
 
@@ -121,7 +122,7 @@ class Run:
 def started(decoder, prompts, max_new_tokens=NEW, sampling=es.Sampling(), **options) -> Run:  # noqa: B008
     """The prompts of a request absorbed, but for each row's last token."""
     inputs = make_inputs(decoder.base.config, prompts, max_new_tokens, sampling, **options)
-    return Run(decoder, *decoder.prefill(inputs))
+    return Run(decoder, inputs, *decoder.prefill(inputs))
 
 
 def lowered_loop(decoder, inputs, size=None):

@@ -26,7 +26,7 @@ Layer = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class Weights:
-    """A model as checkpoints hold it: `weights.LAYER_WEIGHTS` for each layer, and `weights.TOP_WEIGHTS`."""
+    """A model as checkpoints hold it: `LAYER_WEIGHTS` for each layer, and `TOP_WEIGHTS`."""
 
     layers: list[Layer]
     top: Layer

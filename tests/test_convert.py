@@ -249,9 +249,8 @@ def test_a_source_that_yields_another_number_of_rows_is_refused(rows):
             yield np.ones(rows - 20, np.float32)
 
     with pytest.raises(ValueError, match=f"^tensor its.name holds {rows} rows instead of 32.$"):
-        read_array(
-            Source(), NORM, present(TOP_WEIGHTS, Source.config)["final_norm"], np.dtype(np.float32)
-        )
+        norm = present(TOP_WEIGHTS, Source.config)["final_norm"]
+        read_array(Source(), NORM, norm, np.dtype(np.float32))
 
 
 def test_targets_and_options_that_are_refused(folder, tmp_path):

@@ -65,7 +65,7 @@ def committed(run):
 
 
 def new_tokens(run):
-    return [text[row.size :] for text, row in zip(committed(run), run.request.rows, strict=True)]
+    return [text[row.size :] for text, row in zip(committed(run), run.inputs.rows, strict=True)]
 
 
 def cache_errors(run):
@@ -76,7 +76,7 @@ def cache_errors(run):
     length, absorbed = np.asarray(state.length) - 1, np.asarray(state.absorbed)
     np.testing.assert_array_equal(state.cache.length, length)
     np.testing.assert_array_equal(state.draft.length, absorbed)
-    assert (absorbed >= [row.size for row in run.request.rows]).all()
+    assert (absorbed >= [row.size for row in run.inputs.rows]).all()
     return (
         entries_apart(state.cache, fresh.state.cache, length),
         entries_apart(state.draft, fresh.state.draft, absorbed),

@@ -131,12 +131,12 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
 
 def count_parameters(config: es.ModelConfig) -> int:
     """Numbers that a checkpoint stores; a tied head counts once."""
-    layer, top = (
-        weights.present(table, config).values()
-        for table in (weights.LAYER_WEIGHTS, weights.TOP_WEIGHTS)
+    tables = {weights.LAYER_WEIGHTS: config.num_layers, weights.TOP_WEIGHTS: 1}
+    return sum(
+        times * math.prod(weight.shape(config))
+        for table, times in tables.items()
+        for weight in weights.present(table, config).values()
     )
-    counts = [math.prod(weight.shape(config)) for weight in [*layer] * config.num_layers + [*top]]
-    return sum(counts)
 
 
 def _dimensions(c: es.ModelConfig) -> str:
