@@ -71,16 +71,24 @@ def known_flags():
     return names
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_programs():
-    """Forgets compiled programs between files: they are what fills the memory, and each takes
-    several mappings, of which Linux allows a process 65530. The folder on disk still has them.
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Forgets compiled programs behind every file, and within one where they have become many: they
+    are what fills the memory, and each takes several mappings, of which Linux allows a process
+    65530. The folder on disk still has them.
     """
-    yield
-    jax.clear_caches()
-    gc.collect()
-    if hasattr(LIBC, "malloc_trim"):  # glibc keeps what is freed otherwise
-        LIBC.malloc_trim(0)
+    same_file = nextitem is not None and nextitem.path == item.path
+    if not same_file or resident_bytes() > 2**30:
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(LIBC, "malloc_trim"):  # glibc keeps what is freed otherwise
+            LIBC.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Physical memory of this process; 0 where the system does not say."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
 
 
 @pytest.fixture(scope="module")

@@ -71,8 +71,15 @@ def frozen(prompts):
     return tuple(map(tuple, prompts))
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(
+    ("name", "shape", "mesh_shape"),
+    [
+        *((*way, (1, 1)) for way in SHAPES),
+        # the others' own tests run them on a mesh
+        ("prompt-lookup", (3, 2), (4, 2)),
+        *(pytest.param(*way, (4, 2), marks=pytest.mark.slow) for way in SHAPES[:-1]),
+    ],
+)
 def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
     decoder, accepted = drafting(name, shape, mesh_shape), 0
     for prompts in (PROMPTS, REPETITIVE):
@@ -88,7 +95,7 @@ def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 @settings(max_examples=12, deadline=None)
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=30), min_size=3, max_size=3),
+    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=3, max_size=3),
     new=st.integers(1, 30),
     eos=st.lists(st.integers(0, 60), max_size=3),
 )
@@ -144,7 +151,7 @@ def test_a_stream_is_what_generate_gives(name, shape, s):
 @pytest.mark.parametrize(("name", "shape"), CHAINS)
 def test_a_session_continues_and_changes_its_conversation(name, shape, mesh_shape):
     """As a fresh start would, and from where an abandoned stream was left."""
-    decoder, session = drafting(name, shape, mesh_shape), es.Session(max_len=80)
+    decoder, session = drafting(name, shape, mesh_shape), es.Session(max_len=48)
     assert session.drafter_report == {}
     pieces = decoder.stream(REPETITIVE[0], max_new_tokens=30, session=session)
     text = [*REPETITIVE[0], *joined(itertools.islice(pieces, 2))]

@@ -166,7 +166,7 @@ def sequence_surprise(decoder, s, rows=4096):
 @pytest.mark.parametrize(
     ("s", "exits", "adaptive"),
     [
-        (PLAIN, (1, 3), True),
+        (PLAIN, (1, 2), True),
         pytest.param(FILTERED, (2,), False, marks=pytest.mark.slow),
         pytest.param(FILTERED, None, True, marks=pytest.mark.slow),
         pytest.param(PLAIN, (2,), False, marks=pytest.mark.slow),
