@@ -2,6 +2,7 @@
 touched.
 """
 
+import ctypes
 import gc
 import io
 import json
@@ -35,6 +36,7 @@ QUICK = {
     "xla_cpu_use_fusion_emitters": "false",
     "xla_cpu_parallel_codegen_split_count": "1",
 }
+LIBC = ctypes.CDLL(None)
 
 
 def pytest_configure(config):
@@ -77,6 +79,8 @@ def few_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    if hasattr(LIBC, "malloc_trim"):  # glibc keeps what is freed otherwise
+        LIBC.malloc_trim(0)
 
 
 @pytest.fixture(scope="module")

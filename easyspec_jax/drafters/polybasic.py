@@ -134,7 +134,7 @@ class PolybasicDrafter(Drafter):
     @property
     def depth(self) -> int:
         """A full buffer and the last draft of the one below."""
-        return self.mu + self.drafter.depth
+        return self.mu + getattr(self.drafter, "depth", 0)  # `check` refuses what is no drafter
 
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
         """Refuse trees, a buffer without room for the inner drafter, a middle in groups, and what
