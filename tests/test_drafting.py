@@ -138,9 +138,11 @@ def test_a_drafter_drafts_as_deep_as_it_likes_unless_told(checkpoints, monkeypat
     monkeypatch.chdir(checkpoints)
     args = make_parser().parse_args(["generate", "--base", "base", *options, "hi"])
     drafting.check_drafter(args, None)
-    config, mesh = read_metadata("base")[0], es.make_mesh(1, 1)
-    decoder = drafting.make_decoder(args, lambda _, **o: es.abstract_model(config, mesh, **o))
-    assert decoder.num_draft_tokens == depth
+
+    def planned(path, **options):
+        return es.abstract_model(read_metadata(path)[0], es.make_mesh(1, 1), **options)
+
+    assert drafting.make_decoder(args, planned).num_draft_tokens == depth
 
 
 def test_a_drafters_own_counters_are_printed(easyspec, monkeypatch):
