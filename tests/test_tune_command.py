@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from decoders import PROMPTS, model
+from decoders import CONFIG, PROMPTS, model
 
 import easyspec_jax as es
 from easyspec_jax import checkpoint
@@ -214,7 +215,7 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
         return out
 
     monkeypatch.setattr(es.Decoder, "generate", wrong)
-    m = model((1, 1), layout="tensor")
+    m = model((1, 1), layout="tensor", config=dataclasses.replace(CONFIG, num_layers=5))
     candidate = search.Candidate((5,), "sum", 0.1, 0.5, 2.0)
     options = {
         "num_draft_tokens": 3,
