@@ -2,9 +2,9 @@
 
 A checkpoint holds the arrays of `LAYER_WEIGHTS` for every layer and those of `TOP_WEIGHTS` once,
 matrices with their inputs first. A model runs on the same numbers arranged: queries, keys and
-values in one matrix, gate and up in another, the layers of a group stacked. Shapes, splits over a mesh, random
-weights, conversion, loading and saving all read the tables here, so a family with one more norm is
-one more entry.
+values in one matrix, gate and up in another, the layers of a group stacked. Shapes, splits over a
+mesh, random weights, conversion, loading and saving all read the tables here, so a family with one
+more norm is one more entry.
 """
 
 from __future__ import annotations

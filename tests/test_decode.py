@@ -49,7 +49,7 @@ def test_text_and_caches_are_exact_step_by_step(make, mesh_shape, width):
     want = autoregressive().generate(SHORT, max_new_tokens=NEW).tokens
     run = started(make(mesh_shape, width=width), SHORT)
     for _ in range(3):
-        before = jax.tree.leaves((run.state.cache.blocks, run.state.draft.cache.blocks))
+        before = jax.tree.leaves((run.state.cache.blocks, run.state.draft.blocks))
         run.step()
         assert all(entries.is_deleted() for entries in before)  # I6: donated
     accepted = np.asarray(run.state.counters.accepted)

@@ -289,7 +289,7 @@ def test_a_draft_that_stopped_early_is_verified_in_a_smaller_pass():
     cache, root = absorbed(base, jnp.asarray([[3, 4, 5, 6]], jnp.int32), (3,)), jnp.int32([6])
     run = jax.jit(verify.verify_in_one_pass)
     whole, _, _ = run(base, cache, root, proposal)
-    sizes = es.drafters.base.verification_sizes(5)
+    sizes = verify.verification_sizes(5)
     assert sizes == (1, 2, 3, 5)
     for levels in range(6):
         scores, _, _ = run(base, cache, root, proposal.replace(levels=jnp.int32(levels)))
