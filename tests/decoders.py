@@ -23,6 +23,8 @@ SMALL = es.ModelConfig(
     max_len=96, tie_embeddings=True,
 )  # fmt: skip
 GROUPS = (1, 2)  # of CONFIG's layers; on 4 and 8 devices the group is padded
+# Without these, as conftest.py has it, the compiler makes loops of scatters.
+EMITTERS = {"xla_cpu_use_fusion_emitters": True}
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8], [60]]
 NEW = 24
 
@@ -130,6 +132,11 @@ def lowered_loop(decoder, request, size=None):
     state = decoder.planned(request, size)
     specs = loop.Specs.of((decoder.base, decoder.drafter, state))
     return loop.run_loop.lower(decoder.base, decoder.drafter, state, specs=specs), state
+
+
+def compiled_text(lowered) -> str:
+    """Optimised HLO, as it is outside of the tests."""
+    return lowered.compile(compiler_options=EMITTERS).as_text()
 
 
 def compilations() -> tuple[int, int, int]:

@@ -203,7 +203,7 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
 
     monkeypatch.setattr(es.Decoder, "generate", wrong)
     m = model((1, 1), layout="tensor")
-    candidate = tune.Candidate((5,), "sum", 0.1, 0.5, 2.0)
+    candidate = tune.Candidate((3,), "sum", 0.1, 0.5, 2.0)
     options = {
         "num_draft_tokens": 3,
         "max_new_tokens": 16,
@@ -216,12 +216,12 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
     expected[1][2] -= 1  # as it was
     found = tune.verify(m, m, candidate, PROMPTS, expected, **options)
     assert found.identical == 2
-    result = tune.Tuning((5,), (found,), 1.0, np.zeros((5, 5)), 3, 48)
+    result = tune.Tuning((3,), (found,), 1.0, np.zeros((3, 3)), 3, 48)
     monkeypatch.setattr(tune_command, "tune", lambda *args, **options: result)
     status, out, err = easyspec(
         *("tune", "--draft", pair / "draft", "--prompts", pair / "prompts.txt"),
         *("--attention-steps", 1, "--tensor", 1),
     )
     assert not (pair / "draft" / "partition.json").exists()
-    assert status == 1 and "5: 1 of 3 answers differ from autoregression's" in err
-    assert "best: 5, and no uniform one has so few groups" in out
+    assert status == 1 and "3: 1 of 3 answers differ from autoregression's" in err
+    assert "best: 3, and no uniform one has so few groups" in out
