@@ -25,6 +25,8 @@ SMALL = es.ModelConfig(
     max_len=96, tie_embeddings=True,
 )  # fmt: skip
 GROUPS = (1, 2)  # of CONFIG's layers; on 4 and 8 devices the group is padded
+# Without these, as conftest.py has it, the compiler makes loops of scatters.
+EMITTERS = {"xla_cpu_use_fusion_emitters": True}
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8], [60]]
 NEW = 24
 
@@ -131,6 +133,11 @@ def lowered_loop(decoder, inputs, size=None):
     """
     request, state = decoder.planned(inputs, size)
     return loop.run_loop.lower(decoder.base, decoder.drafter, request, state), state
+
+
+def compiled_text(lowered) -> str:
+    """Optimised HLO, as it is outside of the tests."""
+    return lowered.compile(compiler_options=EMITTERS).as_text()
 
 
 def compilations() -> tuple[int, int, int]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 
-import jax
 import pytest
 from decoders import spy_on_prefills
 

@@ -17,6 +17,7 @@ from decoders import (
     all_logits,
     autoregressive,
     compilations,
+    compiled_text,
     lowered_loop,
     model,
     self_drafting,
@@ -172,7 +173,7 @@ def cache_traffic(decoder, batch) -> collections.Counter:
     shape = re.compile(r"= f64\[([\d,]+)\]\S* (\S+?)\(")
     return collections.Counter(
         op
-        for dims, op in shape.findall(lowered.compile().as_text())
+        for dims, op in shape.findall(compiled_text(lowered))
         if sorted(n for n in map(int, dims.split(",")) if n > 1) == sorted(n for n in part if n > 1)
     )
 
