@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 
 import pytest
@@ -273,8 +274,10 @@ def test_a_group_size_that_is_no_number_is_a_usage_error(easyspec, capsys):
 
 def test_configure_sets_what_was_asked_for(monkeypatch, tmp_path):
     changes = {}
-    monkeypatch.setattr(jax.config, "update", changes.__setitem__)
-    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None)  # not the tests' own
+    config = types.SimpleNamespace(
+        update=changes.__setitem__, read=lambda name: None, jax_compilation_cache_dir=None
+    )
+    monkeypatch.setattr(cli, "jax", types.SimpleNamespace(config=config))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     parse = cli.make_parser().parse_args
     cli.configure(parse(["generate", "--base", "b", "--no-compile-cache", "hi"]))
