@@ -139,6 +139,7 @@ def test_a_run_prints_and_keeps_what_it_measured(tiny, capsys):
     assert sum(first["calibrated"]["accepted_histogram"]) == first["calibrated"]["steps"]
 
 
+@pytest.mark.slow
 def test_prompt_lookup_needs_no_draft(tiny, capsys):
     arms = ("--arms", "autoregression,prompt-lookup", "--max-ngram", "2")
     bench.main(arguments(tiny, *arms, draft=None))

@@ -69,7 +69,7 @@ def test_sampled_sequences_follow_the_base(s):
 @pytest.mark.parametrize(
     ("candidates", "gamma", "width", "s"),
     [
-        ("best", 2, 3, PLAIN),
+        pytest.param("best", 2, 3, PLAIN, marks=slow),
         ("sampled", 2, 3, FILTERED),
         pytest.param("best", 2, 3, FILTERED, marks=slow),
         pytest.param("sampled", 2, 3, PLAIN, marks=slow),
@@ -110,7 +110,10 @@ def test_a_duplicate_sibling_is_noticed(monkeypatch, candidates):
     assert sequence_surprise(decoder, PLAIN, rows=32768) > 5
 
 
-@pytest.mark.parametrize("broken", ["no residual", "q of another temperature", "stale key"])
+@pytest.mark.parametrize(
+    "broken",
+    ["no residual", pytest.param("q of another temperature", marks=slow), "stale key"],
+)
 def test_broken_sampling_is_noticed(monkeypatch, broken):
     decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken
     if broken == "no residual":
@@ -122,7 +125,8 @@ def test_broken_sampling_is_noticed(monkeypatch, broken):
     assert sequence_surprise(decoder, PLAIN) > 5
 
 
-@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
+@slow
+@pytest.mark.parametrize("width", [1, 4])
 def test_sampling_is_the_same_on_a_mesh(width):
     """float64 logits agree to rounding, so one seed draws the same tokens on eight devices."""
     s = es.Sampling(temperature=0.9, top_k=40, top_p=0.95)

@@ -51,9 +51,10 @@ def others(monkeypatch):
     ("options", "counter"),
     [
         (("early-exit", "--exits", "1,2", "--num-draft-tokens", 3), "layer_passes"),
-        (
+        pytest.param(
             ("polybasic", "--draft", "draft", "--middle-bits", 4, "--mu", 2),
             "middle_passes",
+            marks=pytest.mark.slow,
         ),
     ],
 )

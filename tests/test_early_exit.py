@@ -64,6 +64,7 @@ def faded(base, first, scale):
 # I1: greedy tokens are autoregression's.
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     prompt=st.lists(st.integers(0, 60), min_size=1, max_size=16),
@@ -280,8 +281,11 @@ class Plain:
 
 @pytest.mark.parametrize(
     ("make", "doubts"),
-    [(exiting, False), (functools.partial(fading, 0.1), True), (fading, False)],
-    ids=["bad exits", "fair exits", "good exits"],
+    [
+        pytest.param(exiting, False, marks=pytest.mark.slow, id="bad exits"),
+        pytest.param(functools.partial(fading, 0.1), True, id="fair exits"),
+        pytest.param(fading, False, id="good exits"),
+    ],
 )
 def test_every_step_is_that_of_a_plain_reference(make, doubts):
     decoder = make()

@@ -77,6 +77,7 @@ def test_texts_are_prompts_with_greedy_answers():
     assert [text.tokens[0, text.counted].tolist() for text in texts] == answers
 
 
+@pytest.mark.slow
 def test_a_regrouped_model_is_the_one_loaded_in_groups(exact):
     model = stale_passes.regroup(exact[0], PARTITION)
     want = grouped_model()
@@ -87,6 +88,7 @@ def test_a_regrouped_model_is_the_one_loaded_in_groups(exact):
         stale_passes.regroup(es.abstract_model(TINY, es.make_mesh(8, 1), layout="grouped"), 2)
 
 
+@pytest.mark.slow
 def test_an_exact_pass_records_what_each_layer_reads_and_makes(exact):
     """By the library's arithmetic: the recorded states give the keys that its cache holds."""
     model, text, seen = exact
@@ -132,6 +134,7 @@ def test_a_pass_that_is_not_calibrated_has_an_exact_prompt_alone(exact):
     assert np.abs(fuzzy.log_probs[end - 1] - calibrated.log_probs[end - 1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_states_inside_a_group_are_those_of_shorter_groups(exact):
     """Behind two of three layers stands what a group of the first two gives."""
     model, text, seen = exact
@@ -153,6 +156,7 @@ def test_distributions_are_compared_by_hand():
     assert found["argmax_agreement"] == 0.5 and found["overlap"] == pytest.approx(0.875)
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_nothing_for_groups_of_one_and_grows():
     model = tiny_model()
     texts = stale_passes.write_texts(model, [[1, 2, 3], [4]], 6)

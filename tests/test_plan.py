@@ -379,6 +379,7 @@ def test_launch_bound_devices_want_the_papers_layout():
     assert captured.best.bound == "weights"
 
 
+@pytest.mark.slow
 def test_micro_benchmarks_give_positive_costs():
     float32 = jax.numpy.dtype("float32")
     per_byte, beside = product_costs(2, float32, 2**20)

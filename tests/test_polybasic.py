@@ -69,6 +69,7 @@ def plain():
 # I1: greedy tokens are those of greedy autoregression; float64 makes this exact.
 
 
+@slow
 @settings(max_examples=20, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=16), min_size=3, max_size=3),
@@ -87,7 +88,7 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, middl
     ("middle", "inner", "mesh_shape", "options"),
     [
         ("base", "own verification", (1, 1), {"gamma": 4, "mu": 2}),
-        ("stranger", "stranger", (4, 2), {}),
+        pytest.param("stranger", "stranger", (4, 2), {}, marks=slow),
         pytest.param("base", "self", (4, 2), {"gamma": 5, "mu": 1}, marks=slow),
         pytest.param("base", "stranger", (1, 1), {"gamma": 3, "mu": 2}, marks=slow),
         pytest.param("base", "stranger", (2, 4), {"gamma": 9, "mu": 4}, marks=slow),
@@ -209,7 +210,8 @@ def test_a_wrong_q_is_noticed(monkeypatch):
     assert chain_surprise(tiny_chain("another q"), FILTERED) > 5
 
 
-@pytest.mark.parametrize("s", [PLAIN, pytest.param(FILTERED, marks=slow)])
+@slow
+@pytest.mark.parametrize("s", [PLAIN, FILTERED])
 def test_the_buffer_follows_the_middle(s):
     decoder = tiny_chain(mu=3, gamma=5)
     run = started(decoder, ROWS, NEW, s)

@@ -237,7 +237,8 @@ def sensitive(layer):
     return m.replace(params=m.params.replace(blocks=tuple(blocks)))
 
 
-@pytest.mark.parametrize("layer", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [2, 4])
 def test_a_sensitive_layer_begins_a_block(layer):
     m = sensitive(layer)
     found = tune.tune(

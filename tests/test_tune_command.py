@@ -73,6 +73,7 @@ def pair(checkpoints, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypatch):
     draft, options = pair / "draft", ("--prompts", pair / "prompts.txt", "--max-new-tokens", 12)
     command = ("tune", "--base", "base", "--draft", draft, *options, "--num-draft-tokens", 2)
