@@ -94,6 +94,12 @@ def test_collectives_are_those_of_the_compiled_program(layout, partition):
         assert costs["verify"].seconds == pytest.approx(received["verify"])
 
 
+def test_costs_of_other_drafters_are_not_guessed():
+    base = es.abstract_model(BASE, abstract_mesh(1, 1), dtype="float32")
+    with pytest.raises(ValueError, match="LayerParallelDrafter or of none, got a PromptLookup"):
+        step_costs(es.Decoder(base, es.PromptLookupDrafter()), device(), entries=64)
+
+
 def test_a_pass_by_hand():
     """Two layers and a head on one device; what each constant counts."""
     config = es.ModelConfig(**{**vars(BASE), "num_layers": 2, "num_kv_heads": 2})

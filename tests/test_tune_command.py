@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from decoders import CONFIG, PROMPTS, model
+from decoders import PROMPTS, model
 
 import easyspec_jax as es
 from easyspec_jax import checkpoint
@@ -216,8 +215,8 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
         return out
 
     monkeypatch.setattr(es.Decoder, "generate", wrong)
-    m = model((1, 1), layout="tensor", config=dataclasses.replace(CONFIG, num_layers=5))
-    candidate = search.Candidate((5,), "sum", 0.1, 0.5, 2.0)
+    m = model((1, 1), layout="tensor")
+    candidate = search.Candidate((3,), "sum", 0.1, 0.5, 2.0)
     options = {
         "num_draft_tokens": 3,
         "max_new_tokens": 16,
@@ -230,7 +229,7 @@ def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
     expected[1][2] -= 1  # as it was
     found = tune.confirm(m, m, candidate, PROMPTS, expected, **options)
     assert found.identical == 2
-    result = tune.Tuning((5,), (found,), 1.0, np.zeros((5, 5)), 3, 48)
+    result = tune.Tuning((3,), (found,), 1.0, np.zeros((3, 3)), 3, 48)
     monkeypatch.setattr(tune, "tune", lambda *args, **options: result)
     status, out, err = easyspec(
         *("tune", "--draft", pair / "draft", "--prompts", pair / "prompts.txt"),
