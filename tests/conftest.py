@@ -78,7 +78,7 @@ def pytest_runtest_teardown(item, nextitem):
     65530. The folder on disk still has them.
     """
     same_file = nextitem is not None and nextitem.path == item.path
-    if not same_file or resident_bytes() > 2**30:
+    if not same_file or resident_bytes() > 3 * 2**29:
         jax.clear_caches()
         gc.collect()
         if hasattr(LIBC, "malloc_trim"):  # glibc keeps what is freed otherwise
