@@ -293,6 +293,7 @@ def test_configure_sets_what_was_asked_for(monkeypatch, tmp_path):
     assert changes["jax_num_cpu_devices"] == 16
 
 
+@pytest.mark.slow
 def test_the_demo_compares_three_ways(easyspec):
     status, out, _ = easyspec("demo", "--base", "base", "--prompt", "hi", "--max-new-tokens", 8)
     assert status == 0

@@ -59,7 +59,9 @@ def sequence_surprise(decoder, s, rows=4096):
 
 
 # A surprise above 5 is a false alarm once in 100,000 times.
-@pytest.mark.parametrize("s", [PLAIN, FILTERED], ids=["plain", "filtered"])
+@pytest.mark.parametrize(
+    "s", [pytest.param(PLAIN, marks=slow), FILTERED], ids=["plain", "filtered"]
+)
 def test_sampled_sequences_follow_the_base(s):
     assert sequence_surprise(tiny_decoder(), s) < 5
     if s == FILTERED:
@@ -82,7 +84,8 @@ def test_sampled_sequences_of_a_tree_follow_the_base(candidates, gamma, width, s
     assert sequence_surprise(decoder, s) < 5
 
 
-@pytest.mark.parametrize("candidates", [pytest.param("best", marks=slow), "sampled"])
+@slow
+@pytest.mark.parametrize("candidates", ["best", "sampled"])
 def test_drafting_that_stops_early_keeps_the_distribution(candidates):
     """Where to stop depends on what was drawn; what is accepted must not."""
     options = {"candidates": candidates, "min_draft_probability": 0.2, "gamma": 3, "width": 2}

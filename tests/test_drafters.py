@@ -126,6 +126,7 @@ def test_finished_rows_never_change(name, shape):
         assert row == (long[: long.index(eos) + 1] if eos in long else long)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), CHAINS)
 def test_the_end_of_the_context_stops(name, shape):
     prompt = [[1] * 90]

@@ -80,14 +80,15 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompt, new, eos, how):
     assert got.stats.emitted == len(got.tokens[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh_shape", "exits", "gamma", "adaptive"),
     [
         ((4, 2), (1, 2), 7, True),
-        pytest.param((1, 1), None, 1, True, marks=pytest.mark.slow),
-        pytest.param((1, 1), (2,), 18, True, marks=pytest.mark.slow),
-        pytest.param((4, 2), (2,), 5, False, marks=pytest.mark.slow),
-        pytest.param((2, 4), None, 6, True, marks=pytest.mark.slow),
+        ((1, 1), None, 1, True),
+        ((1, 1), (2,), 18, True),
+        ((4, 2), (2,), 5, False),
+        ((2, 4), None, 6, True),
     ],
 )
 def test_greedy_equals_autoregression_on_meshes(mesh_shape, exits, gamma, adaptive):
@@ -164,13 +165,14 @@ def sequence_surprise(decoder, s, rows=4096):
 
 
 # A surprise above 5 is a false alarm once in 100,000 times.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("s", "exits", "adaptive"),
     [
         (PLAIN, (1, 2), True),
-        pytest.param(FILTERED, (2,), False, marks=pytest.mark.slow),
-        pytest.param(FILTERED, None, True, marks=pytest.mark.slow),
-        pytest.param(PLAIN, (2,), False, marks=pytest.mark.slow),
+        (FILTERED, (2,), False),
+        (FILTERED, None, True),
+        (PLAIN, (2,), False),
     ],
 )
 def test_sampled_sequences_follow_the_base(s, exits, adaptive):

@@ -238,6 +238,7 @@ def test_only_known_devices_are_in_the_bandwidth_table(kind, rate):
     assert gpu_parts.bandwidth(kind) == rate
 
 
+@pytest.mark.slow
 def test_a_failed_part_is_recorded_and_the_others_run(monkeypatch, tmp_path, capsys):
     def breaks(suite):
         raise RuntimeError("\n  out of memory\n  in many lines")

@@ -108,7 +108,7 @@ def test_an_exact_pass_records_what_each_layer_reads_and_makes(exact):
 
 
 @pytest.mark.parametrize(("parallel", "run_block"), [
-    ("attention", run_fuzzy), ("layer", run_whole_layers),
+    pytest.param("attention", run_fuzzy, marks=pytest.mark.slow), ("layer", run_whole_layers),
 ])  # fmt: skip
 def test_a_calibrated_pass_is_one_fuzzy_token_behind_an_exact_text(exact, parallel, run_block):
     _, text, seen = exact

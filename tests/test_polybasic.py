@@ -195,9 +195,10 @@ def chain_surprise(decoder, s):
     return surprise(map(tuple, out.tokens), enumerate_sequences(decoder.base, [3, 1], s))
 
 
+@slow
 @pytest.mark.parametrize(
     ("s", "mu"),
-    [(FILTERED, 2), pytest.param(PLAIN, 2, marks=slow), pytest.param(PLAIN, 1, marks=slow)],
+    [(FILTERED, 2), (PLAIN, 2), (PLAIN, 1)],
 )
 def test_sampled_sequences_follow_the_base(s, mu):
     assert chain_surprise(tiny_chain(mu=mu), s) < 5

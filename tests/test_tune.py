@@ -251,6 +251,7 @@ def test_a_sensitive_layer_begins_a_block(layer):
     assert (found.num_prompts, found.num_tokens) == (3, 48)
 
 
+@pytest.mark.slow
 def test_uniform_partitions_are_decoded_with_too_and_text_is_autoregressions():
     m = MODEL((1, 1))
     found = tune.tune(
