@@ -280,7 +280,11 @@ class Plain:
 
 @pytest.mark.parametrize(
     ("make", "doubts"),
-    [(exiting, False), (functools.partial(fading, 0.1), True), (fading, False)],
+    [
+        (exiting, False),
+        (functools.partial(fading, 0.1), True),
+        pytest.param(fading, False, marks=pytest.mark.slow),
+    ],
     ids=["bad exits", "fair exits", "good exits"],
 )
 def test_every_step_is_that_of_a_plain_reference(make, doubts):
