@@ -71,6 +71,12 @@ def known_flags():
     return names
 
 
+def pytest_collection_finish():
+    """What was imported is never garbage: looking through it took half the time of some files."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """Forgets compiled programs behind every file, and within one where they have become many: they

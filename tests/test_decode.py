@@ -137,7 +137,7 @@ def test_a_bad_draft_costs_no_text(mesh_shape):
     ("mesh_shape", "gamma", "width", "group_size", "calibrate", "least"),
     [
         ((1, 1), 3, 4, GROUPS, True, None),
-        ((1, 1), 1, 4, 1, False, None),
+        pytest.param((1, 1), 1, 4, 1, False, None, marks=slow),
         ((4, 2), 5, 4, GROUPS, True, 0.001),
         ((2, 4), 3, 8, (3,), False, None),
         pytest.param((1, 8), 5, 2, 1, True, None, marks=slow),
@@ -201,9 +201,10 @@ OTHER_LAYOUTS = [
 ]
 
 
+@slow
 @pytest.mark.parametrize(
     "layout",
-    [*OTHER_LAYOUTS[:1], *(pytest.param(x, marks=slow) for x in OTHER_LAYOUTS[1:])],
+    OTHER_LAYOUTS,
     ids=str,
 )
 def test_a_draft_may_be_laid_out_in_any_way(layout):
@@ -313,6 +314,7 @@ def test_float32_differs_only_at_ties():
     assert excused <= 1
 
 
+@slow
 def test_bfloat16_diverges_only_at_near_ties():
     """Products of one and of several rows round differently: the gap at a divergence is small."""
     base, exact = (model((1, 1), dtype=dtype) for dtype in ("bfloat16", "float32"))
@@ -371,7 +373,11 @@ def test_context_end_stops(width):
 
 @pytest.mark.parametrize(
     ("s", "width"),
-    [(es.Sampling(), 1), *((es.Sampling(temperature=0.9, top_k=30), w) for w in (1, 4))],
+    [
+        (es.Sampling(), 1),
+        (es.Sampling(temperature=0.9, top_k=30), 4),
+        pytest.param(es.Sampling(temperature=0.9, top_k=30), 1, marks=slow),
+    ],
 )
 def test_stream_equals_generate(s, width):
     decoder, session = self_drafting(width=width), es.Session()

@@ -286,7 +286,7 @@ class Plain:
     [
         pytest.param(exiting, False, marks=pytest.mark.slow, id="bad exits"),
         pytest.param(functools.partial(fading, 0.1), True, id="fair exits"),
-        pytest.param(fading, False, id="good exits"),
+        pytest.param(fading, False, marks=pytest.mark.slow, id="good exits"),
     ],
 )
 def test_every_step_is_that_of_a_plain_reference(make, doubts):

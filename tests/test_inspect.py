@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ def grouped_model():
     return es.random_model(GROUPED, es.make_mesh(1, 1), group_size=PARTITION, dtype="float64")
 
 
+@functools.partial(jax.jit, static_argnames="run_block")
 def run(model, tokens, cache, run_block):
     """Hidden states and cache of the library's own forward."""
     return es.model.forward(model, jnp.asarray(tokens, jnp.int32), cache, run_block=run_block)

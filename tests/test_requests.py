@@ -109,7 +109,7 @@ def test_logprobs_are_the_bases(width):
 
 
 def test_one_compilation_per_bucket():
-    decoder = self_drafting(width=4)
+    decoder = self_drafting()
     decoder.warmup(2, 10, 20)
     before = compilations()
     for seed, (length, new) in enumerate([(3, 9), (16, 20), (10, 30)]):

@@ -64,6 +64,12 @@ def test_masked_logits_stay_impossible():
     np.testing.assert_allclose(p.sum(), 1, atol=1e-6)
 
 
+def test_logits_of_another_vocabulary_are_cut_or_padded_with_the_impossible():
+    scores = jnp.asarray([[[1.0, 2.0]]], jnp.float32)
+    assert sampling.fit_vocab(scores, 3).tolist() == [[[1.0, 2.0, -np.inf]]]
+    assert sampling.fit_vocab(scores, 1).tolist() == [[[1.0]]]
+
+
 def test_sample_never_draws_a_zero():
     probs = jnp.tile(jnp.asarray([[0.0, 1e-30, 0.0, 1.0]], jnp.float32), (4096, 1))
     assert set(np.asarray(sample(jax.random.key(0), probs)).tolist()) <= {1, 3}

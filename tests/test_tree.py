@@ -24,19 +24,21 @@ SAMPLED = make_filters(es.Sampling(temperature=1.0))
 
 # The best of many.
 
+largest = jax.jit(tree.largest, static_argnums=1)
+
 
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     size=st.sampled_from([1, 5, 127, 256, 257, 1000, 4096]),
-    k=st.integers(1, 12),
+    k=st.sampled_from([1, 3, 12]),
     levels=st.sampled_from([2, 50, 10**6]),  # few levels: many ties
 )
 def test_largest_equals_sorting(seed, size, k, levels):
     k = min(k, size)
     x = np.random.default_rng(seed).integers(0, levels, (2, 3, size)).astype(np.float32)
     x[0, 0] = -np.inf
-    top, index = tree.largest(jnp.asarray(x), k)
+    top, index = largest(jnp.asarray(x), k)
     np.testing.assert_array_equal(top, -np.sort(-x, axis=-1)[..., :k])
     np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(index), axis=-1), top)
     assert all(len(set(row)) == k for row in np.asarray(index)[1].tolist())
