@@ -181,7 +181,7 @@ ONE = Deployment(layer=1, tensor=8, draft="one device", rules=LAYOUTS["replicate
 
 def groups_of(size: int) -> Deployment:
     """EasySpec's draft on 8 GPUs: layers of a group side by side on 4 of them."""
-    return Deployment(layer=4, tensor=2, draft="groups", rules=LAYOUTS["layer"], group_size=size)
+    return Deployment(layer=4, tensor=2, draft="groups", rules=LAYOUTS["grouped"], group_size=size)
 
 
 def drafting_gain(device: Device, pair: str) -> float:

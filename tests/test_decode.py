@@ -230,13 +230,13 @@ def test_a_draft_may_be_laid_out_in_any_way(layout):
 @pytest.mark.parametrize(
     ("mesh_shape", "heads", "size", "layout"),
     [
-        ((1, 1), (28, 4), 4, "layer"),
-        ((1, 8), (9, 3), 3, "layer"),
-        ((8, 1), (14, 2), 2, "layer"),
-        ((4, 2), (9, 3), 3, "layer"),
-        ((4, 2), (28, 4), 4, "layer"),
-        ((2, 4), (28, 4), 3, "layer"),
-        ((2, 4), (14, 2), 1, "layer"),
+        ((1, 1), (28, 4), 4, "grouped"),
+        ((1, 8), (9, 3), 3, "grouped"),
+        ((8, 1), (14, 2), 2, "grouped"),
+        ((4, 2), (9, 3), 3, "grouped"),
+        ((4, 2), (28, 4), 4, "grouped"),
+        ((2, 4), (28, 4), 3, "grouped"),
+        ((2, 4), (14, 2), 1, "grouped"),
     ],
     ids=str,
 )
@@ -249,7 +249,7 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
         num_kv_heads=heads[1], head_dim=4, max_len=96,
     )  # fmt: skip
     seen = []
-    for shape, how in ((mesh_shape, layout), ((1, 1), "layer")):
+    for shape, how in ((mesh_shape, layout), ((1, 1), "grouped")):
         draft = model(shape, group_size=size, layout=how, config=config)
         drafter = es.LayerParallelDrafter(draft)
         decoder = es.Decoder(model(shape, config=config), drafter, num_draft_tokens=3)
@@ -270,7 +270,7 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
         tie_embeddings=st.booleans(), qkv_bias=st.booleans(), qk_norm=st.booleans(),
         max_len=st.just(96),
     ),
-    layout=st.sampled_from(["layer", "layer", *OTHER_LAYOUTS]),
+    layout=st.sampled_from(["grouped", "grouped", *OTHER_LAYOUTS]),
     mesh_shape=st.sampled_from([*MESHES, (3, 2)]),
     group_size=st.integers(1, 5),
     gamma=st.sampled_from([1, 3, 5]),

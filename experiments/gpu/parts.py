@@ -52,7 +52,7 @@ def correctness(suite: Suite) -> dict[str, Any]:
 def _compare(suite: Suite, dtype: str) -> dict[str, Any]:
     p = suite.preset
     base = es.random_model(p.small, suite.mesh, dtype=dtype)
-    groups = {"group_size": p.small_groups, "layout": "layer"}
+    groups = {"group_size": p.small_groups, "layout": "grouped"}
     draft = es.random_model(p.small, suite.mesh, dtype=dtype, **groups)
     prompts = [
         np.random.default_rng(row).integers(p.small.vocab_size, size=1 + row % 8).tolist()
