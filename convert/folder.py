@@ -97,9 +97,20 @@ def _open_safetensors(path: pathlib.Path) -> Any:
     import safetensors
 
     try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
+        file = safetensors.safe_open(path, framework="numpy")
+        with path.open("rb") as header:  # of a name that stands twice the library takes the last
+            size = int.from_bytes(header.read(8), "little")
+            json.loads(header.read(size), object_pairs_hook=_unique)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}.") from None
+    return file
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a key appears twice")
+    return names
 
 
 def _header(rows: Any) -> Tensor:

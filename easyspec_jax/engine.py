@@ -57,8 +57,8 @@ class Engine:
             different tokenizers.
         """
         drafter = Autoregression() if drafter is None else drafter
-        depth = getattr(drafter, "depth", 0) if num_draft_tokens is None else num_draft_tokens
-        check_pair(base, drafter, depth, tree_width, min_draft_probability)
+        check_pair(base, drafter, num_draft_tokens, tree_width, min_draft_probability)
+        depth = drafter.depth if num_draft_tokens is None else num_draft_tokens
         self.base, self.drafter = base, drafter
         self.num_draft_tokens = int(depth) if drafter.depth else 0
         self.tree_width = int(tree_width) if drafter.depth else 1

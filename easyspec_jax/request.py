@@ -160,7 +160,7 @@ def check_pair(
     """Refuse a base, drafter and options that cannot work together; warn of a short draft context.
 
     Args:
-      num_draft_tokens: 0 only for a drafter that never drafts.
+      num_draft_tokens: None: as many as the drafter likes.
       least: the probability that drafting stops at, or None.
 
     Raises:
@@ -170,14 +170,16 @@ def check_pair(
         raise ValueError(
             f"a drafter is needed, LayerParallelDrafter(draft) say, got {type(drafter).__name__}"
         )
+    depth = drafter.depth if num_draft_tokens is None else num_draft_tokens
     for name, n in (("num_draft_tokens", num_draft_tokens), ("tree_width", tree_width)):
-        if not is_integer(n) or n < (1 if drafter.depth else 0):
+        is_own = name == "num_draft_tokens" and n is None
+        if not is_own and (not is_integer(n) or n < 1):
             raise ValueError(f"{name} must be a whole number above 0, got {n!r}")
     if least is not None and (not is_number(least) or not 0 <= least <= 1):
         raise ValueError(f"min_draft_probability must be between 0 and 1, got {least!r}")
     if max(base.partition) > 1:
         raise ValueError("the base runs layer after layer: load it with group_size=1")
-    drafter.check(base, num_draft_tokens, tree_width)
+    drafter.check(base, depth, tree_width)
     for draft in drafter.models():
         _check_draft(base, draft)
 

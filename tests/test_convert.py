@@ -348,6 +348,10 @@ def entry(begin: int, end: int, shape=(2,), dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
+ENTRY = json.dumps(entry(0, 8))
+TWICE = f'{{"a": {ENTRY}, "a": {ENTRY}}}'.encode()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -362,6 +366,7 @@ def entry(begin: int, end: int, shape=(2,), dtype: str = "F32") -> dict:
         (safetensors_bytes({"a": entry(0, 8), "b": entry(4, 12)}), "invalid offset for tensor `b`"),
         (safetensors_bytes({"a": entry(0, 8)}, b"\0" * 9), "file not fully covered"),
         (safetensors_bytes({"a": entry(0, 8)}, b"\0" * 7), "file not fully covered"),
+        (safetensors_bytes(TWICE), "a key appears twice"),
     ],
 )
 def test_broken_safetensors_files_are_refused_by_name(content, message, folder, tmp_path):

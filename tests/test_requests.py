@@ -241,6 +241,10 @@ def test_bad_requests_are_refused(monkeypatch, prompts, options, sentence):
 def test_bad_decoders_are_refused():
     base, draft = model((1, 1)), model((1, 1), group_size=GROUPS)
     drafter = es.LayerParallelDrafter(draft)
+    with pytest.raises(ValueError, match=r"num_draft_tokens must be a whole .* got 0"):
+        es.Decoder(base, num_draft_tokens=0)
+    with pytest.raises(ValueError, match=r"tree_width must be a whole .* got None"):
+        es.Decoder(base, drafter, tree_width=None)
     for number in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"num_draft_tokens must be a whole .* got {number}"):
             es.Decoder(base, drafter, num_draft_tokens=number)
