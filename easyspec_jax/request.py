@@ -171,9 +171,11 @@ def check_pair(
             f"a drafter is needed, LayerParallelDrafter(draft) say, got {type(drafter).__name__}"
         )
     depth = drafter.depth if num_draft_tokens is None else num_draft_tokens
-    for name, n in (("num_draft_tokens", num_draft_tokens), ("tree_width", tree_width)):
-        is_own = name == "num_draft_tokens" and n is None
-        if not is_own and (not is_integer(n) or n < 1):
+    numbers = {"tree_width": tree_width}
+    if num_draft_tokens is not None:
+        numbers["num_draft_tokens"] = num_draft_tokens
+    for name, n in numbers.items():
+        if not is_integer(n) or n < 1:
             raise ValueError(f"{name} must be a whole number above 0, got {n!r}")
     if least is not None and (not is_number(least) or not 0 <= least <= 1):
         raise ValueError(f"min_draft_probability must be between 0 and 1, got {least!r}")
