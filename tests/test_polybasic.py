@@ -1,5 +1,6 @@
 """A chain of three models: lossless at both stages, and its caches and counters are right."""
 
+import collections
 import dataclasses
 import functools
 
@@ -202,6 +203,18 @@ def chain_surprise(decoder, s):
 )
 def test_sampled_sequences_follow_the_base(s, mu):
     assert chain_surprise(tiny_chain(mu=mu), s) < 5
+
+
+@slow
+def test_a_stop_id_inside_a_buffer_keeps_the_distribution():
+    """The middle drafts nothing behind it, and the base may reject it and go on."""
+    decoder, stop = tiny_chain(mu=2), 2
+    table = collections.Counter()
+    for text, p in enumerate_sequences(decoder.base, [3, 1], PLAIN).items():
+        table[text[: text.index(stop) + 1] if stop in text else text] += p
+    out = decoder.generate(ROWS, max_new_tokens=3, sampling=PLAIN, eos_ids=[stop], seed=5)
+    assert surprise(map(tuple, out.tokens), table) < 5
+    assert any(row[-1] == stop and len(row) < 3 for row in out.tokens)
 
 
 @slow
