@@ -382,18 +382,3 @@ def test_the_first_token_does_not_wait_for_slow_imports():
     root = pathlib.Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert (done.stdout, done.stderr) == ("set()\n", "")
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_the_true_demo(tmp_path):
-    command = [sys.executable, "-m", "easyspec_jax.cli", "demo", "--cache", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--max-new-tokens", "48"],
-        capture_output=True,
-        text=True,
-        cwd=pathlib.Path(__file__).parent.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("identical") == 2
-    assert (tmp_path / demo.MODEL / "easyspec.json").is_file()

@@ -124,7 +124,7 @@ def test_greedy_equals_autoregression_for_every_way_to_draft(
 
 
 @pytest.mark.parametrize(
-    "mesh_shape", [(1, 1), (4, 2), *(pytest.param(m, marks=slow) for m in [(1, 8), (8, 1), (2, 4)])]
+    "mesh_shape", [(1, 1), (4, 2), *(pytest.param(m, marks=slow) for m in [(1, 8), (2, 4)])]
 )
 def test_a_bad_draft_costs_no_text(mesh_shape):
     want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
@@ -232,9 +232,7 @@ def test_a_draft_may_be_laid_out_in_any_way(layout):
     [
         ((1, 1), (28, 4), 4, "grouped"),
         ((1, 8), (9, 3), 3, "grouped"),
-        ((8, 1), (14, 2), 2, "grouped"),
         ((4, 2), (9, 3), 3, "grouped"),
-        ((4, 2), (28, 4), 4, "grouped"),
         ((2, 4), (28, 4), 3, "grouped"),
         ((2, 4), (14, 2), 1, "grouped"),
     ],
@@ -260,7 +258,7 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
 
 
 @slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     config=st.builds(
         es.ModelConfig,

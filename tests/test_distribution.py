@@ -102,7 +102,7 @@ CANDIDATES = {"chosen": "best", "drawn": "sampled"}
 def test_broken_rules_of_trees_are_noticed(monkeypatch, kind, broken):
     decoder = tiny_decoder(f"{kind} {broken}", candidates=CANDIDATES[kind], width=3)
     mutate(monkeypatch, es.verify, *BROKEN_RULES[kind, broken])
-    assert sequence_surprise(decoder, PLAIN, rows=32768) > 5
+    assert sequence_surprise(decoder, PLAIN, rows=16384) > 5
 
 
 @slow
@@ -110,7 +110,7 @@ def test_broken_rules_of_trees_are_noticed(monkeypatch, kind, broken):
 def test_a_duplicate_sibling_is_noticed(monkeypatch, candidates):
     decoder = tiny_decoder(f"{candidates} twice", candidates=candidates, width=3)
     repeat_siblings(monkeypatch)
-    assert sequence_surprise(decoder, PLAIN, rows=32768) > 5
+    assert sequence_surprise(decoder, PLAIN, rows=16384) > 5
 
 
 @pytest.mark.parametrize(

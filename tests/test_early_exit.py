@@ -104,7 +104,7 @@ def test_greedy_equals_autoregression_on_meshes(mesh_shape, exits, gamma, adapti
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     num_layers=st.integers(2, 7),
     data=st.data(),

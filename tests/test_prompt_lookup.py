@@ -217,7 +217,7 @@ def test_a_duplicate_sibling_is_noticed(monkeypatch):
         "known & (first == chain[None, :, None])",
         "known",
     )
-    assert lookup_surprise(decoder, PLAIN, rows=32768)[0] > 5
+    assert lookup_surprise(decoder, PLAIN, rows=16384)[0] > 5
 
 
 @pytest.mark.parametrize("max_ngram", [0, -1, 2.5, True, None])
