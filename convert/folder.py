@@ -14,10 +14,11 @@ from convert.tensors import DTYPES, Tensor, expected_tensors, row_ranges
 from convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.hf_config import config_from_hf
+from easyspec_jax.json_files import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HUB_PATTERNS = [
+SOURCE_FILES = [
     "model*.safetensors",
     INDEX,
     "config.json",
@@ -32,11 +33,10 @@ class FolderSource:
     def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
         """Open every shard; `stack` closes them."""
         self.folder = folder
-        self.config_text = _read_text(folder / "config.json")
-        raw = _parse(folder / "config.json")
-        self.config = config_from_hf(raw)
+        self.config = config_from_hf(read_object(folder / "config.json"))
+        self.config_text = (folder / "config.json").read_text(encoding="utf-8")
         path = folder / "generation_config.json"
-        self.generation_config = _parse(path) if path.exists() else {}
+        self.generation_config = read_object(path) if path.exists() else {}
         self._slices: dict[str, Any] = {}
         shard_of: dict[str, pathlib.Path] = {}
         for shard, names in _shards(folder).items():
@@ -79,7 +79,7 @@ def download(repo: str, revision: str | None) -> pathlib.Path:
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(_HUB_PATTERNS)
+                repo, revision=revision, allow_patterns=list(SOURCE_FILES)
             )
         )
     except Exception as error:
@@ -126,7 +126,7 @@ def _shards(folder: pathlib.Path) -> Mapping[str, set[str] | None]:
         pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
         hint = f"; {pickles[0]} is a pickle, and pickles are never read" if pickles else ""
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}.")
-    weight_map = _parse(folder / INDEX).get("weight_map")
+    weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map.")
     shards: dict[str, set[str]] = {}
@@ -151,19 +151,3 @@ def _common_dtype(tensors: dict[str, Tensor], config: ModelConfig) -> str:
     """The type of all tensors of the model; float32, which holds the others, where they differ."""
     found = {tensors[n].dtype for n in expected_tensors(config) if n in tensors}
     return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
-
-
-def _read_text(path: pathlib.Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}.")
-    return path.read_text(encoding="utf-8")
-
-
-def _parse(path: pathlib.Path) -> dict:
-    try:
-        value = json.loads(_read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return value

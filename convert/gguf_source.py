@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.gguf_tokenizer import check_tokenizer, write_tokenizer
 from convert.tensors import Tensor, expected_tensors, row_ranges
+from easyspec_jax.config import is_integer
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.weights import EMBED, GGUF_PREFIX, HEAD, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS
 
@@ -56,6 +57,11 @@ _ALLOWED: dict[str, tuple] = {
     "use_parallel_residual": (False,),
     "rope.scaling.attn_factor": (1.0,),
 }
+_COUNTS = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.head_count_kv"),
+    *("attention.key_length", "attention.value_length", "rope.dimension_count"),
+}
 _REQUIRED = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length"),
     *("attention.head_count", "attention.layer_norm_rms_epsilon"),
@@ -68,7 +74,7 @@ class GgufSource:
     def __init__(self, path: pathlib.Path):
         self.path = path
         reader = _open(path)
-        self._metadata: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
+        self._metadata = _contents(reader, path)
         self._stored = {t.name: t for t in reader.tensors}
         raw = self._config()
         check_tokenizer(self._metadata)
@@ -112,7 +118,11 @@ class GgufSource:
         return self._metadata.get(f"{self._metadata['general.architecture']}.{key}", default)
 
     def _token_id(self, kind: str) -> int | None:
-        return self._metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        key = f"tokenizer.ggml.{kind}_token_id"
+        value = self._metadata.get(key)
+        if value is not None and not is_integer(value):
+            raise ValueError(f"{self.path}: {key} must be a token id, not {value!r}.")
+        return value
 
     def _generation_config(self) -> dict:
         ids = [self._token_id(kind) for kind in ("eos", "eot", "eom")]
@@ -136,7 +146,7 @@ class GgufSource:
         # the files say nothing where the class default of transformers would step in
         config.setdefault("num_key_value_heads", heads)
         config.setdefault("rope_theta", 10000.0)
-        config["head_dim"] = self._head_dim(config["hidden_size"] // max(heads, 1))
+        config["head_dim"] = self._head_dim(config["hidden_size"] // heads)
         config["vocab_size"] = self._vocab_size()
         config["tie_word_embeddings"] = HEAD.gguf not in self._stored
         config["rope_scaling"] = self._rope_scaling(config["head_dim"], config["rope_theta"])
@@ -156,7 +166,7 @@ class GgufSource:
             if (v not in _ALLOWED[k] if k in _ALLOWED else k not in _HANDLED.keys() | _IGNORED)
             or (k in _HANDLED and isinstance(v, list))
         }
-        if self._metadata.get("split.count", 1) > 1:
+        if self._metadata.get("split.count", 1) not in (0, 1):
             bad["split.count"] = self._metadata["split.count"]
         if bad:
             listed = ", ".join(f"{k}={v!r}" for k, v in bad.items())
@@ -164,6 +174,9 @@ class GgufSource:
         missing = [f"{arch}.{k}" for k in _REQUIRED if k not in own]
         if missing:
             raise ValueError(f"{self.path} lacks the metadata {', '.join(missing)}.")
+        for key in _COUNTS & own.keys():
+            if not is_integer(own[key]) or own[key] < 1:
+                raise ValueError(f"{self.path}: {arch}.{key} must be above 0, not {own[key]!r}.")
 
     def _head_dim(self, default: int) -> int:
         head_dim = self._get("attention.key_length", default)
@@ -243,6 +256,18 @@ def _open(path: pathlib.Path):
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} is a broken GGUF file: {error}") from None
+
+
+def _contents(reader: Any, path: pathlib.Path) -> dict[str, Any]:
+    """The metadata by key.
+
+    Raises:
+      ValueError: a value cannot be read.
+    """
+    try:
+        return {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is a broken GGUF file: {error}") from None
 
 

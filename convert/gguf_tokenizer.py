@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
+
+from easyspec_jax.config import is_integer, is_number
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "\u2581"
@@ -44,15 +47,50 @@ _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word in 
 _BEGINS = _WHOLE_WORDS_FIRST  # a BOS token goes first unless said
 
 
+_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
+
+
+def _is_list(check) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# Keys under "tokenizer.": what a value must be, in words and as a test.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "ggml.tokens": ("a list of texts", _is_list(_is_text)),
+    "ggml.merges": ("a list of texts", _is_list(_is_text)),
+    "ggml.scores": ("a list of numbers", _is_list(is_number)),
+    "ggml.token_type": ("a list of the kinds 1 to 6", _is_list(lambda kind: kind in range(1, 7))),
+    "ggml.model": ("a name", _is_text),
+    "ggml.pre": ("a name", _is_text),
+    "chat_template": ("a text", _is_text),
+    **{
+        f"ggml.{kind}_token_id": ("a token id", lambda i: is_integer(i) and i >= 0) for kind in _IDS
+    },
+    **{
+        f"ggml.{flag}": ("true or false", lambda value: isinstance(value, bool))
+        for flag in ("add_bos_token", "add_eos_token", "add_space_prefix")
+    },
+}
+
+
 def check_tokenizer(metadata: dict[str, Any]) -> None:
     """Refuse a vocabulary of which `write_tokenizer` could not make a tokenizer.
 
     Raises:
-      ValueError: the kind of tokenizer or its way of splitting is unknown, or a part is missing.
+      ValueError: the kind of tokenizer or its way of splitting is unknown, or a part is missing or
+        not what it should be.
     """
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is None:
+    if "tokenizer.ggml.tokens" not in metadata:
         return
+    for key, (what, fits) in _TYPES.items():
+        value = metadata.get(f"tokenizer.{key}")
+        if value is not None and not fits(value):
+            raise ValueError(f"tokenizer.{key} must be {what}.")
+    tokens = metadata["tokenizer.ggml.tokens"]
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise ValueError(
@@ -78,6 +116,27 @@ def check_tokenizer(metadata: dict[str, Any]) -> None:
     for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
         if model == "llama" and metadata.get(f"tokenizer.ggml.{key}"):
             raise ValueError(f"tokenizer.ggml.{key} is set, which is not supported.")
+    _check_vocabulary(metadata)
+
+
+def _check_vocabulary(metadata: dict[str, Any]) -> None:
+    """Refuse ids, tokens and merges that do not go together."""
+    vocab, types = _vocab(metadata), _types(metadata)
+    for kind in _IDS:
+        index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        if index is not None and index >= len(types):
+            where = f"the vocabulary's 0 .. {len(types) - 1}"
+            raise ValueError(f"tokenizer.ggml.{kind}_token_id is {index}, outside {where}.")
+    if len(vocab) != sum(kind != _UNUSED for kind in types) or "" in vocab:
+        raise ValueError("tokenizer.ggml.tokens holds a token twice, or an empty one.")
+    if metadata["tokenizer.ggml.model"] == "gpt2":
+        for merge in metadata["tokenizer.ggml.merges"]:
+            left, _, right = merge.partition(" ")
+            if not {left, right, left + right} <= vocab.keys():
+                raise ValueError(
+                    f"tokenizer.ggml.merges has {merge!r}: not two tokens, a space between them, "
+                    "that make a third."
+                )
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: pathlib.Path) -> None:

@@ -84,6 +84,11 @@ def check_tensors(source: Source) -> None:
     Raises:
       ValueError: tensors are missing, unknown, misshapen, or of a type that cannot be read.
     """
+    if source.config.num_layers > len(source.tensors):
+        raise ValueError(
+            f"the weights do not fit the config; it has {source.config.num_layers} layers, but "
+            f"there are {len(source.tensors)} tensors in all."
+        )
     expected, found = expected_tensors(source.config), source.tensors
     problems = {
         "are missing": [source.label(n) for n in expected if n not in found],

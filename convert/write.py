@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import glob
-import json
 import os
 import pathlib
-import re
 import shutil
+import signal
+import tempfile
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import filelock
 import jax
 import numpy as np
 import tqdm
@@ -25,15 +27,20 @@ from convert import tensors
 from convert.folder import FolderSource, download
 from convert.tokenizer import has_tokenizer, tokenizer_hash
 from easyspec_jax import checkpoint
+from easyspec_jax.hf_config import stop_ids_of
+from easyspec_jax.json_files import write_object
+from easyspec_jax.sources import HUB_ID
+from easyspec_jax.weights import Weight
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LOCK = ".lock"  # in a folder that is being written
 
 
 def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, progress=True):
     """Write the checkpoint folder `dst` and return its path.
 
     Args:
-      src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name).
+      src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name, or
+        owner/name@revision).
       dst: the new folder; it may exist if it is empty, and is removed then, before all else.
       dtype: "float32", "bfloat16" or "float16"; None keeps that of the source, which for quantised
         GGUF tensors is float32.
@@ -50,6 +57,7 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(tensors.DTYPES)}.")
     _make_way(dst)
     with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(_interrupts())
         source = _open(src, revision, stack)
         tensors.check_tensors(source)
         tensors.check_tied_head(source)
@@ -59,11 +67,15 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
         dtype = dtype or source.dtype
         parts = list(tensors.model_parts(source.config))
         parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=not progress)
-        crc = _write_arrays(source, temp, dtype, parts)
-        metadata = {"format": checkpoint.FORMAT, "dtype": dtype, "tokenizer": tokenizer}
-        metadata["weights"] = f"{crc:08x}"
-        (temp / checkpoint.METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
-        os.rename(temp, dst)
+        digests = {}
+        for part, weights in parts:
+            digests[part] = _write_part(source, temp, dtype, part, weights)
+            interrupted()
+        checkpoint.check_whole(temp, source.config, digests)
+        metadata = checkpoint.make_metadata(dtype, tokenizer, digests)
+        write_object(temp / checkpoint.METADATA_FILE, metadata)
+        interrupted()
+        _put(temp, dst)
     return dst
 
 
@@ -99,39 +111,80 @@ def _open(src, revision: str | None, stack: contextlib.ExitStack) -> tensors.Sou
 
         return GgufSource(path)
     if not path.exists():
-        if not _HUB_ID.fullmatch(str(src)):
+        hub = HUB_ID.fullmatch(str(src))
+        if hub is None:
             raise FileNotFoundError(f"{src} is neither a folder, a GGUF file nor a hub id.")
-        path = download(str(src), revision)
+        path = download(hub[1], revision or hub[2])
     return FolderSource(path, stack)
 
 
 @contextlib.contextmanager
 def _temporary(dst: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new hidden folder beside `dst`, gone afterwards; those of dead processes go first."""
+    """A new hidden folder beside `dst`, gone afterwards; those of dead processes go first.
+
+    Whoever writes one holds a lock in it: numbers of processes say nothing across containers, and
+    nothing about two threads.
+    """
     dst.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{dst.name}.tmp-"
     for stale in dst.parent.glob(f"{glob.escape(prefix)}*"):
-        pid = stale.name.removeprefix(prefix)
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(stale, ignore_errors=True)
-    temp = dst.parent / f"{prefix}{os.getpid()}"
-    temp.mkdir()
+        with contextlib.suppress(filelock.Timeout, OSError):
+            with filelock.FileLock(stale / _LOCK, timeout=0):
+                shutil.rmtree(stale, ignore_errors=True)
+    new = pathlib.Path(tempfile.mkdtemp(prefix=f".{dst.name}.new-", dir=dst.parent))
+    temp = new.with_name(prefix + new.name.rpartition("-")[2])
+    lock = filelock.FileLock(new / _LOCK)
     try:
+        new.chmod(0o755)  # mkdtemp lets only its owner read
+        lock.acquire()
+        new.rename(temp)  # only now others look at it
         yield temp
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        for folder in (new, temp):
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # left by an earlier process that had this number
+def _put(temp: pathlib.Path, dst: pathlib.Path) -> None:
+    """The finished folder in its place.
+
+    Raises:
+      FileExistsError: something has come to be there.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
+        os.rename(temp, dst)
     except OSError:
-        return True
-    return True
+        if dst.exists():
+            raise FileExistsError(f"{dst} has come to exist meanwhile, and is left so.") from None
+        raise
+    (dst / _LOCK).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """A function that raises a KeyboardInterrupt once Ctrl-C was pressed: one that came while some
+    library ran a callback is swallowed there.
+    """
+    seen = False
+
+    def note(number, frame):
+        nonlocal seen
+        seen = True
+        raise KeyboardInterrupt
+
+    def check():
+        if seen:
+            raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
@@ -139,8 +192,7 @@ def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
     (folder / "config.json").write_text(source.config_text, encoding="utf-8")
     generation = _generation_config(source)
     if generation:
-        text = json.dumps(generation, indent=2) + "\n"
-        (folder / "generation_config.json").write_text(text, encoding="utf-8")
+        write_object(folder / "generation_config.json", generation)
     source.write_tokenizer(folder)
     if not has_tokenizer(folder):
         warnings.warn(
@@ -148,22 +200,19 @@ def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
         )
 
 
-def _write_arrays(source: tensors.Source, folder: pathlib.Path, dtype: str, parts) -> int:
-    """Write the weights, one of `parts` (of `tensors.model_parts`) after the other; returns their
-    checksum.
-    """
-    crc = 0
-    for part, weights in parts:
-        arrays = {}
-        for tensor, weight in weights.items():
-            dense = tensors.read_array(source, tensor, weight, tensors.DTYPES[dtype])
-            arrays[weight.name] = _on_host(dense)
-            del dense
-        checkpoint.save_part(folder, part, arrays)
-        crc ^= checkpoint.checksum(part, arrays)
-        del arrays
-        gc.collect()  # Orbax leaves cycles that hold the arrays
-    return crc
+def _write_part(
+    source: tensors.Source, folder: pathlib.Path, dtype: str, part: str, weights: dict[str, Weight]
+) -> str:
+    """Write one part, of `tensors.model_parts`; returns its digest."""
+    arrays = {}
+    for tensor, weight in weights.items():
+        dense = tensors.read_array(source, tensor, weight, tensors.DTYPES[dtype])
+        arrays[weight.name] = _on_host(dense)
+        del dense
+    digest = checkpoint.save_part(folder, part, arrays)
+    del arrays
+    gc.collect()  # Orbax leaves cycles that hold the arrays
+    return digest
 
 
 def _on_host(array: np.ndarray) -> np.ndarray | jax.Array:
@@ -177,9 +226,8 @@ def _on_host(array: np.ndarray) -> np.ndarray | jax.Array:
 def _generation_config(source: tensors.Source) -> dict:
     """The source's generation_config.json with the EOS ids of config.json added."""
     generation = dict(source.generation_config)
-    eos = generation.get("eos_token_id")
-    ids = [*(eos if isinstance(eos, list) else [eos]), *source.config.eos_ids]
-    ids = list(dict.fromkeys(i for i in ids if i is not None))
+    ids = [*stop_ids_of(generation.get("eos_token_id")), *source.config.eos_ids]
+    ids = list(dict.fromkeys(ids))
     if ids:
         generation["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     return generation

@@ -4,14 +4,14 @@
 import easyspec_jax as es
 
 mesh = es.make_mesh(layer=4, tensor=2)
+tokenizer = es.Tokenizer("ckpt/base")
 base = es.load_model("ckpt/base", mesh)
 draft = es.load_model("ckpt/draft", mesh, group_size=4)
-decoder = es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=5)
-out = decoder.generate([[1, 15043]], max_new_tokens=128, eos_ids=(2,))
-print(out.tokens, out.stats.tokens_per_step)
+decoder = es.Decoder(base, es.LayerParallelDrafter(draft))
+out = decoder.generate([tokenizer.encode("Once upon a time")], max_new_tokens=128)
+print(tokenizer.decode(out.tokens[0]), out.stats.tokens_per_step)
 """
 
-from easyspec_jax.checkpoint import abstract_model, load_model, random_model, save_model
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.distributed import initialize_distributed
@@ -22,12 +22,14 @@ from easyspec_jax.drafters.polybasic import PolybasicDrafter
 from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.layer_parallel import make_partition
-from easyspec_jax.model import Model
+from easyspec_jax.loading import abstract_model, load_model, random_model, save_model
+from easyspec_jax.model import Model, logits
 from easyspec_jax.quantize import quantize_weights
 from easyspec_jax.request import Request
 from easyspec_jax.session import Piece, Session
 from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats
+from easyspec_jax.text import Tokenizer
 from easyspec_jax.verify import Proposal, Verdict
 
 __all__ = [
@@ -48,11 +50,13 @@ __all__ = [
     "Sampling",
     "Session",
     "Stats",
+    "Tokenizer",
     "Verdict",
     "abstract_model",
     "config_from_hf",
     "initialize_distributed",
     "load_model",
+    "logits",
     "make_mesh",
     "make_partition",
     "quantize_weights",

@@ -11,6 +11,8 @@ import math
 import numbers
 from typing import Any
 
+MAX_LAYERS = 10_000  # far above any model's: what loops over layers must end
+MAX_SIZE = 2**31 - 1  # of a dimension, and of a context: positions are 32-bit integers
 _SMALLEST = 1e-6  # below it float32 arithmetic on temperature or top_p has no meaning
 
 
@@ -21,8 +23,12 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value) -> bool:
     """Whether value is a finite real number, numpy's included, and no bool."""
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +117,9 @@ class ModelConfig:
             *("num_kv_heads", "head_dim", "max_len"),
         ):
             value = getattr(self, name)
-            if not (is_integer(value) and value > 0):
-                raise ValueError(f"{name} must be an integer > 0, not {value!r}.")
+            most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+            if not (is_integer(value) and 0 < value <= most):
+                raise ValueError(f"{name} must be an integer in 1 .. {most}, not {value!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "

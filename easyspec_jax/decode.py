@@ -106,6 +106,8 @@ class Decoder(Engine):
             At the call, not at the first piece.
           RuntimeError: from the iterator, once its session serves a later request.
         """
+        if session is not None and not isinstance(session, Session):
+            raise ValueError(f"session must be a Session, got {session!r}")
         stops = check_stop_strings(stop_strings, tokenizer)
         inputs = make_inputs(self.base.config, [prompt], max_new_tokens, sampling, eos_ids, seed)
         session = session if session is not None else Session()

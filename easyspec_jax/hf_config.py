@@ -48,6 +48,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _COMMON_DEFAULTS | _QWEN_DEFAULTS | {"head_dim": 128},
 }
 _DEFAULT_ROPE_THETA = 10000.0
+_BOOLEANS = {"tie_word_embeddings", "use_sliding_window"}
 
 _HANDLED = frozenset(
     {"model_type", "rope_theta", "rope_scaling", "rope_parameters", "unk_token_id", "layer_types"}
@@ -114,7 +115,7 @@ def config_from_hf(source: dict[str, Any] | Any) -> ModelConfig:
     """
     raw = dict(source) if isinstance(source, dict) else source.to_dict()
     family = raw.get("model_type")
-    if family not in _FAMILY_DEFAULTS:
+    if not isinstance(family, str) or family not in _FAMILY_DEFAULTS:
         raise ValueError(
             f"model_type {family!r} is not supported; use one of {', '.join(_FAMILY_DEFAULTS)}."
         )
@@ -126,6 +127,9 @@ def config_from_hf(source: dict[str, Any] | Any) -> ModelConfig:
         raise ValueError(f"the {family} config has sizes that are no integers: {_listed(wrong)}.")
     _refuse_unsupported(raw, family)
     values = _FAMILY_DEFAULTS[family] | raw
+    for name in _BOOLEANS & values.keys():
+        if not isinstance(values[name], bool | None):
+            raise ValueError(f"{name} must be true or false, not {values[name]!r}.")
     vocab_size = values["vocab_size"]
     theta, scaling = _rope(raw)
     return ModelConfig(
@@ -191,16 +195,20 @@ def _sliding_window(values: dict, family: str) -> int | None:
         num_full = num_layers if window is None else values["max_window_layers"]
     else:
         num_full = num_layers if window is None else 0
+    if not is_integer(num_full):
+        raise ValueError(f"max_window_layers must be an integer, not {num_full!r}.")
     types = values.get("layer_types")
     if types is None:
-        types = [
-            "full_attention" if i < num_full else "sliding_attention" for i in range(num_layers)
-        ]
-    if len(types) != num_layers:
+        kinds = {"full_attention"} if num_full > 0 else set()
+        kinds |= {"sliding_attention"} if num_full < num_layers else set()
+    elif not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+        raise ValueError(f"layer_types must be a list of names, not {types!r}.")
+    elif len(types) != num_layers:
         raise ValueError(
             f"the {family} config has {num_layers} layers but {len(types)} layer_types."
         )
-    kinds = set(types)
+    else:
+        kinds = set(types)
     if kinds <= {"full_attention"} and (window is None or family.startswith("qwen")):
         return None
     if kinds == {"sliding_attention"} and window is not None:
@@ -220,9 +228,9 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"rotary settings must be an object, not {settings!r}.")
     rope = dict(settings)
     theta = rope.pop("rope_theta", _or(raw.get("rope_theta"), _DEFAULT_ROPE_THETA))
-    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}
-    kind = kinds.pop() if len(kinds) == 1 else (None if kinds else "default")
-    if rope.pop("partial_rotary_factor", 1) != 1 or kind is None:
+    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope] or ["default"]
+    kind = kinds[0] if kinds[0] == kinds[-1] else None
+    if rope.pop("partial_rotary_factor", 1) != 1 or not isinstance(kind, str):
         raise ValueError(f"rotary settings are not supported: {_listed(settings)}.")
     names = {
         "default": {},
@@ -248,8 +256,19 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
 
 
 def _eos_ids(value) -> tuple[int, ...]:
+    return tuple(i for i in stop_ids_of(value) if i != -1)
+
+
+def stop_ids_of(value: Any) -> list[int]:
+    """The ids in an `eos_token_id`, which is one, several or none; each once.
+
+    Raises:
+      ValueError: it holds something else.
+    """
     ids = value if isinstance(value, list | tuple) else [value]
-    return tuple(dict.fromkeys(i for i in ids if i is not None and i != -1))
+    if not all(i is None or is_integer(i) for i in ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them, not {value!r}.")
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _token_id(value, vocab_size) -> int | None:

@@ -6,7 +6,9 @@ anything is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -29,12 +31,31 @@ def device_bytes(tree: Any) -> int:
 
 def device_memory(mesh: Mesh) -> int | None:
     """Bytes still free on the fullest device of the mesh in this process, or None where the
-    platform does not say (CPU).
+    platform does not say. Devices of the CPU share what the host has.
     """
-    stats = [device.memory_stats() for device in mesh.local_devices]
+    local = mesh.local_devices
+    if local and all(device.platform == "cpu" for device in local):
+        free = host_memory()
+        return None if free is None else free // len(local)
+    stats = [device.memory_stats() for device in local]
     if not stats or not all(s and "bytes_limit" in s for s in stats):
         return None
     return min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+
+
+def host_memory() -> int | None:
+    """Bytes that programs may still take of the host's memory, within the limit of this process's
+    control group; None where the system does not say.
+    """
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvail")))
+        group = pathlib.Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError, ValueError):  # none, or "max"
+            most = int((group / "memory.max").read_text())
+            free = min(free, most - int((group / "memory.current").read_text()))
+        return free
+    return None
 
 
 def listed(budget: dict[str, int]) -> str:

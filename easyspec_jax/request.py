@@ -18,6 +18,7 @@ from easyspec_jax.config import ModelConfig, Sampling, is_integer, is_number
 from easyspec_jax.model import Model
 from easyspec_jax.sampling import Filters
 
+MAX_NODES = 4096  # of one step's draft: masks grow with their square
 EOS_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number compiles nothing
 
 
@@ -166,9 +167,11 @@ def check_pair(
     Raises:
       ValueError: saying which.
     """
-    if not hasattr(drafter, "propose"):
+    if not isinstance(base, Model):
+        raise ValueError(f"a base is needed, load_model(...) say, got {_kind(base)}")
+    if isinstance(drafter, type) or not hasattr(drafter, "propose"):
         raise ValueError(
-            f"a drafter is needed, LayerParallelDrafter(draft) say, got {type(drafter).__name__}"
+            f"a drafter is needed, LayerParallelDrafter(draft) say, got {_kind(drafter)}"
         )
     depth = drafter.depth if num_draft_tokens is None else num_draft_tokens
     numbers = {"tree_width": tree_width}
@@ -177,6 +180,11 @@ def check_pair(
     for name, n in numbers.items():
         if not is_integer(n) or n < 1:
             raise ValueError(f"{name} must be a whole number above 0, got {n!r}")
+    if depth >= base.config.max_len or depth * tree_width > MAX_NODES:
+        raise ValueError(
+            f"{depth} draft tokens in a tree of width {tree_width} are more than a step can draft: "
+            f"at most {min(base.config.max_len - 1, MAX_NODES)}, all nodes together {MAX_NODES}"
+        )
     if least is not None and (not is_number(least) or not 0 <= least <= 1):
         raise ValueError(f"min_draft_probability must be between 0 and 1, got {least!r}")
     if max(base.partition) > 1:
@@ -184,6 +192,11 @@ def check_pair(
     drafter.check(base, depth, tree_width)
     for draft in drafter.models():
         _check_draft(base, draft)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for messages."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def check_tokenizers(base: str | None, draft: str | None) -> None:
@@ -199,7 +212,9 @@ def check_tokenizers(base: str | None, draft: str | None) -> None:
         )
 
 
-def _check_draft(base: Model, draft: Model) -> None:
+def _check_draft(base: Model, draft: Any) -> None:
+    if not isinstance(draft, Model):
+        raise ValueError(f"a drafter drafts with a model, got {_kind(draft)}")
     if draft.layout.mesh != base.layout.mesh:
         raise ValueError("base and draft are on different meshes: load both with the same mesh")
     check_tokenizers(base.tokenizer, draft.tokenizer)

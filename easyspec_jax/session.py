@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from easyspec_jax import loop
+from easyspec_jax.config import is_integer
 from easyspec_jax.engine import Engine
 from easyspec_jax.request import Inputs, Request
 from easyspec_jax.stats import Counters, count, make_stats
@@ -28,11 +30,20 @@ class Piece(list):
 class Session:
     """A row of decoding that outlives one `stream` call: caches stay, so a longer prompt costs only
     its new part.
+
+    Threads may share one: a request that opens ends the stream of the one before it.
     """
 
     def __init__(self, max_len: int | None = None):
-        """Room for `max_len` tokens in all calls together; None sizes it by the first call."""
+        """Room for `max_len` tokens in all calls together; None sizes it by the first call.
+
+        Raises:
+          ValueError: `max_len` is neither None nor a whole number above 0.
+        """
+        if max_len is not None and (not is_integer(max_len) or max_len < 1):
+            raise ValueError(f"max_len must be None or a whole number above 0, got {max_len!r}")
         self.max_len = max_len
+        self._lock = threading.Lock()  # held while a turn opens and in each of its steps
         self.stats = make_stats(Counters.zeros(1, 0))  # of the last call
         self._tokens: list[int] = []  # what caches hold, prompt and answers
         self._absorbed = 0  # leading tokens that both caches hold
@@ -43,9 +54,10 @@ class Session:
     @property
     def drafter_report(self) -> dict[str, Any]:
         """The drafter's own counters, as `Generation.drafter_report`; {} before a first request."""
-        if self._owner is None or self._state is None:
-            return {}
-        return self._owner.drafter.report(self._state.draft)
+        with self._lock:
+            if self._owner is None or self._state is None:
+                return {}
+            return self._owner.drafter.report(self._state.draft)
 
     def stream(
         self, engine: Engine, inputs: Inputs, stop_strings: tuple[str, ...], tokenizer: Any
@@ -57,6 +69,12 @@ class Session:
           ValueError: too little room; errors as for `Engine.begin`.
           RuntimeError: from the iterator, once a later request is served.
         """
+        with self._lock:
+            request = self._open(engine, inputs)
+        return self._steps(engine, request, stop_strings, tokenizer)
+
+    def _open(self, engine: Engine, inputs: Inputs) -> Request:
+        """The request of a new turn, its prompt absorbed; the turn before it has ended."""
         if self._owner is not engine:  # another pair's caches are of no use
             self._owner, self._state = engine, None
         (row,), old = inputs.rows, self._state
@@ -74,9 +92,8 @@ class Session:
         known = self._known(row) if old is not None else 0
         self._state, self._turn = engine.absorb(request, state, row.size, start=known), request
         self._tokens, self._absorbed = row.tolist(), row.size - 1
-        counters = engine.no_counts(1)
-        self.stats = make_stats(counters)
-        return self._steps(engine, request, counters, stop_strings, tokenizer)
+        self.stats = make_stats(engine.no_counts(1))
+        return request
 
     def _known(self, row: np.ndarray) -> int:
         """Leading tokens of a prompt, but its last, that both caches hold."""
@@ -88,27 +105,31 @@ class Session:
         self,
         engine: Engine,
         request: Request,
-        counters: Counters,
         stop_strings: tuple[str, ...],
         tokenizer: Any,
     ) -> Iterator[Piece]:
         """Step until the row is done; the session is consistent whenever this yields."""
-        done, text = False, TextStream(tokenizer, stop_strings)
+        done, text, counters = False, TextStream(tokenizer, stop_strings), engine.no_counts(1)
         while not done:
-            if self._turn is not request:
-                raise RuntimeError("this stream has ended: its session serves a later request")
-            state, self._state = self._state, None  # donated: nobody may use it again
-            state, out = loop.run_step(engine.base, engine.drafter, request, state)
-            out, done = jax.device_get((out, state.done))
-            done = bool(done[0])
-            ids = out.tokens[0, : out.num_emitted[0]].tolist()
-            if stop_strings:
-                ids = text.until_stop(ids)
-                done |= text.stopped
-            emitted = np.array([len(ids)], np.int32)
-            counters = count(counters, out.num_accepted, out.tries, out.num_drafted, emitted)
-            self._state = state
-            self._absorbed = len(self._tokens)  # the step calibrated up to its root
-            self._tokens += ids
-            self.stats = make_stats(counters)
+            with self._lock:
+                if self._turn is not request:
+                    raise RuntimeError("this stream has ended: its session serves a later request")
+                out, done = self._step(engine, request)
+                ids = out.tokens[0, : out.num_emitted[0]].tolist()
+                if stop_strings:
+                    ids = text.until_stop(ids)
+                    done |= text.stopped
+                emitted = np.array([len(ids)], np.int32)
+                counters = count(counters, out.num_accepted, out.tries, out.num_drafted, emitted)
+                self._absorbed = len(self._tokens)  # the step calibrated up to its root
+                self._tokens += ids
+                self.stats = make_stats(counters)
             yield Piece(ids, min(int(out.num_accepted[0]), len(ids)))
+
+    def _step(self, engine: Engine, request: Request) -> tuple[loop.Emission, bool]:
+        """What one step emitted, on the host, and whether the row is done; under the lock."""
+        state, self._state = self._state, None  # donated: nobody may use it again
+        state, out = loop.run_step(engine.base, engine.drafter, request, state)
+        out, done = jax.device_get((out, state.done))
+        self._state = state
+        return out, bool(done[0])

@@ -7,12 +7,15 @@ them, never alone, and never all of them.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from easyspec_jax.hf_config import stop_ids_of
+from easyspec_jax.json_files import read_object
+from easyspec_jax.sources import find_checkpoint
 
 _INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are no whole character (yet)
 # Tokens without a whole character at their end before their text is printed as it is.
@@ -27,13 +30,19 @@ class Tokenizer:
     from the folder is run.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, model: str | os.PathLike):
         """Read tokenizer.json, or what transformers can make of older files.
 
+        Args:
+          model: a folder with a tokenizer, or what `load_model` takes, converted once.
+
         Raises:
-          ValueError: the folder has no tokenizer that can be read.
+          ValueError: the folder has no tokenizer that can be read, or there is no such model.
+          OSError: as `load_model`.
         """
-        self.folder = pathlib.Path(folder)
+        self.folder = pathlib.Path(model)
+        if not self.folder.is_dir():
+            self.folder = find_checkpoint(model)
         self._template: Any = None
         path = self.folder / "tokenizer.json"
         if path.is_file():
@@ -52,7 +61,12 @@ class Tokenizer:
         self._fast.no_padding()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, with the special tokens (a first one, say) that the tokenizer adds."""
+        """Ids of `text`, with the special tokens (a first one, say) that the tokenizer adds.
+
+        Raises:
+          ValueError: it is no text, or holds half a character (a byte that is not UTF-8).
+        """
+        check_text(text)
         return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_from(self, text: str, start: int) -> list[int] | None:
@@ -89,12 +103,29 @@ class Tokenizer:
                     "or put its chat_template.jinja there"
                 )
             self._template = _read(self.folder, lambda: _templates(self.folder))
+        for message in messages:
+            check_text(message["content"])
         try:
             return self._template.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # whatever a template raises: it is a program of its own
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def check_text(text: Any) -> None:
+    """Refuse what no tokenizer reads.
+
+    Raises:
+      ValueError: it is no text, or holds half a character, as bytes that are not UTF-8 become.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a text is needed, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"there is half a character at place {error.start}"
+        raise ValueError(f"the text is not UTF-8: {where}") from None
 
 
 def has_chat_template(folder: str | os.PathLike) -> bool:
@@ -113,20 +144,21 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 def stop_ids(generation: dict[str, Any], config: Any) -> tuple[int, ...]:
     """The stop ids of a generation_config.json, else those of the model's configuration."""
-    ids = generation.get("eos_token_id")
-    ids = config.eos_ids if ids is None else ids if isinstance(ids, list) else [ids]
+    ids = stop_ids_of(generation.get("eos_token_id")) or config.eos_ids
     return tuple(i for i in ids if 0 <= i < config.vocab_size)  # others are never drawn
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _read(path: pathlib.Path, read) -> Any:
     """What `read` returns; its errors, of any type, as one sentence."""
     try:
         return read()
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C; but a panic of the tokenizers library is as any other error
         raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from error
 
 
@@ -230,7 +262,8 @@ class TextPrinter:
         self.text = ""  # without marks
         self._stream = TextStream(tokenizer, stop_strings)
         self._mark = mark
-        self._marks = ("\033[4;32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+        colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self._marks = ("\033[4;32m", "\033[0m") if colours else ("[", "]")
 
     def piece(self, ids: Sequence[int], num_accepted: int) -> None:
         """Print one step's tokens. Text that had to wait for a token counts as that token's."""

@@ -52,6 +52,8 @@ def pytest_configure(config):
         made = tempfile.TemporaryDirectory(prefix="easyspec-compiled-")
         config.add_cleanup(made.cleanup)
         folder = os.environ["EASYSPEC_TEST_CACHE"] = made.name
+    # No test writes into the cache of whoever runs it.
+    os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")
     # In the environment too, for the processes that tests start.
     for name, value in {
         "jax_compilation_cache_dir": folder,

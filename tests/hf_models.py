@@ -8,10 +8,12 @@ checkpoints are read back here.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 import convert
@@ -204,3 +206,12 @@ def load_all(folder: pathlib.Path, num_layers: int = 3) -> dict[str, np.ndarray]
 def run(src, dst, **options) -> pathlib.Path:
     """Convert without a progress bar."""
     return convert.convert(src, dst, progress=False, **options)
+
+
+MODELS = pathlib.Path(os.environ.get("EASYSPEC_MODELS", "~/.cache/easyspec-models")).expanduser()
+
+
+def real_model(name: str) -> pathlib.Path:
+    if not (MODELS / name / "config.json").exists():
+        pytest.skip(f"needs the real weights of {name} in {MODELS}")
+    return MODELS / name

@@ -174,10 +174,10 @@ def test_known_harmless_attributes_are_ignored():
         ({"num_attention_heads": 5, "head_dim": None}, "not a multiple of num_attention_heads"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_kv_heads"),
         ({"head_dim": 7}, "head_dim .7. must be even"),
-        ({"num_hidden_layers": 0}, "num_layers must be an integer > 0"),
+        ({"num_hidden_layers": 0}, "num_layers must be an integer in 1 .. 10000"),
         ({"rms_norm_eps": 0.0}, "norm_eps must be a finite number > 0"),
         ({"rope_theta": float("inf")}, "rope_theta must be a finite number > 0"),
-        ({"eos_token_id": ["2"]}, "eos_ids must be a tuple of token ids"),
+        ({"eos_token_id": ["2"]}, "eos_token_id must be a token id or a list"),
     ],
 )
 def test_refusals_of_config_from_hf(overrides, message):

@@ -138,6 +138,7 @@ def test_polybasic_gets_its_models(easyspec, others):
 def test_a_drafter_drafts_as_deep_as_it_likes_unless_told(checkpoints, monkeypatch, options, depth):
     monkeypatch.chdir(checkpoints)
     args = make_parser().parse_args(["generate", "--base", "base", *options, "hi"])
+    drafting.check_options(args)
     drafting.check_drafter(args, None)
 
     def planned(path, **options):
@@ -198,7 +199,7 @@ POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
             (*POLYBASIC, "--middle", "base", "--middle-bits", 4),
             "--drafter polybasic needs --middle or --middle-bits, not both",
         ),
-        ((*POLYBASIC, "--middle", "nowhere"), "nowhere is not a converted checkpoint"),
+        ((*POLYBASIC, "--middle", "nowhere"), "nowhere is no model"),
         ((*POLYBASIC, "--middle", "foreign"), "have different tokenizers"),
         ((*POLYBASIC, "--middle-bits", 4, "--mu", 0), "--mu must be at least 1, got 0"),
         ((*POLYBASIC, "--middle-bits", 4, "--exits", "1"), "polybasic does not take --exits"),

@@ -62,8 +62,9 @@ def test_a_set_is_read_from_its_folder_and_from_a_file(tmp_path, name, files, ex
     file = tmp_path / next(iter(files))
     in_file = prompt_sets.read_set(name, str(file))
     assert in_file == [item for item in expected if item in in_file]
-    (tmp_path / "packed.gz").write_bytes(gzip.compress(file.read_bytes()))
-    assert prompt_sets.read_set(name, tmp_path / "packed.gz") == in_file
+    packed = tmp_path / f"packed{file.suffix}.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert prompt_sets.read_set(name, packed) == in_file
 
 
 def test_one_category_of_a_set_is_a_set(tmp_path):
@@ -78,29 +79,31 @@ def test_one_category_of_a_set_is_a_set(tmp_path):
         ("gsm9k", "", "unknown prompt set 'gsm9k': use one of specbench, humaneval, gsm8k, mgsm"),
         ("gsm8k:rag", "", "unknown prompt set 'gsm8k' with category 'rag': use one of specbench"),
         ("specbench:cooking", SPECBENCH, "no category 'cooking', but 'writing', 'rag'"),
-        ("text", " \n\n", "file holds no prompts"),
-        ("mmlu", "question,choice0,choice1,choice2,choice3,answer\n", "file holds no prompts"),
-        ("mmlu", "one?,1,2,3,4,A\ntwo?,1,2,A\n", "file, question 2: 4 columns, but six"),
-        ("mgsm", "", "file holds no prompts"),
-        ("specbench", "", "file holds no prompts"),
-        ("specbench", '{"turns": []}', "file, line 1: 'turns' is missing, blank or no text"),
-        ("gsm8k", '{"question": "a"}\n\n["b"]', "file, line 3: not a JSON object"),
-        ("gsm8k", '{"question": "a"}\n{"quest', "file, line 2: not a JSON object"),
-        ("math", '{"question": "a"}', "file, line 1: 'problem' is missing, blank or no text"),
-        ("ifeval", '{"prompt": 3}', "file, line 1: 'prompt' is missing, blank or no text"),
-        ("text", b"\xff\xfe", "file is not text in UTF-8"),
+        ("text", " \n\n", "FILE holds no prompts"),
+        ("mmlu", "question,choice0,choice1,choice2,choice3,answer\n", "FILE holds no prompts"),
+        ("mmlu", "one?,1,2,3,4,A\ntwo?,1,2,A\n", "FILE, question 2: 4 columns, but six"),
+        ("mgsm", "", "FILE holds no prompts"),
+        ("specbench", "", "FILE holds no prompts"),
+        ("specbench", '{"turns": []}', "FILE, line 1: 'turns' is blank or no text"),
+        ("gsm8k", '{"question": "a"}\n\n["b"]', "FILE, line 3 is not a JSON object"),
+        ("gsm8k", '{"question": "a"}\n{"quest', "FILE, line 2 cannot be read"),
+        ("math", '{"answer": "a"}', "FILE, line 1: none of"),
+        ("ifeval", '{"prompt": 3}', "FILE, line 1: 'prompt' is blank or no text"),
+        ("text", b"\xff\xfe", "FILE is not text in UTF-8"),
     ],
 )
 def test_a_bad_set_is_one_sentence(tmp_path, name, content, sentence):
     content = content if isinstance(content, bytes) else content.encode()
-    (tmp_path / "file").write_bytes(content)
+    pattern = prompt_sets.FILES.get(name.partition(":")[0], "")
+    file = tmp_path / f"file{pathlib.Path(pattern).suffix}"
+    file.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        prompt_sets.read_set(name, tmp_path / "file")
-    assert sentence in str(error.value) and "\n" not in str(error.value)
+        prompt_sets.read_set(name, file)
+    assert sentence.replace("FILE", file.name) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_folder_and_a_folder_without_the_set_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no prompts for the set mgsm: .*nowhere does not exist"):
+    with pytest.raises(ValueError, match=r"for the set mgsm: there is no file of prompts at"):
         prompt_sets.read_set("mgsm", tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no prompts for the set mgsm: .* has no mgsm_\*.tsv"):
         prompt_sets.read_set("mgsm", tmp_path)

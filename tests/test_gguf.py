@@ -8,8 +8,15 @@ import pathlib
 import gguf
 import numpy as np
 import pytest
-from hf_models import load_all, load_part, random_tensors, run, tiny_config, write_hf_folder
-from test_convert import real_model
+from hf_models import (
+    load_all,
+    load_part,
+    random_tensors,
+    real_model,
+    run,
+    tiny_config,
+    write_hf_folder,
+)
 from tokenizers import Tokenizer
 
 import convert

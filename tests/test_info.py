@@ -77,9 +77,9 @@ def test_info_refuses_what_is_no_configuration(easyspec, tmp_path):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "list.json").write_text("[1]")
     for path, sentence in (
-        (tmp_path, "is no JSON file: name a"),
-        (tmp_path / "list.json", "list.json is no configuration: name a checkpoint"),
-        ("nowhere", "is not a converted"),
+        (tmp_path, "config.json cannot be read"),
+        (tmp_path / "list.json", "list.json is not a JSON object"),
+        ("nowhere", "nowhere is no model"),
     ):
         status, _, err = easyspec("info", path)
         assert status == 1 and sentence in err

@@ -174,7 +174,7 @@ def test_processes_started_differently_are_refused(checkpoints):
 @pytest.mark.parametrize(
     ("others", "first", "second"),
     [
-        (("--base", "nowhere"), "process 1 could not start: its own", "nowhere is not a converted"),
+        (("--base", "nowhere"), "process 1 could not start: its own", "nowhere is no model"),
         (("--draft", "base"), "process 1 was started with another", "process 1 was started with"),
     ],
     ids=["no checkpoint", "another draft"],

@@ -179,8 +179,8 @@ def test_devices_are_read_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "no JSON"),
-        ("[1]", "describes no device"),
+        ("{", "cannot be read"),
+        ("[1]", "is not a JSON object"),
         ('{"name": "x", "bandwidth": 1}', "describes no device"),
         ('{"name": "x", "bandwidth": 1, "flops": 1, "colour": 2}', "unknown fields: colour"),
         ('{"name": "x", "bandwidth": "fast", "flops": 1}', "bandwidth of a device must be"),
@@ -193,7 +193,7 @@ def test_devices_are_read_from_files(tmp_path):
         ('{"name": 3, "bandwidth": 1, "flops": 1}', "name of a device must be a text"),
         ('{"name": "x", "bandwidth": 1, "flops": 1, "overlapped": 1}', "must be true or false"),
         ('{"name": "x", "bandwidth": 1, "flops": 1, "dtype": "int4"}', "dtype of a device must"),
-        ("[" * 10**5, "no JSON"),
+        ("[" * 10**5, "cannot be read"),
         (
             '{"name": "x", "bandwidth": 0, "flops": 1}',
             "bandwidth of a device must be a number above 0",

@@ -10,7 +10,6 @@ import sys
 import pytest
 from decoders import NEW, PROMPTS, autoregressive, joined, model
 
-import convert.__main__
 import easyspec_jax as es
 from easyspec_jax.cli.main import make_parser
 
@@ -20,7 +19,7 @@ PAGES = [ROOT / "README.md", *(page for name in FOLDERS for page in (ROOT / name
 PAGES = {str(page.relative_to(ROOT)): page for page in sorted(PAGES)}
 CONTRIBUTING = ".github/CONTRIBUTING.md"
 HISTORY = (".github/CHANGELOG.md", "experiments/README.md")  # name what was there once, too
-COMMANDS = {"generate", "chat", "info", "plan", "tune", "demo"}
+COMMANDS = {"generate", "chat", "convert", "info", "plan", "tune", "demo"}
 
 
 @functools.cache
@@ -70,13 +69,10 @@ def test_links_and_paths_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_commands_are_understood(page, monkeypatch):
-    monkeypatch.setattr(convert.__main__, "convert", lambda src, dst, **_: dst)
+def test_commands_are_understood(page):
     for program, arguments in commands(page):
-        if program == "easyspec":
-            assert make_parser().parse_args(arguments).command == arguments[0]
-        else:
-            assert convert.__main__.main(arguments) == 0
+        arguments = arguments if program == "easyspec" else ["convert", *arguments]
+        assert make_parser().parse_args(arguments).command == arguments[0]
 
 
 def test_every_command_is_shown():

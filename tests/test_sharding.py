@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import convert
 import easyspec_jax as es
-from easyspec_jax import memory
+from easyspec_jax import checkpoint, memory
 from easyspec_jax.layer_parallel import run_fuzzy
 from easyspec_jax.sharding import LAYOUTS, LayoutRules, make_layout
 
@@ -370,7 +370,9 @@ def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"not a converted checkpoint: .*python -m convert"):
+    with pytest.raises(ValueError, match=r"not a converted checkpoint: .*easyspec convert"):
+        checkpoint.read_metadata(tmp_path)
+    with pytest.raises(ValueError, match=r"is no model: it has neither easyspec.json"):
         es.load_model(tmp_path)
 
 
@@ -378,7 +380,7 @@ def test_a_checkpoint_of_another_format_is_refused(checkpoints, tmp_path):
     shutil.copy(checkpoints["9/3"] / "config.json", tmp_path)
     (tmp_path / "easyspec.json").write_text('{"format": 0}')
     with pytest.raises(
-        ValueError, match="has checkpoint format 0, but this version reads 1: convert"
+        ValueError, match="has checkpoint format 0, but this version reads 2: convert"
     ):
         es.load_model(tmp_path)
 
@@ -407,14 +409,17 @@ def test_a_checkpoint_of_other_shapes_is_refused(checkpoints, tmp_path):
     code = "import sys, easyspec_jax as es; es.load_model(sys.argv[1], es.make_mesh(1, 1))"
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"ValueError: {folder}/layers/0000 is damaged: convert the model again" in done.stderr
+    assert f"ValueError: {folder}/layers/0000 is damaged: remove {folder}, then" in done.stderr
 
 
 @pytest.mark.parametrize(
     "error, seen",
     [
-        (ValueError("requested shape (8,) is not compatible"), "is damaged: convert the model"),
-        (FileNotFoundError("no manifest"), "is damaged: convert the model again"),
+        (
+            ValueError("requested shape (8,) is not compatible"),
+            "is damaged: remove .*convert",
+        ),
+        (FileNotFoundError("no manifest"), "is damaged: remove .*convert"),
         (PermissionError("not yours"), "not yours"),
         (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), "out of memory"),
     ],

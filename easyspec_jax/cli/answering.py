@@ -16,16 +16,25 @@ import jax
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.cli import drafting
-from easyspec_jax.cli.options import COUNT, add_dtype, add_machine, add_mesh, flag, given
+from easyspec_jax.cli.options import (
+    COUNT,
+    MODEL_HELP,
+    add_dtype,
+    add_machine,
+    add_mesh,
+    flag,
+    given,
+)
 from easyspec_jax.cli.report import Clock, print_report
 from easyspec_jax.memory import check_memory
+from easyspec_jax.sources import find_checkpoint
 from easyspec_jax.text import TextPrinter, Tokenizer, read_generation_config, stop_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Models, drafter, mesh, machine and text."""
     add = parser.add_argument_group("models").add_argument
-    add("--base", required=True, metavar="CKPT", help="converted checkpoint of the base")
+    add("--base", required=True, metavar="MODEL", help=f"the base: {MODEL_HELP}")
     add_dtype(add)
     drafting.add_arguments(parser.add_argument_group("drafting").add_argument)
     add = parser.add_argument_group("machine").add_argument
@@ -64,6 +73,8 @@ def check(args: argparse.Namespace) -> Setup:
         raise ValueError("--stop needs a text that is not empty")
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
+    drafting.check_options(args)
+    find_models(args)
     config, metadata = read_metadata(args.base)
     mesh = es.make_mesh(args.layer, args.tensor)
     drafting.check_drafter(args, metadata.get("tokenizer"))
@@ -75,6 +86,13 @@ def check(args: argparse.Namespace) -> Setup:
     stops = [special[text] for text in args.stop if text in special]
     eos_ids = (*stop_ids(generation, config), *(i for i in stops if i < config.vocab_size))
     return Setup(config, mesh, tokenizer, sampling, eos_ids)
+
+
+def find_models(args: argparse.Namespace) -> None:
+    """Name the checkpoints of models in `args`, converting those that are none (`sources`)."""
+    for name in ("base", "draft", "middle"):
+        if getattr(args, name, None) is not None:
+            setattr(args, name, str(find_checkpoint(getattr(args, name))))
 
 
 def check_fits(args: argparse.Namespace, setup: Setup, tokens: int) -> None:

@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 import easyspec_jax as es
 from easyspec_jax.cli import answering
-from easyspec_jax.cli.options import add_max_len, max_len
+from easyspec_jax.cli.options import add_max_len, max_len, standard_input
 from easyspec_jax.text import Conversation
 
 HELP = "talk, line by line; /reset clears, /exit ends"
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer every line of standard input."""
+    stream = standard_input()
     setup = answering.check(args)
     talk = Conversation(setup.tokenizer, args.system)
     talk.ask("?")  # a template that is missing or refuses the system message should show now
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     room = max_len(args, setup.config)
     answering.check_fits(args, setup, room)
     engine, session, seed = answering.Engine(args, setup), es.Session(room), args.seed
-    for line in _lines():
+    for line in _lines(stream):
         if line == "/reset":
             talk = Conversation(setup.tokenizer, args.system)
             continue
@@ -53,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _lines() -> Iterator[str]:
+def _lines(stream: TextIO) -> Iterator[str]:
     """What the user types, until /exit or the end; asked for with "> " on a terminal."""
-    if sys.stdin.isatty():
+    if stream.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing in input)
     while True:
         try:
-            line = input("> ") if sys.stdin.isatty() else input()
+            line = input("> ") if stream.isatty() else input()
         except EOFError:
             return
         if line.strip() == "/exit":

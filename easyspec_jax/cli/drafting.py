@@ -6,14 +6,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import TUNED, read_metadata, read_partition
-from easyspec_jax.cli.options import COUNT, COUNTS, PROBABILITY, Add, flag, given, numbers
+from easyspec_jax.cli.options import (
+    COUNT,
+    COUNTS,
+    MODEL_HELP,
+    PROBABILITY,
+    Add,
+    flag,
+    given,
+    numbers,
+)
 from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
 
@@ -39,7 +48,7 @@ _FLAG = {"action": "store_true", "default": None}
 
 # Options of drafters by name: what argparse has to know of each. None: not given.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "draft": dict(metavar="CKPT", help="converted checkpoint of the draft"),
+    "draft": dict(metavar="MODEL", help=f"the draft: {MODEL_HELP}"),
     "num_draft_tokens": COUNT | dict(help="per step (default 5; polybasic: mu + 5)"),
     "tree_width": COUNT | dict(help="draft tokens at each depth (default 1)"),
     "candidates": dict(
@@ -56,7 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parallel": dict(choices=("attention", "layer"), help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
-    "middle": dict(metavar="CKPT", help="checkpoint between base and draft"),
+    "middle": dict(metavar="MODEL", help="a model between base and draft"),
     "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
     "mu": COUNT | dict(help="tokens the middle collects for the base, at least (default 8)"),
     "show_draft": _FLAG | dict(help="mark the text that the draft proposed"),
@@ -143,16 +152,12 @@ def _takers(name: str) -> list[str]:
 
 
 def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
-    """Settle --drafter (layer-parallel where there is a --draft, None for autoregression), and
-    --group-size as a partition: what is read from a file is read once, and compared by processes.
+    """Settle --group-size as a partition: what is read from a file is read once, and compared by
+    processes.
 
     Raises:
-      ValueError: an option that the drafter does not take, or one that it needs; a checkpoint that
-        is none, or has another tokenizer than the base's.
+      ValueError: a model that has another tokenizer than the base's, or not such groups.
     """
-    if args.drafter is None and args.draft is not None:
-        args.drafter = "layer-parallel"
-    _check_options(args.drafter, given(args, *OPTIONS))
     if args.draft is not None:
         config, metadata = read_metadata(args.draft)
         groups = args.layer if args.group_size is None else args.group_size
@@ -162,7 +167,15 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
         check_tokenizers(base_tokenizer, read_metadata(args.middle)[1].get("tokenizer"))
 
 
-def _check_options(drafter: str | None, names_given: Iterable[str]) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Settle --drafter (layer-parallel where there is a --draft, None for autoregression).
+
+    Raises:
+      ValueError: an option that the drafter does not take, or one that it needs.
+    """
+    if args.drafter is None and args.draft is not None:
+        args.drafter = "layer-parallel"
+    drafter, names_given = args.drafter, given(args, *OPTIONS)
     for name in names_given:
         who = _takers(name)
         if drafter is None:

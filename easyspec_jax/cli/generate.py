@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.cli import answering
-from easyspec_jax.cli.options import add_processes
+from easyspec_jax.cli.options import add_processes, standard_input
 from easyspec_jax.distributed import check_agreement
 from easyspec_jax.request import make_inputs
-from easyspec_jax.text import Conversation
+from easyspec_jax.text import Conversation, check_text
 
 HELP = "continue a prompt"
 # Options in which processes that decode together may differ: models are compared by content.
@@ -49,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> tuple[answering.Setup, list[int]]:
     """Setup and token ids of the prompt, checked."""
     # One line end of a piped text is the shell's, not the prompt's.
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    prompt = standard_input().read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    check_text(prompt)
     setup = answering.check(args)
     if args.chat:
         ids = Conversation(setup.tokenizer, args.system).ask(prompt)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import math
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ import jax.numpy as jnp
 
 import easyspec_jax as es
 from easyspec_jax import weights
-from easyspec_jax.checkpoint import METADATA_FILE, read_metadata
 from easyspec_jax.cli.drafting import add_option, draft_layout, partition_of
-from easyspec_jax.cli.options import add_mesh, add_requests, given, max_len
+from easyspec_jax.cli.options import MODEL_HELP, add_mesh, add_requests, given, max_len
 from easyspec_jax.memory import check_memory, listed
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
+from easyspec_jax.sources import find_checkpoint, read_config
 from easyspec_jax.text import has_chat_template, read_generation_config, stop_ids
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ SHOWN_DTYPES = ("float32", "bfloat16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model or the pair, how it drafts, requests and mesh."""
     add = parser.add_argument
-    add("checkpoint", help="converted checkpoint, or a config.json, of the base")
+    add("checkpoint", help=f"{MODEL_HELP}, or a config.json, of the base")
     add_option(add, "draft", help="that of a draft: what the pair takes on each device")
     add_option(add, "group_size", default=4, help="layers that run at once (default 4)")
     add_option(add, "draft_layout")
@@ -51,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is, how the mesh and the groups of `args` would split it, and what
     it takes on each device, with the draft where there is one.
     """
+    for name in ("checkpoint", "draft"):
+        model = getattr(args, name)
+        if model is not None and not pathlib.Path(model).exists():  # a hub id
+            setattr(args, name, str(find_checkpoint(model)))
     c, metadata = read_config(args.checkpoint)
     draft, extra = (None, metadata) if args.draft is None else read_config(args.draft)
     grouped = c if draft is None else draft
@@ -84,26 +87,6 @@ def run(args: argparse.Namespace) -> int:
     if args.device_memory is not None:
         check_memory(mesh, budgets["bfloat16"], free=int(args.device_memory * 2**30))
     return 0
-
-
-def read_config(path: str) -> tuple[es.ModelConfig, dict[str, Any]]:
-    """Configuration and metadata of a checkpoint; of a config.json (or the folder it is in) that
-    was never converted, no metadata.
-
-    Raises:
-      ValueError: it is neither.
-    """
-    folder = pathlib.Path(path)
-    file = folder if folder.is_file() else folder / "config.json"
-    if (folder / METADATA_FILE).is_file() or not file.is_file():
-        return read_metadata(path)
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no JSON file: name a checkpoint or a config.json") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file} is no configuration: name a checkpoint or a config.json")
-    return es.config_from_hf(entries), {}
 
 
 def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line: `easyspec generate | chat | info | plan | tune | demo`.
+"""The command line: `easyspec generate | chat | convert | info | plan | tune | demo`.
 
 Each command is a module with its arguments and what it does. Only here does the package set jax
 options, in `configure`, and turn errors into sentences and exit statuses.
@@ -7,6 +7,7 @@ options, in `configure`, and turn errors into sentences and exit statuses.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -16,12 +17,14 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.cli import chat, demo, generate, info, plan, tune
-from easyspec_jax.cli.options import cache_root, flag
+from easyspec_jax.cli import chat, convert, demo, generate, info, plan, tune
+from easyspec_jax.cli.options import MAX_DEVICES, flag
 from easyspec_jax.distributed import is_lost_peer
+from easyspec_jax.sources import cache_root
 
 COMMANDS = {
-    "generate": generate, "chat": chat, "info": info, "plan": plan, "tune": tune, "demo": demo,
+    "generate": generate, "chat": chat, "convert": convert, "info": info, "plan": plan,
+    "tune": tune, "demo": demo,
 }  # fmt: skip
 
 
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
+            _check_streams()
             make_parser().parse_args(argv, args)
             configure(args)
             status = COMMANDS[args.command].run(args)
@@ -56,9 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _leave(args, 1)
         except (ValueError, OSError, RuntimeError) as error:
-            sys.stdout.flush()
+            _flush(sys.stdout)
             print(f"error: {_sentence(args, error)}", file=sys.stderr)
             return _leave(args, 1)
+
+
+def _check_streams() -> None:
+    """Refuse to run without standard output; bytes of standard input that are not UTF-8 are for the
+    tokenizer to refuse, as those of an argument are.
+    """
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def configure(args: argparse.Namespace) -> None:
@@ -68,6 +82,10 @@ def configure(args: argparse.Namespace) -> None:
     devices = getattr(args, "cpu_devices", None)
     if args.command == "info":  # shapes only: as many devices as the mesh wants, none of them real
         devices = args.layer * (args.tensor or 1)
+        if devices > MAX_DEVICES:
+            raise ValueError(f"--layer times --tensor must be at most {MAX_DEVICES}, got {devices}")
+    if args.command == "convert":  # needs no accelerator, and must not reserve the memory of one
+        jax.config.update("jax_platforms", "cpu")
     if args.command == "plan" and not args.measure:  # shapes only, no mesh at all
         devices = 1
     if devices is not None:
@@ -115,7 +133,12 @@ def _sentence(args: argparse.Namespace, error: Exception) -> str:
 def _leave(args: argparse.Namespace, status: int) -> int:
     """The status; one of several processes ends here, lest it wait for others that wait for it."""
     if _is_distributed(args):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
         os._exit(status)
     return status
+
+
+def _flush(stream: Any) -> None:
+    if stream is not None:  # closed by whoever started this
+        stream.flush()

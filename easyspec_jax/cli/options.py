@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import pathlib
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.planner.device import PRESETS
 
 DEFAULT_MAX_LEN = 2048  # tokens there is room for, where the base's context is longer
+
+MODEL_HELP = "checkpoint, Hugging Face folder, GGUF file or hub id"  # what --base takes, and others
 
 Add = Callable[..., Any]  # add_argument, of a parser or of a group of its options
 
@@ -47,6 +48,10 @@ def _checked(must: str, fits: Callable[[float], bool], **options: Any) -> dict[s
 COUNT = _checked("at least 1", lambda n: n >= 1, type=int, metavar="N")
 COUNTS = COUNT | {"type": numbers, "metavar": "N,N,.."}
 PROBABILITY = _checked("between 0 and 1", lambda p: 0 <= p <= 1, type=float, metavar="P")
+MAX_DEVICES = 1024  # of one process
+_DEVICES = _checked(
+    f"in 1 .. {MAX_DEVICES}", lambda n: 1 <= n <= MAX_DEVICES, type=int, metavar="N"
+)
 _SIZE = _checked("a size above 0", lambda x: 0 < x < math.inf, type=float, metavar="GIB")
 
 
@@ -54,8 +59,8 @@ def add_mesh(
     add: Add, *, layer: int | None = 1, tensor: str = "heads (default: all others)"
 ) -> None:
     """--layer and --tensor: the default of the first, what the second's devices are for."""
-    add("--layer", **COUNT, default=layer, help="devices for the layers of a group")
-    add("--tensor", **COUNT, help=f"devices for {tensor}")
+    add("--layer", **_DEVICES, default=layer, help="devices for the layers of a group")
+    add("--tensor", **_DEVICES, help=f"devices for {tensor}")
 
 
 def add_dtype(add: Add, when: str = "") -> None:
@@ -66,15 +71,9 @@ def add_dtype(add: Add, when: str = "") -> None:
 
 def add_machine(add: Add) -> None:
     """--cpu-devices and --no-compile-cache, which `main.configure` follows."""
-    add("--cpu-devices", **COUNT, help="run on the CPU as N devices, to try meshes")
+    add("--cpu-devices", **_DEVICES, help="run on the CPU as N devices, to try meshes")
     keep = "keep no compiled programs on disk (as JAX_ENABLE_COMPILATION_CACHE=0)"
     add("--no-compile-cache", dest="compile_cache", action="store_false", help=keep)
-
-
-def cache_root() -> pathlib.Path:
-    """Where downloads and compiled programs are kept between runs."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(root).expanduser() / "easyspec_jax"
 
 
 def add_processes(add: Add) -> None:
@@ -105,6 +104,17 @@ def add_max_len(add: Add, what: str) -> None:
     """--max-len, which `max_len` reads."""
     most = f"(default: the context, at most {DEFAULT_MAX_LEN})"
     add("--max-len", **COUNT, help=f"{what} {most}")
+
+
+def standard_input() -> TextIO:
+    """What text is read from.
+
+    Raises:
+      ValueError: it is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    return sys.stdin
 
 
 def max_len(args: argparse.Namespace, base: ModelConfig) -> int:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from easyspec_jax.cli.info import read_config
 from easyspec_jax.cli.options import (
     COUNT,
     COUNTS,
@@ -22,6 +21,7 @@ from easyspec_jax.cli.options import (
 )
 from easyspec_jax.planner.device import Device, read_device
 from easyspec_jax.request import check_tokenizers
+from easyspec_jax.sources import read_config
 
 if TYPE_CHECKING:  # the planner takes a while to import: only the command itself does
     from easyspec_jax.planner.acceptance import Acceptance
@@ -47,8 +47,8 @@ _COLUMNS = {  # and their widths
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The pair, the devices, what to consider, the requests."""
     add = parser.add_argument
-    add("--base", required=True, metavar="CONFIG", help="checkpoint or config.json of the base")
-    add("--draft", required=True, metavar="CONFIG", help="that of the draft")
+    add("--base", required=True, metavar="MODEL", help="the base, or its config.json")
+    add("--draft", required=True, metavar="MODEL", help="the draft")
     add("--measure", action="store_true", help="measure the machine at hand instead of a --device")
     add_device(add, "kind of device", "default: 1; with --measure all there are")
     add_dtype(add, "of the weights, with --measure; ")

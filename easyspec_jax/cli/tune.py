@@ -23,9 +23,11 @@ from easyspec_jax.checkpoint import (
     read_partition,
     write_partition,
 )
+from easyspec_jax.cli.answering import find_models
 from easyspec_jax.cli.drafting import GROUPED, add_option
 from easyspec_jax.cli.options import COUNT, add_device, add_dtype, add_machine, add_mesh
 from easyspec_jax.planner.device import read_device
+from easyspec_jax.prompts import read_prompts
 from easyspec_jax.request import check_tokenizers, make_inputs
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
@@ -39,9 +41,13 @@ HELP = "find a partition of a draft's layers that fits it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The pair, prompts, what partitions may be and how they are tried."""
     add = parser.add_argument
-    add("--draft", required=True, metavar="CKPT", help="its layers are grouped; the result is kept")
-    add("--base", metavar="CKPT", help="that drafts are made for (default: the draft itself)")
-    prompts = 'texts like those to come: one a line, or JSON lines with a "prompt" (.jsonl)'
+    add(
+        "--draft", required=True, metavar="MODEL", help="its layers are grouped; the result is kept"
+    )
+    add("--base", metavar="MODEL", help="that drafts are made for (default: the draft itself)")
+    prompts = (
+        "texts like those to come: one a line, JSON lines, or a public set's file (prompts.py)"
+    )
     add("--prompts", required=True, metavar="FILE", help=prompts)
     add("--num-prompts", **COUNT, help="only the first N of them (default: all)")
     add("--chat", action="store_true", help="put each into the chat template")
@@ -68,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from easyspec_jax.tuner.tune import check_options, tune
 
     args.base = args.base or args.draft
+    find_models(args)
     (config, about), (base_config, base_about) = map(read_metadata, (args.draft, args.base))
     check_tokenizers(base_about.get("tokenizer"), about.get("tokenizer"))
     step_seconds = predict_times(args, base_config, config)
@@ -160,44 +167,6 @@ def _attention_steps(args: argparse.Namespace, num_layers: int) -> int | None:
     if args.layer is None:
         raise ValueError("tune needs --attention-steps or --layer: how much may run at once")
     return len(es.make_partition(num_layers, args.layer))
-
-
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: a line each, or of a .jsonl file the field "prompt" of each line's
-    object; empty lines are skipped.
-
-    Raises:
-      ValueError: no such file, not one prompt, or a line that holds none.
-    """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"there is no file of prompts at {file}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not text in UTF-8") from None
-    prompts = []
-    # Not splitlines: it also breaks at separators that may stand inside a prompt.
-    for i, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        prompt = _field(line) if file.suffix == ".jsonl" else line.removesuffix("\r")
-        if not isinstance(prompt, str) or not prompt.strip():
-            where = f"{file}, line {i}"
-            raise ValueError(f'{where}: not a JSON object with a text "prompt" that is not blank')
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{file} holds no prompts")
-    return prompts
-
-
-def _field(line: str) -> Any:
-    """The field "prompt" of a JSON object, None where there is none."""
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return found.get("prompt") if isinstance(found, dict) else None
 
 
 def _encode(args: argparse.Namespace) -> list[list[int]]:

@@ -42,7 +42,7 @@ class LayerParallelDrafter(Drafter):
     tokens, and with calibration they are exact.
 
     Raises:
-      ValueError: an unknown `parallel` or `candidates`.
+      ValueError: no model, or an unknown `parallel` or `candidates`.
     """
 
     draft: Model
@@ -51,6 +51,8 @@ class LayerParallelDrafter(Drafter):
     candidates: str = struct.field(pytree_node=False, default="sampled", kw_only=True)
 
     def __post_init__(self):
+        if self.draft is None or isinstance(self.draft, str | type):
+            raise ValueError(f"a model is needed, load_model(...) say, got {self.draft!r}")
         draft_runner(self.parallel)
         if self.candidates not in CANDIDATES:
             names = ", ".join(map(repr, CANDIDATES))

@@ -22,6 +22,8 @@ from easyspec_jax.request import Request
 from easyspec_jax.sharding import shape_of
 from easyspec_jax.verify import Proposal
 
+MAX_NGRAM = 64  # every token of the ending is a comparison of the whole text
+
 
 class PromptLookupDrafter(Drafter, kw_only=True):
     """Drafts what followed the last tokens of the text where they stood before.
@@ -38,14 +40,16 @@ class PromptLookupDrafter(Drafter, kw_only=True):
       max_ngram: tokens of the ending that is looked up, at most.
 
     Raises:
-      ValueError: max_ngram is no whole number above 0.
+      ValueError: max_ngram is no whole number in 1 .. `MAX_NGRAM`.
     """
 
     max_ngram: int = struct.field(pytree_node=False, default=3)
 
     def __post_init__(self):
-        if not is_integer(self.max_ngram) or self.max_ngram < 1:
-            raise ValueError(f"max_ngram must be a whole number above 0, got {self.max_ngram!r}")
+        if not is_integer(self.max_ngram) or not 1 <= self.max_ngram <= MAX_NGRAM:
+            raise ValueError(
+                f"max_ngram must be a whole number in 1 .. {MAX_NGRAM}, got {self.max_ngram!r}"
+            )
 
     def abstract_state(self, batch: int, max_len: int, request: Request) -> Any:
         """Room for `max_len` tokens of `batch` rows.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from typing import Any
 
 from easyspec_jax.config import is_integer, is_number
+from easyspec_jax.json_files import read_object
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WITHOUT_BOUND = ("bandwidth", "flops", "memory", "link")  # may be infinite
@@ -160,11 +160,8 @@ def read_device(name: str) -> Device:
         raise ValueError(
             f"unknown device {name!r}: use {', '.join(PRESETS)}, or a JSON file of one"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of UTF-8 and of JSON, both ValueErrors
-        raise ValueError(f"{path} is no JSON file") from error
-    values = values.get("device", values) if isinstance(values, dict) else values
+    values = read_object(path)
+    values = values.get("device", values)
     if not isinstance(values, dict) or not {"name", "bandwidth", "flops"} <= values.keys():
         raise ValueError(f"{path} describes no device: it needs name, bandwidth and flops at least")
     unknown = values.keys() - {field.name for field in dataclasses.fields(Device)}

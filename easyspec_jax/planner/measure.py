@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.checkpoint import random_model
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode import Decoder
+from easyspec_jax.loading import random_model
 from easyspec_jax.planner.cost import step_costs
 from easyspec_jax.planner.device import Device
 from easyspec_jax.sharding import LAYER, TENSOR, make_mesh

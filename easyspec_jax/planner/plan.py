@@ -14,11 +14,11 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from easyspec_jax.checkpoint import abstract_model
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode import Decoder
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.layer_parallel import make_partition
+from easyspec_jax.loading import abstract_model
 from easyspec_jax.memory import listed
 from easyspec_jax.planner.acceptance import Acceptance
 from easyspec_jax.planner.cost import Cost, step_costs, total

@@ -1,0 +1,285 @@
+"""Models from disk or from a seed, straight onto a mesh; and back to disk."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from easyspec_jax import checkpoint, weights
+from easyspec_jax.checkpoint import METADATA_FILE, PARTITION_FILE, TOP_PART, TUNED, layer_name
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.json_files import write_object
+from easyspec_jax.layer_parallel import make_partition
+from easyspec_jax.memory import check_memory, device_bytes
+from easyspec_jax.model import Model
+from easyspec_jax.sharding import (
+    LAYER,
+    TENSOR,
+    Layout,
+    LayoutRules,
+    layout_rules,
+    make_layout,
+    make_mesh,
+)
+from easyspec_jax.sources import find_checkpoint
+
+
+def load_model(
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    *,
+    group_size: int | Sequence[int] | str = 1,
+    dtype: Any = None,
+    layout: str | LayoutRules | None = None,
+    progress: bool | None = None,
+) -> Model:
+    """A checkpoint's model on `mesh`, restored straight onto its devices: no two of them, nor of
+    the processes they belong to, read the same part of a weight that the mesh divides.
+
+    Args:
+      path: a folder written by `convert`; or a Hugging Face folder, a GGUF file or a hub id
+        (owner/name, owner/name@revision), which is converted once and kept (`sources`).
+      mesh: from `make_mesh`; default: one over all devices.
+      group_size: layers per group for layer-parallel drafting, or an explicit partition (layers per
+        block, in order), or "tuned": the partition that `easyspec tune` left in the folder.
+      dtype: of weights and cache; default float32 on CPU, bfloat16 elsewhere.
+      layout: "tensor" splits everything over all devices; "grouped" puts the layers of a group side
+        by side on the axis "layer" and splits heads over "tensor"; "replicated" splits nothing; or
+        `LayoutRules`. Default: "tensor" for group_size 1, else "grouped".
+      progress: show bars on standard error; None: if it is a terminal.
+
+    Raises:
+      ValueError: no model there, a bad partition (or no "tuned" one) or layout, or more than the
+        devices hold; nothing is allocated then. Or a part's bytes are not those that were written.
+      OSError: a file cannot be read, or a model not be fetched.
+    """
+    folder = find_checkpoint(path, progress=progress).absolute()
+    config, metadata = checkpoint.read_metadata(folder)
+    if isinstance(group_size, str) and group_size == TUNED:
+        group_size = checkpoint.read_partition(folder, config.num_layers, metadata["weights"])
+    checkpoint.check_whole(folder, config, metadata["parts"])
+    hidden = None if progress is None else not progress  # None: shown on a terminal alone
+    bar = tqdm(
+        total=len(metadata["parts"]), desc=f"loading {folder.name}", unit="part", disable=hidden
+    )
+    digests = {}
+
+    def part(name, abstract):
+        arrays = checkpoint.read_part(folder, name, abstract)
+        digests[name] = checkpoint.digest(arrays)
+        bar.update()
+        return arrays
+
+    options = {"mesh": mesh, "group_size": group_size, "dtype": dtype, "layout": layout}
+    with bar:
+        model = _build(config, part, stored=jnp.dtype(metadata["dtype"]), **options)
+    # Only now: devices compute digests while the host reads on.
+    for name, found in jax.device_get(digests).items():
+        if checkpoint.shown_digest(found) != metadata["parts"][name]:
+            raise ValueError(checkpoint.damaged(folder, name))
+    return model.replace(tokenizer=metadata["tokenizer"])
+
+
+def abstract_model(
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    group_size: int | Sequence[int] = 1,
+    dtype: Any = None,
+    layout: str | LayoutRules | None = None,
+) -> Model:
+    """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
+    `planner.program.collectives`; arguments as in `load_model`.
+    """
+    mesh = mesh if mesh is not None else make_mesh()
+    if set(mesh.axis_names) != {LAYER, TENSOR}:
+        raise ValueError(f"a mesh from make_mesh is needed, got one of axes {mesh.axis_names}")
+    partition = make_partition(config.num_layers, group_size)
+    rules = layout_rules(layout, partition)
+    if dtype is None:
+        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+    placed = make_layout(config, mesh, rules)
+    params = _abstract_params(config, placed, partition, _float_type(dtype))
+    return Model(params=params, config=config, layout=placed, partition=partition)
+
+
+def random_model(
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    group_size: int | Sequence[int] = 1,
+    dtype: Any = None,
+    layout: str | LayoutRules | None = None,
+    seed: int = 0,
+) -> Model:
+    """A model with random weights, the same for one seed on every mesh; other arguments as in
+    `load_model`.
+    """
+    root = jax.random.key(seed)
+
+    def part(name, abstract):
+        index = config.num_layers if name == TOP_PART else int(name.rpartition("/")[2])
+        make = _random_part(tuple(abstract.items()))
+        return make(jax.random.fold_in(root, index))
+
+    return _build(config, part, mesh=mesh, group_size=group_size, dtype=dtype, layout=layout)
+
+
+def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -> None:
+    """Write a model, from whatever mesh and groups it is in, as a checkpoint for any other.
+
+    Args:
+      path: a folder that does not exist yet; it appears when all is written.
+      like: the checkpoint whose configuration and tokenizer it takes.
+
+    Raises:
+      ValueError: `like` is no checkpoint, or one of other dimensions; several processes.
+      FileExistsError: there is something at `path`.
+    """
+    config, metadata = checkpoint.read_metadata(like)
+    if config != model.config:
+        raise ValueError(f"{like} is of another model: its configuration is not this model's")
+    tokenizer = metadata["tokenizer"]
+    if None not in (model.tokenizer, tokenizer) and model.tokenizer != tokenizer:
+        raise ValueError(f"{like} has another tokenizer than this model")
+    if model.layout.mesh.is_multi_process:
+        raise ValueError("a model is saved by one process that holds all of it")
+    target = pathlib.Path(path)
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} exists; name a folder that does not")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temp:
+        folder = pathlib.Path(temp) / "checkpoint"
+        folder.mkdir()
+        for file in pathlib.Path(like).iterdir():
+            if file.is_file() and file.name != PARTITION_FILE:  # found for those weights
+                shutil.copy(file, folder)
+        separate = jax.jit(functools.partial(weights.separate_block, layout=model.layout))
+        parts: dict[str, str] = {}
+        for block in model.params.blocks:
+            for layer in jax.device_get(separate(block)):
+                name = layer_name(len(parts))
+                parts[name] = checkpoint.save_part(folder, name, layer)
+        top = jax.device_get(weights.separate_top(model.params))
+        parts[TOP_PART] = checkpoint.save_part(folder, TOP_PART, top)
+        metadata = checkpoint.make_metadata(model.dtype.name, tokenizer, parts)
+        write_object(folder / METADATA_FILE, metadata)
+        os.rename(folder, target)
+
+
+def _build(config: ModelConfig, part: Callable, *, stored: Any = None, **options: Any) -> Model:
+    """A model from `part(name, abstract arrays)`, which brings one part of a checkpoint; block by
+    block.
+
+    Args:
+      stored: type of the parts; None: the model's.
+      options: of `abstract_model`.
+    """
+    model = abstract_model(config, **options)
+    placed, dtype = model.layout, model.dtype
+    largest = max(device_bytes(block) for block in model.params.blocks)
+    check_memory(placed.mesh, {"weights": device_bytes(model.params), "reading": largest})
+    layer = _abstract(weights.LAYER_WEIGHTS, config, stored or dtype, placed)
+    blocks, first = [], 0
+    for size in model.partition:
+        layers = [part(layer_name(i), layer) for i in range(first, first + size)]
+        blocks.append(_jit_arrange(size, config, placed, dtype)(layers))
+        first += size
+    top = part(TOP_PART, _abstract(weights.TOP_WEIGHTS, config, stored or dtype, placed))
+    shardings = _named(_fields(weights.specs(config, placed, ())), placed.mesh)
+    arrange = jax.jit(lambda top: weights.arrange_top(_cast(top, dtype)), out_shardings=shardings)
+    params = weights.Params(blocks=tuple(blocks), **arrange(top))
+    return model.replace(params=params)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _float_type(dtype: Any) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    known = ["bfloat16", "float16", "float32"]
+    known += ["float64"] if jax.config.read("jax_enable_x64") else []
+    if found is None or found.name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype}")
+    return found
+
+
+def _abstract(
+    table: Sequence[weights.Weight], config: ModelConfig, dtype: Any, layout: Layout
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a part as it is read, split as finely as `layout` and its mesh allow."""
+    found = {}
+    for name, weight in weights.present(table, config).items():
+        shape = weight.shape(config)
+        finest = layout.finest(weight.dims, shape)
+        found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=finest)
+    return found
+
+
+def _abstract_params(
+    config: ModelConfig, layout: Layout, partition: tuple[int, ...], dtype: Any
+) -> weights.Params:
+    """Shapes and shardings of a model's weights, as ShapeDtypeStructs; nothing is allocated."""
+    layer = _abstract(weights.LAYER_WEIGHTS, config, dtype, layout)
+    arrange = functools.partial(weights.arrange_block, layout=layout)
+    blocks = {size: jax.eval_shape(arrange, [layer] * size) for size in set(partition)}
+    top = jax.eval_shape(weights.arrange_top, _abstract(weights.TOP_WEIGHTS, config, dtype, layout))
+    shapes = weights.Params(blocks=tuple(blocks[size] for size in partition), **top)
+    shardings = _named(weights.specs(config, layout, partition), layout.mesh)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _fields(params: weights.Params) -> dict[str, Any]:
+    """What stands outside the blocks."""
+    return {name: getattr(params, name) for name in ("embed", "final_norm", "lm_head")}
+
+
+@functools.cache
+def _jit_arrange(size, config, layout, dtype):
+    """One jitted `arrange_block` per block size, so that equal blocks compile once."""
+    (block,) = weights.specs(config, layout, (size,)).blocks
+
+    def arrange(layers):
+        return weights.arrange_block(_cast(layers, dtype), layout=layout)
+
+    return jax.jit(arrange, out_shardings=_named(block, layout.mesh))
+
+
+@functools.cache
+def _random_part(abstract):
+    """A jitted key -> arrays; one draw for all arrays of a part compiles several times faster."""
+    table = {weight.name: weight for weight in (*weights.LAYER_WEIGHTS, *weights.TOP_WEIGHTS)}
+
+    def make(key):
+        ends = np.cumsum([math.prod(a.shape) for _, a in abstract])
+        flat = jnp.split(jax.random.normal(key, (int(ends[-1]),), jnp.float32), ends[:-1].tolist())
+        return {
+            name: table[name].scaled(draw.reshape(a.shape)).astype(a.dtype)
+            for draw, (name, a) in zip(flat, abstract, strict=True)
+        }
+
+    return jax.jit(make, out_shardings={name: a.sharding for name, a in abstract})
+
+
+def _named(specs, mesh):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
