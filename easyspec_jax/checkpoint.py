@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -113,24 +114,51 @@ def damaged(folder: pathlib.Path, name: str) -> str:
 def digest(arrays: dict[str, Any]) -> jax.Array:
     """u32[] that tells the bytes of a part from any others, on whatever devices they are.
 
-    The sum of every number's bits, folded, times an odd number that is as good as drawn for its
-    place: one number that changes always shows, several but once in 2**32.
+    A sum over all numbers' bits, each times an odd number of its place: one number that changes
+    always shows, several but once in 2**32.
     """
     total = jnp.uint32(0)
     for name in sorted(arrays):
-        x = arrays[name]
-        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        if x.dtype.itemsize == 8:
-            bits ^= bits >> 32
-        bits = bits.astype(jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            index = lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        bits = _folded(_bits(arrays[name]))
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, size in enumerate(bits.shape):
+            index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(size) + index
-        factor = (place + jnp.uint32(zlib.crc32(name.encode()))) * jnp.uint32(0x9E3779B1)
+        factor = (place + jnp.uint32(zlib.crc32(name.encode()))) * jnp.uint32(_GOLDEN)
         factor = (factor ^ (factor >> 15)) * jnp.uint32(0x85EBCA6B)
-        total += ((bits ^ (bits >> 16)) * (factor | jnp.uint32(1))).sum(dtype=jnp.uint32)
+        total += (bits * (factor | jnp.uint32(1))).sum(dtype=jnp.uint32)
     return total
+
+
+_GOLDEN = 0x9E3779B1  # odd; its multiples are spread evenly
+_ROWS = 8  # rows that `_folded` makes one
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The bits of numbers, u16 or u32, the high ones mixed into the low ones: those of a short type
+    that is stored in a long one are all high.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    if x.dtype.itemsize == 8:
+        bits = (bits ^ (bits >> 32)).astype(jnp.uint32)
+    return bits if x.dtype.itemsize == 2 else bits ^ (bits >> 16)
+
+
+def _folded(bits: jax.Array) -> jax.Array:
+    """Rows that lie side by side, each times its own odd number, as one, along the longest axis but
+    the last: what reads all of an array does little for each of its numbers, as memory is fast.
+    """
+    sizes = bits.shape[:-1]
+    axis = max(range(len(sizes)), key=lambda a: sizes[a], default=None)
+    count = 1 if axis is None else math.gcd(sizes[axis], _ROWS)
+    if count == 1:
+        return bits.astype(jnp.uint32)
+    rows = bits.reshape(*sizes[:axis], sizes[axis] // count, count, *bits.shape[axis + 1 :])
+    total = jnp.uint32(0)
+    for k in range(count):
+        row = lax.index_in_dim(rows, k, axis + 1, keepdims=False).astype(jnp.uint32)
+        total = total + row * jnp.uint32(_GOLDEN * (2 * k + 1) & 0xFFFFFFFF)
+    return lax.optimization_barrier(total)  # else all of it is done again for every number
 
 
 def shown_digest(value: Any) -> str:
