@@ -83,8 +83,9 @@ def download(repo: str, revision: str | None) -> pathlib.Path:
             )
         )
     except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{repo} is no local folder, and the hub did not deliver it: {error}"
+            f"{repo} is no local folder, and the hub did not deliver it: {reason}"
         ) from error
 
 

@@ -90,8 +90,9 @@ def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict
       ValueError: it is damaged.
       OSError: it cannot be read.
     """
-    from orbax.checkpoint import v1 as ocp
+    from orbax.checkpoint import v1
 
+    ocp: Any = v1  # takes more kinds of paths than it declares
     try:
         with _quiet:
             return ocp.load((folder / name).absolute(), abstract)
@@ -148,9 +149,9 @@ def _folded(bits: jax.Array) -> jax.Array:
     """Rows that lie side by side, each times its own odd number, as one, along the longest axis but
     the last: what reads all of an array does little for each of its numbers, as memory is fast.
     """
-    sizes = bits.shape[:-1]
-    axis = max(range(len(sizes)), key=lambda a: sizes[a], default=None)
-    count = 1 if axis is None else math.gcd(sizes[axis], _ROWS)
+    sizes = bits.shape[:-1] or (1,)
+    axis = max(range(len(sizes)), key=lambda a: sizes[a])
+    count = math.gcd(sizes[axis], _ROWS)
     if count == 1:
         return bits.astype(jnp.uint32)
     rows = bits.reshape(*sizes[:axis], sizes[axis] // count, count, *bits.shape[axis + 1 :])

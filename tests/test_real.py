@@ -7,7 +7,6 @@ import functools
 import gc
 import os
 import pathlib
-import shutil
 import warnings
 
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import reference
 
-import convert
 import easyspec_jax as es
 
 pytestmark = pytest.mark.real
@@ -41,22 +39,16 @@ TIE = 1e-4  # a smaller gap between the two best logits excuses a divergence in 
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """name, group_size, mesh shape -> float32 model; converted once, gone afterwards."""
-    root = tmp_path_factory.mktemp("real")
-
-    @functools.cache
-    def checkpoint(name):
-        return convert.convert(source(name), root / name, progress=False)
+def load():
+    """name, group_size, mesh shape -> float32 model, straight from its Hugging Face folder."""
 
     @functools.cache
     def get(name, group_size=1, shape=(1, 1)):
         mesh = es.make_mesh(*shape)
-        return es.load_model(checkpoint(name), mesh, group_size=group_size, dtype=jnp.float32)
+        return es.load_model(source(name), mesh, group_size=group_size, dtype=jnp.float32)
 
     yield get
     get.cache_clear()
-    shutil.rmtree(root)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hf_models import write_tokenizer
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.text import (
     Conversation,
+    TextPrinter,
     TextStream,
     Tokenizer,
     has_chat_template,
@@ -192,6 +194,8 @@ def test_an_answer_cut_at_a_stop_string_is_encoded_again(folder):
 
 def test_folders_without_tokenizer_or_template_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"has no tokenizer: copy"):
+        Tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="is no model: neither a folder"):
         Tokenizer(tmp_path / "nothing")
     (folder / "tokenizer_config.json").write_text("{}")
     assert not has_chat_template(folder)
@@ -239,6 +243,28 @@ def test_a_template_in_the_processors_file_is_used(folder):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert has_chat_template(folder)
     assert Tokenizer(folder).render([{"role": "user", "content": "hi"}]) == "<hi>"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "mark", "legend"),
+    [
+        (True, "", "\033[4;32m", "green and underlined"),
+        (True, "1", "[", "in [brackets]"),
+        (False, "", "[", "in [brackets]"),
+    ],
+)
+def test_marks_are_what_the_legend_says(terminal, no_color, mark, legend, monkeypatch, capsys):
+    class Letters:
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    printer = TextPrinter(Letters(), mark=True)
+    printer.piece([97, 98], 1)
+    printer.end()
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{mark}a") and legend in err
 
 
 @pytest.mark.real

@@ -327,3 +327,31 @@ def test_groups_worth_looking_at():
     assert tune.check_options(30, 9, 4, False) == (9, 4)
     assert tune.check_options(30, None, None, True) == (30, 12)
     assert tune.check_options(5, 1, None, False) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("decoded", "tried"),
+    [
+        ({4: 4.0}, [4, 1]),  # as predicted: what promises less is not tried
+        ({4: 2.9}, [4, 1, 3]),  # the first disappoints, the second is as promised
+        ({4: 1.9, 3: 1.8}, [4, 1, 3, 2]),
+        ({1: 2.5}, [4, 1, 3, 2]),  # predictions may be far too low
+    ],
+    ids=str,
+)
+def test_only_candidates_that_might_be_the_best_are_decoded_with(monkeypatch, decoded, tried):
+    """Candidates of so many predicted tokens per step; decoding gives those, or as said."""
+
+    def stand_in(base, draft, candidate, prompts, expected):
+        seen.append(int(candidate.predicted))
+        tokens = decoded.get(seen[-1], candidate.predicted)
+        return dataclasses.replace(candidate, tokens_per_step=tokens)
+
+    seen = []
+    monkeypatch.setattr(tune, "confirm", stand_in)
+    kinds = {4: "sum", 3: "moved", 2: "sum", 1: "uniform"}
+    candidates = [search.Candidate((n,), kind, 0.0, 0.5, float(n)) for n, kind in kinds.items()]
+    options = {"num_confirmed": 3}
+    found = tune.confirm_best(None, None, candidates, [], None, **options)
+    assert seen == tried
+    assert found[0].tokens == max(c.tokens for c in found)

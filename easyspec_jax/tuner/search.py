@@ -76,6 +76,11 @@ class Candidate:
         """Tokens per second; tokens per step where no time is known."""
         return self.tokens / (self.step_seconds or 1.0)
 
+    @property
+    def promise(self) -> float:
+        """The same as it was predicted."""
+        return self.predicted / (self.step_seconds or 1.0)
+
 
 class Scorer:
     """Predicts acceptance and tokens per step of partitions, a pass over all texts for each."""

@@ -80,16 +80,25 @@ def confirm_best(
     progress: bool = False,
     **options: Any,
 ) -> list[Candidate]:
-    """The first `num_confirmed` candidates and the first uniform one, confirmed; the best first.
+    """The first uniform candidate and of the others the first, confirmed, and then those behind it,
+    at most `num_confirmed`, while one of them might still be the best; the best first.
+
+    One might, if decoding is to its prediction what it was to any so far. Each takes a compilation.
 
     Args:
       options: of `confirm`.
     """
-    finalists = list(candidates[:num_confirmed])
     uniform = [c for c in candidates if c.kind == "uniform"][:1]
-    finalists += [c for c in uniform if c not in finalists]
-    bar = tqdm(finalists, "decoding", disable=not progress, leave=False)
-    confirmed = [confirm(base, draft, c, prompts, expected, **options) for c in bar]
+    others = [c for c in candidates[:num_confirmed] if c not in uniform]
+    confirmed: list[Candidate] = []
+    bar = tqdm(others[:1] + uniform + others[1:], "decoding", disable=not progress, leave=False)
+    for candidate in bar:
+        if len(confirmed) > len(uniform):
+            gain = max(c.speed / c.promise for c in confirmed)
+            if candidate.promise * gain <= max(c.speed for c in confirmed):
+                break  # as all behind it promise no more
+        confirmed.append(confirm(base, draft, candidate, prompts, expected, **options))
+    bar.close()
     return sorted(confirmed, key=lambda c: (-c.speed, -c.predicted))
 
 
