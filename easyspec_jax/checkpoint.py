@@ -152,7 +152,7 @@ def _folded(bits: jax.Array) -> jax.Array:
     sizes = bits.shape[:-1] or (1,)
     axis = max(range(len(sizes)), key=lambda a: sizes[a])
     count = math.gcd(sizes[axis], _ROWS)
-    if count == 1:
+    if count == 1 or bits.size < 2**20:
         return bits.astype(jnp.uint32)
     rows = bits.reshape(*sizes[:axis], sizes[axis] // count, count, *bits.shape[axis + 1 :])
     total = jnp.uint32(0)

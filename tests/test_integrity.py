@@ -15,6 +15,8 @@ from hf_models import run, tiny_config, write_hf_folder
 import easyspec_jax as es
 from easyspec_jax import checkpoint
 
+slow = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> pathlib.Path:
@@ -43,7 +45,7 @@ def flip(file: pathlib.Path, at: float, bit: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("at", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("at", [0.5, *(pytest.param(at, marks=slow) for at in (0.2, 0.9))])
 def test_a_flipped_bit_never_becomes_another_weight(whole, copy, at):
     want = jax.tree.map(np.asarray, load(whole).params)
     for file in array_files(copy)[::2]:
@@ -69,7 +71,9 @@ def test_parts_that_changed_places_are_refused(copy):
         load(copy)
 
 
-@pytest.mark.parametrize("shape, size", [((1, 1), 1), ((2, 2), 2), ((8, 1), 1)])
+@pytest.mark.parametrize(
+    "shape, size", [((2, 2), 2), *(pytest.param(s, 1, marks=slow) for s in ((1, 1), (8, 1)))]
+)
 def test_every_mesh_verifies(whole, tmp_path, shape, size):
     """One number of a weight that the mesh divides, written anew by the library itself."""
     load(whole, shape, group_size=size)

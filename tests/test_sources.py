@@ -19,6 +19,7 @@ import convert
 import easyspec_jax as es
 from easyspec_jax import sources
 
+slow = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -59,7 +60,9 @@ def folders(cache) -> list[pathlib.Path]:
 
 
 @untokenized
-@pytest.mark.parametrize("kind", ["folder", "file", "hub"])
+@pytest.mark.parametrize(
+    "kind", ["folder", *(pytest.param(k, marks=slow) for k in ("file", "hub"))]
+)
 def test_a_model_is_loaded_from_anything_and_converted_once(
     kind, folder, tmp_path, cache, conversions, monkeypatch
 ):
@@ -80,7 +83,7 @@ def test_a_revision_of_a_hub_id_is_a_model_of_its_own(folder, cache, conversions
     asked = []
     monkeypatch.setattr("convert.write.download", lambda *args: asked.append(args) or folder)
     for name in ("owner/m", "owner/m@v1", "owner/m@refs/pr/3"):
-        load(name)
+        sources.find_checkpoint(name)
     assert asked == [("owner/m", None), ("owner/m", "v1"), ("owner/m", "refs/pr/3")]
     assert len(folders(cache)) == 3
 
@@ -113,7 +116,7 @@ def test_threads_at_once_convert_once(folder, cache, conversions):
     assert len(conversions) == 1 and found == folders(cache) * 4
 
 
-@pytest.mark.slow
+@slow
 def test_processes_at_once_convert_once(folder, cache):
     code = (
         "import sys, jax; jax.config.update('jax_platforms', 'cpu'); import easyspec_jax as es;"
@@ -192,7 +195,7 @@ def test_the_command_line_takes_a_folder_in_every_place(easyspec, cache):
 
 
 @pytest.mark.real
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("name, file", [("smollm2-135m", "source.gguf"), ("stories15m", "")])
 def test_real_models_straight_from_their_sources(name, file, cache):
     source = real_model(name) / file

@@ -193,8 +193,9 @@ def test_an_answer_cut_at_a_stop_string_is_encoded_again(folder):
 
 
 def test_folders_without_tokenizer_or_template_are_refused(tmp_path, folder):
+    (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match=r"has no tokenizer: copy"):
-        Tokenizer(tmp_path)
+        Tokenizer(tmp_path / "bare")
     with pytest.raises(ValueError, match="is no model: neither a folder"):
         Tokenizer(tmp_path / "nothing")
     (folder / "tokenizer_config.json").write_text("{}")

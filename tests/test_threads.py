@@ -31,7 +31,7 @@ def together(*works) -> None:
         raise errors[0]
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_eight_threads_decode_at_once(mesh_shape):
     want = [autoregressive().generate([p], max_new_tokens=9).tokens[0] for p in PROMPTS]
     decoder = self_drafting(mesh_shape)
