@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", **COUNT, default=64, help="of each answer (default 64)")
     warm = "of the text to be drafted (default 0, greedy)"
     add("--temperature", type=float, default=0.0, metavar="T", help=warm)
-    last = "partitions that are decoded with before one is chosen (default 5)"
+    last = "partitions that are decoded with before one is chosen, at most (default 5)"
     add("--verify", **COUNT, default=5, help=last)
     add_dtype(add)
     add("--dry-run", action="store_true", help="find and print, but write nothing")
