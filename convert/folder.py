@@ -68,8 +68,9 @@ class FolderSource:
         copy_tokenizer(self.folder, folder)
 
 
-def download(repo: str, revision: str | None) -> pathlib.Path:
-    """Fetch a model from the hub, safetensors, configs and tokenizer only, and return its folder.
+def download(repo: str, revision: str | None, *files: str) -> pathlib.Path:
+    """Fetch a model from the hub, safetensors, configs and tokenizer only (or just these files of
+    it), and return its folder.
 
     Raises:
       OSError: the hub cannot be reached or has no such model.
@@ -79,7 +80,7 @@ def download(repo: str, revision: str | None) -> pathlib.Path:
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(SOURCE_FILES)
+                repo, revision=revision, allow_patterns=list(files or SOURCE_FILES)
             )
         )
     except Exception as error:

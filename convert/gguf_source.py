@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.gguf_tokenizer import check_tokenizer, write_tokenizer
 from convert.tensors import Tensor, expected_tensors, row_ranges
-from easyspec_jax.config import is_integer
+from easyspec_jax.config import MAX_SIZE, is_integer, is_number
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.weights import EMBED, GGUF_PREFIX, HEAD, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS
 
@@ -26,6 +26,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_MAX_ENTRIES = 2**24  # of a list in the metadata: no vocabulary is so large
 _ROPE_FACTORS = "rope_freqs.weight"
 
 # Keys under "<architecture>.": config attribute, or None where the code below reads them.
@@ -132,7 +133,7 @@ class GgufSource:
     def _config(self) -> dict:
         """The config.json that a converter to Hugging Face format would write."""
         arch = self._metadata.get("general.architecture")
-        if arch not in _ARCHITECTURES:
+        if not isinstance(arch, str) or arch not in _ARCHITECTURES:
             raise ValueError(
                 f"{self.path}: architecture {arch!r} is not supported; "
                 f"use one of {', '.join(_ARCHITECTURES)}."
@@ -175,8 +176,10 @@ class GgufSource:
         if missing:
             raise ValueError(f"{self.path} lacks the metadata {', '.join(missing)}.")
         for key in _COUNTS & own.keys():
-            if not is_integer(own[key]) or own[key] < 1:
-                raise ValueError(f"{self.path}: {arch}.{key} must be above 0, not {own[key]!r}.")
+            if not is_integer(own[key]) or not 0 < own[key] <= MAX_SIZE:
+                raise ValueError(
+                    f"{self.path}: {arch}.{key} must be in 1 .. {MAX_SIZE}, not {own[key]!r}."
+                )
 
     def _head_dim(self, default: int) -> int:
         head_dim = self._get("attention.key_length", default)
@@ -190,7 +193,7 @@ class GgufSource:
 
     def _vocab_size(self) -> int:
         embed = self._stored.get(EMBED.gguf)
-        if embed is None:
+        if embed is None or len(embed.shape) != 2:
             raise ValueError(f"{self.path} lacks the tensor {EMBED.gguf}.")
         return int(embed.shape[-1])
 
@@ -216,6 +219,8 @@ class GgufSource:
         parameters have been the same in every release of Llama 3.
         """
         stored = np.asarray(self._stored[_ROPE_FACTORS].data, np.float64)
+        if stored.shape != (head_dim // 2,) or not is_number(theta):
+            raise ValueError(f"{self.path}: {_ROPE_FACTORS} does not fit heads of {head_dim}.")
         low, high, original, factor = 1.0, 4.0, 8192, round(float(stored.max()), 4)
         turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
         smooth = np.clip((turns - low) / (high - low), 0, 1)
@@ -251,11 +256,26 @@ def _open(path: pathlib.Path):
         magic = file.read(4)
     if magic != b"GGUF":
         raise ValueError(f"{path} is not a GGUF file; a source is a model folder or a GGUF file.")
-    from gguf import GGUFReader
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """One that does not read on behind the end of the file, where it would find nothing."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends too early")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs, raw_type):
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                (count,) = self._get(orig_offs + 4, np.uint64)
+                if count > _MAX_ENTRIES:
+                    raise ValueError(f"a list of {count} entries")
+            return super()._get_field_parts(orig_offs, raw_type)
 
     try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        return Reader(path)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is a broken GGUF file: {error}") from None
 
 

@@ -124,9 +124,13 @@ def _check_vocabulary(metadata: dict[str, Any]) -> None:
     vocab, types = _vocab(metadata), _types(metadata)
     for kind in _IDS:
         index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        if index is not None and index >= len(types):
+        if index is None or (kind == "padding" and index >= len(types)):  # -1 is written for none
+            continue
+        if index >= len(types):
             where = f"the vocabulary's 0 .. {len(types) - 1}"
             raise ValueError(f"tokenizer.ggml.{kind}_token_id is {index}, outside {where}.")
+        if types[index] == _UNUSED:
+            raise ValueError(f"tokenizer.ggml.{kind}_token_id is {index}, an unused token.")
     if len(vocab) != sum(kind != _UNUSED for kind in types) or "" in vocab:
         raise ValueError("tokenizer.ggml.tokens holds a token twice, or an empty one.")
     if metadata["tokenizer.ggml.model"] == "gpt2":
@@ -163,7 +167,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: pathlib.Path) -> None:
         ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     _add_template(tokenizer, metadata)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     text = json.dumps(_tokenizer_config(metadata), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -208,9 +212,11 @@ def _merges(metadata: dict[str, Any], vocab: dict[str, int]) -> list[tuple[str, 
     tokens, types = metadata["tokenizer.ggml.tokens"], _types(metadata)
     scores = metadata["tokenizer.ggml.scores"]
     pieces = [i for i, type_ in enumerate(types) if type_ in (_NORMAL, _USER_DEFINED)]
-    merges = []
+    merges, longest = [], max(map(len, vocab))
     for i in sorted(pieces, key=lambda i: (-scores[i], i)):
-        cuts = [(tokens[i][:k], tokens[i][k:]) for k in range(1, len(tokens[i]))]
+        whole = tokens[i]
+        ends = range(max(1, len(whole) - longest), min(longest, len(whole) - 1) + 1)
+        cuts = ((whole[:k], whole[k:]) for k in ends)
         cuts = [cut for cut in cuts if cut[0] in vocab and cut[1] in vocab]
         # Among equal scores the larger left id goes first, as transformers has it; in runs of
         # spaces that is the leftmost pair, as in SentencePiece.
@@ -231,8 +237,9 @@ def _types(metadata: dict[str, Any]) -> list[int]:
 
 
 def _token(metadata: dict[str, Any], kind: str) -> str | None:
+    tokens = metadata["tokenizer.ggml.tokens"]
     index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
-    return None if index is None else metadata["tokenizer.ggml.tokens"][index]
+    return None if index is None or index >= len(tokens) else tokens[index]
 
 
 def _added(metadata: dict[str, Any], kind: str) -> list[str]:

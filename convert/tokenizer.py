@@ -7,6 +7,8 @@ import json
 import pathlib
 import shutil
 
+from easyspec_jax.json_files import parse_object
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,8 +46,8 @@ def tokenizer_hash(folder: pathlib.Path) -> str | None:
     path = pathlib.Path(folder) / "tokenizer.json"
     if not path.is_file():
         return None
+    tokenizer = parse_object(path.read_bytes(), path.name)
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
         vocab = tokenizer["model"]["vocab"]
         if isinstance(vocab, list):  # Unigram: [token, score] pairs in the order of their ids
             vocab = {token: i for i, (token, _) in enumerate(vocab)}

@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -139,6 +140,9 @@ def _temporary(dst: pathlib.Path) -> Iterator[pathlib.Path]:
         lock.acquire()
         new.rename(temp)  # only now others look at it
         yield temp
+    except KeyboardInterrupt:
+        time.sleep(0.5)  # a writer's thread may still be at work
+        raise
     finally:
         for folder in (new, temp):
             shutil.rmtree(folder, ignore_errors=True)
@@ -182,6 +186,9 @@ def _interrupts() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, note)
     try:
         yield check
+    except Exception:
+        check()  # a library may have made another error of it
+        raise
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,9 +23,10 @@ from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.loading import abstract_model, load_model, random_model, save_model
-from easyspec_jax.model import Model, logits
+from easyspec_jax.model import Model
 from easyspec_jax.quantize import quantize_weights
 from easyspec_jax.request import Request
+from easyspec_jax.scores import logits
 from easyspec_jax.session import Piece, Session
 from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats

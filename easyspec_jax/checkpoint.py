@@ -103,6 +103,9 @@ def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict
         machine |= jax.process_count() > 1 and is_lost_peer(error)
         if machine or "RESOURCE_EXHAUSTED" in str(error):
             raise
+        # TensorStore has one kind for a broken file and for one that the machine does not give.
+        if "os_error_code" in str(error) and "NOT_FOUND" not in str(error):
+            raise OSError(f"{folder / name} cannot be read: {str(error)[:300]}") from error
         raise ValueError(damaged(folder, name)) from error
 
 
@@ -115,8 +118,8 @@ def damaged(folder: pathlib.Path, name: str) -> str:
 def digest(arrays: dict[str, Any]) -> jax.Array:
     """u32[] that tells the bytes of a part from any others, on whatever devices they are.
 
-    A sum over all numbers' bits, each times an odd number of its place: one number that changes
-    always shows, several but once in 2**32.
+    A sum over all numbers, their bits times an odd number of their place and stirred: one number
+    of at most 32 bits that changes always shows, several but about once in 2**32.
     """
     total = jnp.uint32(0)
     for name in sorted(arrays):
@@ -127,7 +130,9 @@ def digest(arrays: dict[str, Any]) -> jax.Array:
             place = place * jnp.uint32(size) + index
         factor = (place + jnp.uint32(zlib.crc32(name.encode()))) * jnp.uint32(_GOLDEN)
         factor = (factor ^ (factor >> 15)) * jnp.uint32(0x85EBCA6B)
-        total += (bits * (factor | jnp.uint32(1))).sum(dtype=jnp.uint32)
+        term = bits * (factor | jnp.uint32(1))
+        term = (term ^ (term >> 15)) * jnp.uint32(0x846CA68B)
+        total += (term ^ (term >> 16)).sum(dtype=jnp.uint32)
     return total
 
 
@@ -173,7 +178,7 @@ def digest_of(parts: dict[str, str]) -> str:
 
 
 def make_metadata(dtype: str, tokenizer: str | None, parts: dict[str, str]) -> dict[str, Any]:
-    """What stands in a checkpoint's `METADATA_FILE`, and proves that it is whole.
+    """What stands in a checkpoint's `METADATA_FILE`, and proves that its weights are whole.
 
     Args:
       parts: the digest of each.

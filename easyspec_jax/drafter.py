@@ -7,6 +7,7 @@ state, which is donated.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -18,6 +19,17 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.model import Model
 from easyspec_jax.request import Request
 from easyspec_jax.verify import Proposal, Verdict, verify_in_one_pass
+
+
+def refuse_no_model(value: Any) -> None:
+    """Refuse what users take for a model; other kinds are seen when a decoder is made, as jax puts
+    placeholders where models are.
+
+    Raises:
+      ValueError: None, a path or a class.
+    """
+    if value is None or isinstance(value, str | os.PathLike | type):
+        raise ValueError(f"a model is needed, load_model(...) say, got {value!r}")
 
 
 class Drafter(struct.PyTreeNode):

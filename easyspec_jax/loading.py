@@ -70,6 +70,8 @@ def load_model(
     if isinstance(group_size, str) and group_size == TUNED:
         group_size = checkpoint.read_partition(folder, config.num_layers, metadata["weights"])
     checkpoint.check_whole(folder, config, metadata["parts"])
+    if metadata["dtype"] == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(f"{folder} holds float64: set jax_enable_x64 to load it")
     hidden = None if progress is None else not progress  # None: shown on a terminal alone
     bar = tqdm(
         total=len(metadata["parts"]), desc=f"loading {folder.name}", unit="part", disable=hidden
@@ -189,18 +191,18 @@ def _build(config: ModelConfig, part: Callable, *, stored: Any = None, **options
     """
     model = abstract_model(config, **options)
     placed, dtype = model.layout, model.dtype
-    largest = max(device_bytes(block) for block in model.params.blocks)
-    check_memory(placed.mesh, {"weights": device_bytes(model.params), "reading": largest})
     layer = _abstract(weights.LAYER_WEIGHTS, config, stored or dtype, placed)
+    top = _abstract(weights.TOP_WEIGHTS, config, stored or dtype, placed)
+    reading = max(max(model.partition) * device_bytes(layer), device_bytes(top))
+    check_memory(placed.mesh, {"weights": device_bytes(model.params), "reading": reading})
     blocks, first = [], 0
     for size in model.partition:
         layers = [part(layer_name(i), layer) for i in range(first, first + size)]
         blocks.append(_jit_arrange(size, config, placed, dtype)(layers))
         first += size
-    top = part(TOP_PART, _abstract(weights.TOP_WEIGHTS, config, stored or dtype, placed))
     shardings = _named(_fields(weights.specs(config, placed, ())), placed.mesh)
     arrange = jax.jit(lambda top: weights.arrange_top(_cast(top, dtype)), out_shardings=shardings)
-    params = weights.Params(blocks=tuple(blocks), **arrange(top))
+    params = weights.Params(blocks=tuple(blocks), **arrange(part(TOP_PART, top)))
     return model.replace(params=params)
 
 

@@ -43,19 +43,28 @@ def device_memory(mesh: Mesh) -> int | None:
     return min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
 
 
-def host_memory() -> int | None:
-    """Bytes that programs may still take of the host's memory, within the limit of this process's
-    control group; None where the system does not say.
+def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int | None:
+    """Bytes that programs may still take of the host's memory, files that are only kept in it not
+    counted, within the limit of a container (a control group, version 2); None where the system
+    does not say.
     """
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvail")))
-        group = pathlib.Path("/sys/fs/cgroup")
-        with contextlib.suppress(OSError, ValueError):  # none, or "max"
-            most = int((group / "memory.max").read_text())
-            free = min(free, most - int((group / "memory.current").read_text()))
-        return free
-    return None
+    try:
+        free = 1024 * _entries(root / "proc/meminfo")["MemAvailable:"]
+    except (OSError, ValueError, KeyError):
+        return None
+    group = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none, or "max"
+        most = int((group / "memory.max").read_text())
+        stat = _entries(group / "memory.stat")
+        kept = stat["inactive_file"] + stat["active_file"]
+        free = min(free, most - int((group / "memory.current").read_text()) + kept)
+    return free
+
+
+def _entries(file: pathlib.Path) -> dict[str, int]:
+    """Names and numbers, one pair a line."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1}
 
 
 def listed(budget: dict[str, int]) -> str:

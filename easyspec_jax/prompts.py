@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import pathlib
+import zlib
 
 from easyspec_jax.json_files import parse_object
 
@@ -87,7 +88,7 @@ def _read_text(file: pathlib.Path) -> str:
     try:
         with opened(file, "rt", encoding="utf-8-sig") as stream:
             return stream.read()
-    except (UnicodeDecodeError, EOFError):
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile):
         raise ValueError(f"{file} is not text in UTF-8") from None
 
 
@@ -106,7 +107,10 @@ def _prompt_of(record: dict, where: str) -> str:
 
 def _multiple_choice(text: str, file: pathlib.Path) -> list[str]:
     """Questions of a CSV file with columns question, four choices, answer; with a header or not."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except csv.Error as error:
+        raise ValueError(f"{file} is no CSV file: {error}") from None
     if rows and rows[0][:2] == ["question", "choice0"]:
         rows = rows[1:]
     for i, row in enumerate(rows, start=1):

@@ -77,11 +77,8 @@ def make_inputs(
         raise ValueError(f"sampling must be a Sampling, got {sampling!r}")
     if not is_integer(seed) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be a whole number of 64 bits, got {seed!r}")
-    rows = [_check_prompt(config, i, prompt) for i, prompt in enumerate(_listed(prompts))]
-    if not rows:
-        raise ValueError("no prompts given")
     inputs = Inputs(
-        rows=rows,
+        rows=check_prompts(config, prompts, config.max_len - 1),
         max_new_tokens=int(max_new_tokens),
         sampling=sampling,
         eos_ids=_check_eos(config, eos_ids),
@@ -97,6 +94,18 @@ def make_inputs(
     return inputs
 
 
+def check_prompts(config: ModelConfig, prompts: Any, most: int) -> list[np.ndarray]:
+    """The token ids of all prompts, i32[T] each, T in 1 .. `most`.
+
+    Raises:
+      ValueError: on anything else, naming the prompt.
+    """
+    rows = [_check_prompt(config, i, prompt, most) for i, prompt in enumerate(_listed(prompts))]
+    if not rows:
+        raise ValueError("no prompts given")
+    return rows
+
+
 def _listed(prompts: Any) -> Iterable:
     try:
         return list(prompts)
@@ -104,7 +113,7 @@ def _listed(prompts: Any) -> Iterable:
         raise ValueError(f"prompts must be lists of token ids, got {prompts!r}") from None
 
 
-def _check_prompt(config: ModelConfig, i: int, prompt: Any) -> np.ndarray:
+def _check_prompt(config: ModelConfig, i: int, prompt: Any, most: int) -> np.ndarray:
     try:
         row = np.asarray(prompt)
     except ValueError:  # lists of several lengths
@@ -121,7 +130,7 @@ def _check_prompt(config: ModelConfig, i: int, prompt: Any) -> np.ndarray:
             f"prompt {i} has token id {int(row[outside][0])}, "
             f"outside the base's 0 .. {config.vocab_size - 1}"
         )
-    if row.size >= config.max_len:
+    if row.size > most:
         raise ValueError(
             f"prompt {i} has {row.size} tokens, but the base's context is "
             f"{config.max_len}: shorten it"

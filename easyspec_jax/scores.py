@@ -11,7 +11,7 @@ from easyspec_jax import model as models
 from easyspec_jax.cache import KVCache
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
-from easyspec_jax.request import make_inputs
+from easyspec_jax.request import check_prompts
 from easyspec_jax.sharding import mesh_jit, replicate, zeros
 
 
@@ -26,10 +26,10 @@ def logits(model: Model, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Arra
       ValueError: texts of several lengths, an id outside the vocabulary, more tokens than the
         context has, or more than the devices hold.
     """
-    inputs = make_inputs(model.config, tokens, 1)
-    if len({row.size for row in inputs.rows}) > 1:
+    rows = check_prompts(model.config, tokens, model.config.context)
+    if len({row.size for row in rows}) > 1:
         raise ValueError("texts must be of one length: pad them behind, or score them one by one")
-    text = np.stack(inputs.rows)
+    text = np.stack(rows)
     cache = model.abstract_cache(*text.shape)
     scores = 2 * 4 * text.size * (model.config.vocab_size + model.config.num_heads * text.shape[1])
     check_memory(model.layout.mesh, {"cache": device_bytes(cache), "scores": scores})

@@ -16,7 +16,9 @@ import re
 import sys
 from typing import Any
 
-from easyspec_jax.checkpoint import FORMAT, METADATA_FILE, read_metadata
+import jax
+
+from easyspec_jax.checkpoint import FORMAT, METADATA_FILE, damaged, read_metadata
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.json_files import read_object
@@ -34,7 +36,8 @@ def cache_root() -> pathlib.Path:
 def find_checkpoint(model: str | os.PathLike, *, progress: bool | None = None) -> pathlib.Path:
     """The checkpoint folder of a model; a source that is none is converted, unless it was.
 
-    Processes that want the same source wait for the first of them. A hub id is fetched once: the
+    Who wants the same source at the same time waits for the first; processes that run one program
+    together take checkpoints alone. A hub id is fetched once: the
     hub is not asked again while its conversion lies in the cache.
 
     Args:
@@ -51,25 +54,32 @@ def find_checkpoint(model: str | os.PathLike, *, progress: bool | None = None) -
     folder = conversion(model)
     if (folder / METADATA_FILE).is_file():
         return folder
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{model} is no checkpoint: `easyspec convert` it before several processes load it"
+        )
     import filelock
 
     from convert import convert
 
-    if progress is not False:
-        _say(f"converting {model}, once, to {folder}")
-        for old in sorted(folder.parent.glob(f"{glob.escape(folder.name[:-8])}????????")):
-            _say(f"{old} is of that source as it was before, and may be removed")
     shown = sys.stderr.isatty() if progress is None else progress
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
-        if not folder.exists():  # else another process, or thread, has just made it
+        if not (folder / METADATA_FILE).is_file():  # else another has just made it
+            if folder.exists():  # half removed
+                raise ValueError(damaged(folder, METADATA_FILE))
+            if progress is not False:
+                _say(f"converting {model}, once, to {folder}")
+                for old in sorted(folder.parent.glob(f"{glob.escape(folder.name[:-8])}????????")):
+                    _say(f"{old} is of that source as it was before, and may be removed")
             convert(model, folder, progress=shown)
     return folder
 
 
 def read_config(model: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     """Configuration and metadata of a model as in `find_checkpoint`, or of a config.json alone;
-    nothing is converted, and what is no checkpoint has no metadata.
+    nothing is converted, of a hub id only config.json is fetched, and what is no checkpoint has no
+    metadata.
 
     Raises:
       ValueError, OSError: as `find_checkpoint`.
@@ -84,7 +94,13 @@ def read_config(model: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
         return GgufSource(file).config, {}
     if file.is_file():
         return config_from_hf(read_object(file)), {}
-    return read_metadata(find_checkpoint(model))
+    folder = conversion(model)
+    if (folder / METADATA_FILE).is_file():
+        return read_metadata(folder)
+    from convert.folder import download
+
+    repo, revision = _hub_id(model)
+    return config_from_hf(read_object(download(repo, revision, "config.json") / "config.json")), {}
 
 
 def conversion(model: str | os.PathLike) -> pathlib.Path:
@@ -113,6 +129,13 @@ def conversion(model: str | os.PathLike) -> pathlib.Path:
     about = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     name = path.name if path.is_dir() else path.stem
     return _models() / f"{name}-{_hash(str(path))}-{_hash([FORMAT, about])}"
+
+
+def _hub_id(model: str | os.PathLike) -> tuple[str, str | None]:
+    """Its repository, and the revision where one is named; of what `HUB_ID` matches."""
+    found = HUB_ID.fullmatch(str(model))
+    assert found is not None
+    return found[1], found[2]
 
 
 def _models() -> pathlib.Path:

@@ -67,11 +67,16 @@ class Tokenizer:
           ValueError: it is no text, or holds half a character (a byte that is not UTF-8).
         """
         check_text(text)
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encoding(text, add_special_tokens).ids
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+        # of a vocabulary without its unknown token only some texts tell
+        encode = self._fast.encode
+        return _read(self.folder, lambda: encode(text, add_special_tokens=add_special_tokens))
 
     def encode_from(self, text: str, start: int) -> list[int] | None:
         """Ids of `text[start:]` as cut inside `text`; None if a token lies across `start`."""
-        encoding = self._fast.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text, False)
         first = next(
             (i for i, span in enumerate(encoding.offsets) if span[1] > start), len(encoding)
         )

@@ -137,7 +137,8 @@ def easyspec(monkeypatch, capsys, checkpoints):
     monkeypatch.chdir(checkpoints)
 
     def run(*argv, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        piped = io.BytesIO(stdin.encode(errors="surrogateescape"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped, "utf-8"))
         status = cli.main([str(arg) for arg in argv])
         return status, *capsys.readouterr()
 

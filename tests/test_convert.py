@@ -247,7 +247,7 @@ def test_a_tokenizer_without_vocabulary_is_refused_before_the_weights(
 ):
     monkeypatch.delattr(checkpoint, "save_part")
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"^tokenizer.json cannot be read: .* model.vocab \(.*"):
+    with pytest.raises(ValueError, match=r"^tokenizer.json (cannot be read|is not a JSON object)"):
         run(folder, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 

@@ -136,10 +136,14 @@ def test_an_interrupt_that_a_callback_swallows_ends_the_conversion(
         return save_part(temp, name, arrays)
 
     monkeypatch.setattr(checkpoint, "save_part", interrupted)
-    assert main([str(folder), str(tmp_path / "out"), "--quiet"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # off in jobs
+    try:
+        assert main([str(folder), str(tmp_path / "out"), "--quiet"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\n"
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 NO_SPACE = """

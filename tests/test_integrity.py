@@ -132,6 +132,29 @@ def test_a_digest_tells_numbers_and_their_places(rng=np.random.default_rng(0)): 
     assert len(others | {known}) == 5
 
 
+def test_rows_that_are_folded_are_told_apart():
+    """Arrays of a million numbers and more take another way."""
+    x = np.arange(2**20, dtype=np.float32).reshape(1024, 1024)
+    swapped, bits = x.copy(), x.view(np.uint32).copy()
+    swapped[[8, 9]] = swapped[[9, 8]]
+    bits[17, 5] ^= 1 << 31
+    seen = {int(checkpoint.digest({"a": a})) for a in (x, swapped, bits.view(np.float32), x + 1)}
+    assert len(seen) == 4
+    bits[18, 5] ^= 1 << 31
+    assert int(checkpoint.digest({"a": bits.view(np.float32)})) not in seen
+
+
+def test_what_the_machine_does_not_give_is_no_damage(copy, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    def fail(path, abstract):
+        raise ValueError("PERMISSION_DENIED: Error opening file [os_error_code='13']")
+
+    monkeypatch.setattr(ocp, "load", fail)
+    with pytest.raises(OSError, match=r"layers/0000 cannot be read: PERMISSION_DENIED"):
+        load(copy)
+
+
 def test_a_damaged_file_makes_no_noise(copy, caplog):
     for file in array_files(copy):
         file.write_bytes(b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
+import decoders
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -243,3 +244,18 @@ def test_rotary_frequencies_by_hand():
     between = dataclasses.replace(scaling, original_max_len=40 * np.pi)
     blended = rope_frequencies(dataclasses.replace(config, rope_scaling=between))
     np.testing.assert_allclose(blended, [1.0, 0.1 / 3 + 0.0125 * 2 / 3])
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)])
+def test_logits_of_texts(mesh_shape):
+    m = decoders.model(mesh_shape)
+    text = [[1, 2, 3, 4], [9, 8, 7, 6]]
+    got = es.logits(m, text)
+    assert got.shape == (2, 4, 61)
+    want = decoders.all_logits(decoders.model((1, 1)), text)
+    np.testing.assert_allclose(got, want, atol=1e-9)
+    assert es.logits(m, [[1] * 96]).shape == (1, 96, 61)  # the whole context
+    for wrong, sentence in (([[1], [1, 2]], "of one length"), ([[61]], "token id 61"),
+                            ([[1] * 97], "prompt 0 has 97 tokens")):  # fmt: skip
+        with pytest.raises(ValueError, match=sentence):
+            es.logits(m, wrong)

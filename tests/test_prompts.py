@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import pytest
 
 from easyspec_jax.prompts import read_prompts
@@ -29,6 +31,21 @@ from easyspec_jax.prompts import read_prompts
 def test_prompts_are_lines_or_fields(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
     assert read_prompts(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", b'"' + b"x" * 140_000, "a.csv is no CSV file"),
+        ("a.txt.gz", gzip.compress(b"hello")[:-9] + b"\xff" * 9, "a.txt.gz is not text"),
+        ("a.txt.gz", b"hello", "a.txt.gz is not text"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1 cannot be read"),
+    ],
+)
+def test_damaged_files_are_one_sentence(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        read_prompts(tmp_path / name)
 
 
 def test_files_of_a_folder_take_turns(tmp_path):

@@ -98,6 +98,7 @@ GPT2 = {"model": "gpt2", "tokens": TOKENS, "merges": ["a b"], "token_type": TYPE
     [
         (LLAMA | {"bos_token_id": 6}, "bos_token_id is 6, outside the vocabulary's 0 .. 5"),
         (LLAMA | {"eos_token_id": 2**32 - 1}, "eos_token_id is 4294967295, outside"),
+        (LLAMA | {"bos_token_id": 5, "token_type": [2, 3, 3, 1, 1, 5]}, "is 5, an unused token"),
         (LLAMA | {"unknown_token_id": "0"}, "unknown_token_id must be a token id"),
         (GPT2 | {"merges": ["ab"]}, "merges has 'ab': not two tokens"),
         (GPT2 | {"merges": ["a c"]}, "merges has 'a c': not two tokens"),
@@ -125,9 +126,9 @@ def test_tokenizers_of_gguf_files_are_checked_before_they_are_built(tokenizer, s
 @pytest.mark.parametrize(
     "entries, sentence",
     [
-        ({"llama.block_count": 2**32 - 1}, "num_layers must be an integer in 1 .. 10000"),
-        ({"llama.attention.head_count": "4"}, "head_count must be above 0, not '4'"),
-        ({"llama.attention.head_count": 0}, "head_count must be above 0, not 0"),
+        ({"llama.block_count": 2**32 - 1}, "block_count must be in 1 .. "),
+        ({"llama.attention.head_count": "4"}, "head_count must be in 1 .. .*, not '4'"),
+        ({"llama.attention.head_count": 0}, "head_count must be in 1 .. .*, not 0"),
         ({"split.count": "2"}, "split.count='2'"),
     ],
     ids=str,
@@ -144,6 +145,25 @@ def contents_with(entries):
     from convert.gguf_source import _contents
 
     return lambda reader, path: _contents(reader, path) | entries
+
+
+def test_lists_of_gguf_files_that_never_end_are_refused(tmp_path):
+    """A length beyond the file; its reader would go on for ever."""
+    entries = {f"tokenizer.ggml.{key}": value for key, value in LLAMA.items()}
+    file = write_gguf(tmp_path / "m.gguf", tiny_config("llama"), metadata=entries)
+    data = file.read_bytes()
+    at = data.index(b"tokenizer.ggml.scores") + len(b"tokenizer.ggml.scores") + 8
+    for high in (3, 7):  # of the list's length, eight bytes
+        file.write_bytes(data[: at + high] + b"\x40" + data[at + high + 1 :])
+        with pytest.raises(ValueError, match=r"is a broken GGUF file: a list of \d+ entries"):
+            run(file, tmp_path / "out")
+
+
+def test_no_padding_token_is_written_as_minus_one(tmp_path):
+    entries = {f"tokenizer.ggml.{key}": value for key, value in LLAMA.items()}
+    entries["tokenizer.ggml.padding_token_id"] = 2**32 - 1
+    file = write_gguf(tmp_path / "m.gguf", tiny_config("llama"), metadata=entries)
+    assert es.Tokenizer(run(file, tmp_path / "out")).encode("ab") == [5]
 
 
 def test_a_panic_of_the_tokenizers_library_is_a_sentence(tmp_path, monkeypatch):
@@ -196,6 +216,9 @@ def test_drafts_that_no_step_can_hold_are_refused(options, sentence):
         (lambda base: es.Decoder(base, 3), "a drafter is needed, .* got int"),
         (lambda base: es.LayerParallelDrafter(None), "a model is needed, .* got None"),
         (lambda base: es.LayerParallelDrafter("ckpt"), "a model is needed, .* got 'ckpt'"),
+        (lambda base: es.PolybasicDrafter(None, None), "a model is needed, .* got None"),
+        (lambda base: es.PolybasicDrafter(base, es.PromptLookupDrafter), "needs a drafter"),
+        (lambda base: es.EarlyExitDrafter("ckpt"), "a model is needed, .* got 'ckpt'"),
         (
             lambda base: es.Decoder(base, es.LayerParallelDrafter(base.params)),
             "a drafter drafts with a model, got Params",
@@ -211,6 +234,21 @@ def test_drafts_that_no_step_can_hold_are_refused(options, sentence):
 def test_arguments_of_another_kind_are_refused_where_they_are_given(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make(model((1, 1)))
+
+
+def test_memory_of_a_container_counts_no_kept_files(tmp_path):
+    assert memory.host_memory(tmp_path) is None
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert memory.host_memory(tmp_path) == 8000 * 1024
+    (group / "memory.max").write_text("max\n")
+    assert memory.host_memory(tmp_path) == 8000 * 1024
+    (group / "memory.max").write_text("5000000\n")
+    (group / "memory.current").write_text("4900000\n")
+    (group / "memory.stat").write_text("anon 900000\ninactive_file 3000000\nactive_file 1000000\n")
+    assert memory.host_memory(tmp_path) == 4100000
 
 
 def test_memory_of_the_host_is_counted_on_cpu(monkeypatch):
@@ -254,6 +292,21 @@ def test_a_chat_goes_on_behind_a_line_that_is_no_text(easyspec):
             "--cpu-devices must be in 1",
         ),
         (("info", "base", "--layer", 100_000, "--tensor", 100_000), "--layer must be in 1 .. 1024"),
+        (("info", "base", "--batch", 10**13), "--batch must be in 1 .. 1024"),
+        (
+            (
+                "plan",
+                "--base",
+                "base",
+                "--draft",
+                "base",
+                "--device",
+                "h100",
+                "--num-devices",
+                10**12,
+            ),
+            "--num-devices must be in 1 .. 1024",
+        ),
         (("chat", "--base", "base", "--tensor", 2000), "--tensor must be in 1 .. 1024, got 2000"),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],

@@ -181,6 +181,27 @@ def test_configurations_are_read_without_converting(folder, tmp_path, cache, mon
     assert sources.read_config(checkpoint)[0].family == "qwen2"
 
 
+def test_of_a_hub_id_only_the_configuration_is_fetched(folder, cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr("convert.folder.download", lambda *args: asked.append(args) or folder)
+    assert sources.read_config("owner/m@v2")[0].num_layers == 3
+    assert asked == [("owner/m", "v2", "config.json")]
+
+
+def test_half_a_conversion_is_no_model(folder, cache, conversions):
+    made = sources.find_checkpoint(folder)
+    (made / "easyspec.json").unlink()
+    with pytest.raises(ValueError, match=f"damaged: remove {made}, then convert"):
+        sources.find_checkpoint(folder)
+
+
+def test_several_processes_convert_nothing(folder, cache, conversions, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="`easyspec convert` it before several processes load it"):
+        sources.find_checkpoint(folder)
+    assert conversions == []
+
+
 def test_the_command_line_takes_a_folder_in_every_place(easyspec, cache):
     base = ("generate", "--base", "hf-base", "--draft", "hf-draft", "--tensor", 1, "hello")
     status, out, err = easyspec(*base, "--max-new-tokens", 8)

@@ -21,7 +21,7 @@ from easyspec_jax.cli.drafting import add_option, draft_layout, partition_of
 from easyspec_jax.cli.options import MODEL_HELP, add_mesh, add_requests, given, max_len
 from easyspec_jax.memory import check_memory, listed
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
-from easyspec_jax.sources import find_checkpoint, read_config
+from easyspec_jax.sources import conversion, read_config
 from easyspec_jax.text import has_chat_template, read_generation_config, stop_ids
 
 if TYPE_CHECKING:
@@ -50,10 +50,6 @@ def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is, how the mesh and the groups of `args` would split it, and what
     it takes on each device, with the draft where there is one.
     """
-    for name in ("checkpoint", "draft"):
-        model = getattr(args, name)
-        if model is not None and not pathlib.Path(model).exists():  # a hub id
-            setattr(args, name, str(find_checkpoint(model)))
     c, metadata = read_config(args.checkpoint)
     draft, extra = (None, metadata) if args.draft is None else read_config(args.draft)
     grouped = c if draft is None else draft
@@ -104,6 +100,7 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
     if not metadata:
         return rows
     rows["parameters"] += f", stored as {metadata.get('dtype')}"
+    path = path if pathlib.Path(path).exists() else str(conversion(path))  # a hub id
     ids = stop_ids(read_generation_config(path), c)
     return rows | {
         "stop ids": ", ".join(map(str, ids)) or "none",

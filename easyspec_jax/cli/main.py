@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader has gone, and so must the interpreter's last flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _leave(args, 1)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             _flush(sys.stdout)
             print(f"error: {_sentence(args, error)}", file=sys.stderr)
             return _leave(args, 1)
@@ -71,7 +71,9 @@ def _check_streams() -> None:
     """
     if sys.stdout is None:
         raise ValueError("standard output is closed")
-    if isinstance(sys.stdin, io.TextIOWrapper):
+    if sys.stderr is None:  # bars and reports go nowhere
+        sys.stderr = open(os.devnull, "w")
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
         sys.stdin.reconfigure(errors="surrogateescape")
 
 

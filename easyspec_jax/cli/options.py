@@ -52,6 +52,7 @@ MAX_DEVICES = 1024  # of one process
 _DEVICES = _checked(
     f"in 1 .. {MAX_DEVICES}", lambda n: 1 <= n <= MAX_DEVICES, type=int, metavar="N"
 )
+_BATCH = _checked("in 1 .. 1024", lambda n: 1 <= n <= 1024, type=int, metavar="N")
 _SIZE = _checked("a size above 0", lambda x: 0 < x < math.inf, type=float, metavar="GIB")
 
 
@@ -90,12 +91,12 @@ def add_device(add: Add, purpose: str, num_devices: str) -> None:
     """--device and --num-devices: what to predict times for."""
     kinds = ", ".join(PRESETS)
     add("--device", metavar="NAME|FILE", help=f"{purpose}: {kinds}, or a JSON file of one")
-    add("--num-devices", **COUNT, help=num_devices)
+    add("--num-devices", **_DEVICES, help=num_devices)
 
 
 def add_requests(add: Add, memory: str) -> None:
     """--batch, --max-len and --device-memory: which requests should fit, and into what."""
-    add("--batch", **COUNT, default=1, help="prompts at once (default 1)")
+    add("--batch", **_BATCH, default=1, help="prompts at once (default 1)")
     add_max_len(add, "tokens of each, prompt and answer")
     add("--device-memory", **_SIZE, help=f"GiB of each device{memory}")
 

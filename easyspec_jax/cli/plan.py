@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # the planner takes a while to import: only the command itsel
     from easyspec_jax.planner.plan import Choice, Plan, Planner
 
 HELP = "which layout, groups and tree, from configurations"
-MAX_BATCH = 1024
 PLACEMENTS = ("one device", "tensor parallel", "groups")  # of a draft; the best of each is shown
 _TERMS = {
     "weights": "products with weights",
@@ -71,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("name a --device, or --measure this machine: one of the two")
     if args.dtype is not None and not args.measure:
         raise ValueError("--dtype needs --measure: a --device holds for one type of weights")
-    if args.batch > MAX_BATCH:
-        raise ValueError(f"--batch must be at most {MAX_BATCH}, got {args.batch}")
     (base, about), (draft, other) = (read_config(path) for path in (args.base, args.draft))
     check_tokenizers(about.get("tokenizer"), other.get("tokenizer"))
     acceptance = Acceptance()

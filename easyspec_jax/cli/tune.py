@@ -29,6 +29,7 @@ from easyspec_jax.cli.options import COUNT, add_device, add_dtype, add_machine, 
 from easyspec_jax.planner.device import read_device
 from easyspec_jax.prompts import read_prompts
 from easyspec_jax.request import check_tokenizers, make_inputs
+from easyspec_jax.sources import read_config
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
 if TYPE_CHECKING:  # planner and tuner take a while to import: only the command itself does
@@ -74,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     from easyspec_jax.tuner.tune import check_options, tune
 
     args.base = args.base or args.draft
-    find_models(args)
+    texts, sampling = _read_texts(args), es.Sampling(temperature=args.temperature)
+    predict_times(args, *(read_config(path)[0] for path in (args.base, args.draft)))
+    find_models(args)  # which may take minutes
     (config, about), (base_config, base_about) = map(read_metadata, (args.draft, args.base))
     check_tokenizers(base_about.get("tokenizer"), about.get("tokenizer"))
     step_seconds = predict_times(args, base_config, config)
@@ -82,12 +85,11 @@ def run(args: argparse.Namespace) -> int:
     # A group larger than --layer takes turns, which only a predicted time can weigh.
     most = args.layer if step_seconds is None else None
     check_options(config.num_layers, steps, most, step_seconds is not None)
-    sampling = es.Sampling(temperature=args.temperature)
     there = pathlib.Path(args.draft) / PARTITION_FILE
     if not args.dry_run and (not os.access(args.draft, os.W_OK) or there.is_dir()):
         raise ValueError(f"{there} cannot be written: --dry-run shows the result alone")
     eos_ids = stop_ids(read_generation_config(args.base), base_config)
-    prompts = _encode(args)
+    prompts = _encode(args, texts)
     make_inputs(base_config, prompts, args.max_new_tokens, sampling, eos_ids)
     load = functools.partial(
         es.load_model, mesh=es.make_mesh(1, args.tensor), dtype=args.dtype, layout="tensor"
@@ -169,15 +171,19 @@ def _attention_steps(args: argparse.Namespace, num_layers: int) -> int | None:
     return len(es.make_partition(num_layers, args.layer))
 
 
-def _encode(args: argparse.Namespace) -> list[list[int]]:
-    """Token ids of the prompts that `args` ask for."""
+def _read_texts(args: argparse.Namespace) -> list[str]:
+    """The prompts that `args` ask for."""
     texts = read_prompts(args.prompts)
     if args.num_prompts is not None and args.num_prompts > len(texts):
         raise ValueError(
             f"--num-prompts asks for {args.num_prompts}, but {args.prompts} has {len(texts)}"
         )
+    return texts[: args.num_prompts]
+
+
+def _encode(args: argparse.Namespace, texts: list[str]) -> list[list[int]]:
+    """Their token ids."""
     tokenizer = Tokenizer(args.base)
-    texts = texts[: args.num_prompts]
     if args.chat:
         return [Conversation(tokenizer).ask(text) for text in texts]
     return [tokenizer.encode(text) for text in texts]

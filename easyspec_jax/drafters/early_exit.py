@@ -20,7 +20,7 @@ from jax import lax
 from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafter import Drafter
+from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.drafters.exit_statistics import ExitStatistics, choose_exit
 from easyspec_jax.model import (
     Model,
@@ -109,6 +109,7 @@ class EarlyExitDrafter(Drafter):
     adaptive: bool = struct.field(pytree_node=False, default=True, kw_only=True)
 
     def __post_init__(self):
+        refuse_no_model(self.base)
         if getattr(self.base, "layout", None) is None:  # jax also puts placeholders there
             return
         if max(self.base.partition) > 1:

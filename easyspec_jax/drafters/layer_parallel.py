@@ -14,7 +14,7 @@ from jax import lax
 
 from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache
-from easyspec_jax.drafter import Drafter
+from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.request import Request
@@ -51,8 +51,7 @@ class LayerParallelDrafter(Drafter):
     candidates: str = struct.field(pytree_node=False, default="sampled", kw_only=True)
 
     def __post_init__(self):
-        if self.draft is None or isinstance(self.draft, str | type):
-            raise ValueError(f"a model is needed, load_model(...) say, got {self.draft!r}")
+        refuse_no_model(self.draft)
         draft_runner(self.parallel)
         if self.candidates not in CANDIDATES:
             names = ", ".join(map(repr, CANDIDATES))

@@ -18,7 +18,7 @@ from jax import lax
 
 from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
-from easyspec_jax.drafter import Drafter
+from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.loop import DecodeState, put_rows, step, window
 from easyspec_jax.model import Model, forward, logits
 from easyspec_jax.request import Request
@@ -120,7 +120,7 @@ class PolybasicDrafter(Drafter):
       mu: tokens that make the base verify, at least 1 (the paper's μ).
 
     Raises:
-      ValueError: mu is no whole number above 0.
+      ValueError: no model, no drafter, or mu is no whole number above 0.
     """
 
     middle: Model
@@ -128,6 +128,12 @@ class PolybasicDrafter(Drafter):
     mu: int = struct.field(pytree_node=False, default=8, kw_only=True)
 
     def __post_init__(self):
+        refuse_no_model(self.middle)
+        if self.drafter is None or isinstance(self.drafter, str | type):
+            raise ValueError(
+                "the middle model needs a drafter, LayerParallelDrafter(draft) say, got "
+                f"{self.drafter!r}"
+            )
         if not is_integer(self.mu) or self.mu < 1:
             raise ValueError(f"mu must be a whole number above 0, got {self.mu!r}")
 
