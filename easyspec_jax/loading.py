@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from easyspec_jax import checkpoint, weights
 from easyspec_jax.checkpoint import METADATA_FILE, PARTITION_FILE, TOP_PART, TUNED, layer_name
@@ -72,6 +71,8 @@ def load_model(
     checkpoint.check_whole(folder, config, metadata["parts"])
     if metadata["dtype"] == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(f"{folder} holds float64: set jax_enable_x64 to load it")
+    from tqdm import tqdm
+
     hidden = None if progress is None else not progress  # None: shown on a terminal alone
     bar = tqdm(
         total=len(metadata["parts"]), desc=f"loading {folder.name}", unit="part", disable=hidden
