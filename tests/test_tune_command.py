@@ -114,8 +114,6 @@ def test_each_prompt_of_a_chat_is_a_conversation_of_its_own(checkpoints, tmp_pat
     tokenizer = Tokenizer(checkpoints / "base")
     texts = tune_command._encode(args, tune_command._read_texts(args))
     texts = [tokenizer.decode(ids) for ids in texts]
-        tokenizer.decode(ids) for ids in tune_command._encode(args, tune_command._read_texts(args))
-    ]
     assert texts == ["user: hiassistant: ", "user: helloassistant: "]
 
 
