@@ -32,7 +32,7 @@ from easyspec_jax.sharding import (
     make_layout,
     make_mesh,
 )
-from easyspec_jax.sources import find_checkpoint
+from easyspec_jax.sources import find_checkpoint, read_config
 
 
 def load_model(
@@ -64,9 +64,15 @@ def load_model(
         devices hold; nothing is allocated then. Or a part's bytes are not those that were written.
       OSError: a file cannot be read, or a model not be fetched.
     """
+    options: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "layout": layout}
+    tuned = isinstance(group_size, str) and group_size == TUNED
+    local = pathlib.Path(path)
+    if local.exists() and not (local / METADATA_FILE).is_file():  # to be converted, for minutes
+        groups: Any = 1 if tuned else group_size
+        abstract_model(read_config(local)[0], group_size=groups, **options)
     folder = find_checkpoint(path, progress=progress).absolute()
     config, metadata = checkpoint.read_metadata(folder)
-    if isinstance(group_size, str) and group_size == TUNED:
+    if tuned:
         group_size = checkpoint.read_partition(folder, config.num_layers, metadata["weights"])
     checkpoint.check_whole(folder, config, metadata["parts"])
     if metadata["dtype"] == "float64" and not jax.config.read("jax_enable_x64"):
@@ -85,9 +91,9 @@ def load_model(
         bar.update()
         return arrays
 
-    options = {"mesh": mesh, "group_size": group_size, "dtype": dtype, "layout": layout}
     with bar:
-        model = _build(config, part, stored=jnp.dtype(metadata["dtype"]), **options)
+        options |= {"group_size": group_size, "stored": jnp.dtype(metadata["dtype"])}
+        model = _build(config, part, **options)
     # Only now: devices compute digests while the host reads on.
     for name, found in jax.device_get(digests).items():
         if checkpoint.shown_digest(found) != metadata["parts"][name]:

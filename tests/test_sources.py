@@ -188,6 +188,23 @@ def test_of_a_hub_id_only_the_configuration_is_fetched(folder, cache, monkeypatc
     assert asked == [("owner/m", "v2", "config.json")]
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"layout": "both"}, "layout must be one of"),
+        ({"group_size": (1, 9)}, "that sum to the 3 layers"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_before_anything_is_converted(
+    folder, cache, conversions, options, sentence
+):
+    with pytest.raises(ValueError, match=sentence):
+        es.load_model(folder, es.make_mesh(1, 1), **options)
+    assert conversions == [] and not cache.exists()
+
+
 def test_half_a_conversion_is_no_model(folder, cache, conversions):
     made = sources.find_checkpoint(folder)
     (made / "easyspec.json").unlink()
