@@ -258,7 +258,7 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
 
 
 @slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     config=st.builds(
         es.ModelConfig,

@@ -65,7 +65,7 @@ def faded(base, first, scale):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     prompt=st.lists(st.integers(0, 60), min_size=1, max_size=16),
     new=st.integers(1, 30),
