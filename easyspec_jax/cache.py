@@ -1,9 +1,9 @@
 """The functional KV cache: written in place when donated, rolled back by resetting a length.
 
-An entry is [K * B, S, H] (kv heads major, so that a split over kv heads is a split of the first
-axis): the layout in which XLA updates and reads it without copies or transposes. Entries at or
-beyond `length` are scratch: attention masks by position, so they are never read before they are
-written again.
+Keys and values are [K * B, S, H] (kv heads major, so that a split over kv heads is a split of the
+first axis): the layout in which XLA updates and reads them without copies or transposes. Entries
+at or beyond `length` are scratch: attention masks by position, so they are never read before they
+are written again.
 """
 
 from __future__ import annotations
@@ -20,25 +20,42 @@ from easyspec_jax.config import ModelConfig
 from easyspec_jax.sharding import Layout, Placed, shape_of
 
 
-class LayerKV(struct.PyTreeNode, kw_only=True):
+class LayerKV(struct.PyTreeNode):
     """Keys (rotated) and values of one layer, or of one slot: the layers of a group stacked over
-    the mesh axis "layer".
+    the mesh axis "layer", which is then the first axis of every array.
     """
 
-    k: Any  # [K * B, S, H], or [n, K * B, S, H] with the first axis over "layer"
-    v: Any  # the same shape
+    # Two arrays [K * B, S, H]; or, for GPUs, one of both, [2, K * B, S, H]: one update writes it.
+    arrays: tuple[Any, ...]
+
+    @property
+    def k(self) -> Any:
+        """Keys, [K * B, S, H]; not of a stacked slot for GPUs."""
+        return self.arrays[0] if len(self.arrays) == 2 else self.arrays[0][0]
+
+    @property
+    def v(self) -> Any:
+        """Values, the same shape."""
+        return self.arrays[1] if len(self.arrays) == 2 else self.arrays[0][1]
 
     def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
         """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is
         i32[B].
         """
-        return LayerKV(k=_write(self.k, k, start), v=_write(self.v, v, start))
+        new = (k, v) if len(self.arrays) == 2 else (jnp.concatenate((k, v)),)
+        return self._each(lambda x, i: _write(x, new[i], start))
 
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
         """Entries start[b] + index[b, j] of row b are copied to start[b] + j (index: i32[B, J]);
         not for a stacked slot.
         """
-        return LayerKV(k=_keep(self.k, start, index), v=_keep(self.v, start, index))
+        return self._each(lambda x, _: _keep(x, start, index))
+
+    def _each(self, fn: Callable[[jax.Array, int], jax.Array]) -> LayerKV:
+        """With `fn` of every array as [heads, S, H], and its index."""
+        flat = (x.reshape(-1, *x.shape[-2:]) for x in self.arrays)
+        pairs = zip(self.arrays, flat, strict=True)
+        return LayerKV(tuple(fn(y, i).reshape(x.shape) for i, (x, y) in enumerate(pairs)))
 
 
 def _write(cache, new, start):
@@ -74,7 +91,7 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
     @property
     def max_len(self) -> int:
         """S, the capacity in tokens."""
-        return self.blocks[0][0].k.shape[-2]
+        return self.blocks[0][0].arrays[0].shape[-2]
 
     def rollback(self, length: jax.Array) -> KVCache:
         """Forget every entry at or beyond `length` (i32[B]); nothing is copied."""
@@ -91,8 +108,7 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
         """The PartitionSpec of every array."""
 
         def entry(size: int) -> LayerKV:
-            spec = self.layout.spec("LKSH" if self.layout.stacks(size) else "KSH")
-            return LayerKV(k=spec, v=spec)
+            return _entry(self.layout, size, self.layout.spec)
 
         blocks = tuple((entry(n),) * self.layout.num_slots(n) for n in self.partition)
         return self.replace(blocks=blocks, length=self.layout.spec("B"))
@@ -115,6 +131,13 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
         return self.replace(blocks=tuple(blocks))
 
 
+def _entry(layout: Layout, size: int, array: Callable[[str], Any]) -> LayerKV:
+    """What `array` makes of the dimension letters of each array of a block's slot."""
+    letters = ("EKSH",) if layout.for_gpu else ("KSH", "KSH")
+    lead = "L" if layout.stacks(size) else ""
+    return LayerKV(tuple(array(lead + one) for one in letters))
+
+
 def abstract_cache(
     config: ModelConfig,
     layout: Layout,
@@ -127,13 +150,12 @@ def abstract_cache(
     shape = (config.num_kv_heads * batch, max_len, config.head_dim)
 
     def slots(size: int) -> tuple[LayerKV, ...]:
-        stacked = layout.stacks(size)
-        one = shape_of(
-            (layout.group_devices, *shape) if stacked else shape,
-            dtype,
-            sharding=layout.named("LKSH" if stacked else "KSH"),
-        )
-        return (LayerKV(k=one, v=one),) * layout.num_slots(size)
+        def array(letters: str) -> Any:
+            lead = {"L": layout.group_devices, "E": 2}
+            sizes = tuple(lead[letter] for letter in letters if letter in lead)
+            return shape_of((*sizes, *shape), dtype, sharding=layout.named(letters))
+
+        return (_entry(layout, size, array),) * layout.num_slots(size)
 
     length = shape_of((batch,), jnp.int32, sharding=layout.named("B"))
     blocks = tuple(slots(size) for size in partition)

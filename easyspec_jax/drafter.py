@@ -18,6 +18,7 @@ from easyspec_jax import sharding
 from easyspec_jax.cache import KVCache
 from easyspec_jax.model import Model
 from easyspec_jax.request import Request
+from easyspec_jax.sampling import Scores
 from easyspec_jax.verify import Proposal, Verdict, verify_in_one_pass
 
 
@@ -96,7 +97,7 @@ class Drafter(struct.PyTreeNode):
 
     def verify(
         self, base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal, state: Any
-    ) -> tuple[jax.Array, KVCache, Any]:
+    ) -> tuple[jax.Array | Scores, KVCache, Any]:
         """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node, the written cache,
         and anything for `observe`; `state` is what `propose` left. By default one base pass over
         the root and all nodes.

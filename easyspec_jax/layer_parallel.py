@@ -65,38 +65,41 @@ def run_exact(
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """One block layer after layer: the ordinary model, whatever the grouping.
 
-    Over the mesh axis "layer" the devices take turns: a device out of turn skips by `lax.cond`,
-    which leaves its cache alone without a copy.
+    Over the mesh axis "layer" the devices take turns.
     """
     if len(block.mlp) == 1:
         return run_layer(model, block, x, kv, step)
-    slots = list(kv)
+    slots, latest = list(kv), None
     for j, weights in enumerate(block.mlp):
         slot = j // model.layout.group_devices
-        delta, slots[slot] = _turn(model, block, x, slots[slot], step, j)
+        delta, slots[slot], latest = _turn(model, block, x, slots[slot], step, j, latest)
         x = x + psum(delta, _attention_axes(model))
         x = x + psum(mlp(model, weights, x), model.layout.mlp)
     return x, tuple(slots)
 
 
-def _turn(
-    model: Model, block: Block, x: jax.Array, kv: LayerKV, step: Step, j: int
-) -> tuple[jax.Array, LayerKV]:
-    """Attention of layer j of a group on the device that owns it, zeros elsewhere; `kv` is the
-    cache of its slot.
+def _turn(model, block, x, kv, step, j, latest):
+    """Attention of layer j of a group on the device that owns it, zeros elsewhere; the cache `kv`
+    of its slot, written; and the entries written last, for the next turn.
+
+    All devices attend in every turn, since the others would only wait: a conditional would leave
+    every CUDA graph and copy whole caches in its other branch. What a device writes before its own
+    turn is overwritten in it; after it, it writes the same again.
     """
     group, n = model.layout.group, model.layout.group_devices
     if group is None:
-        return attention(model, block.attention[j], x, kv, step)
+        return *attention(model, block.attention[j], x, kv, step), None
+    mine, turn, written = lax.axis_index(group), j % n, []
 
-    def run(x, kv):
-        return attention(model, block.attention[j // n], x, kv, step)
+    def entries(new):
+        if turn:
+            new = jax.tree.map(lambda a, b: jnp.where(mine < turn, b, a), new, latest)
+        written.append(new)
+        return new
 
-    def skip(x, kv):
-        # Both branches of a cond must agree that devices may differ.
-        return lax.pcast(jnp.zeros_like(x), _attention_axes(model), to="varying"), kv
-
-    return lax.cond(lax.axis_index(group) == j % n, run, skip, x, kv)
+    delta, kv = attention(model, block.attention[j // n], x, kv, step, entries)
+    delta = jnp.where(mine == turn, delta, jnp.zeros((), delta.dtype))
+    return delta, kv, written[0]
 
 
 def run_fuzzy(

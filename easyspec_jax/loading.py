@@ -181,7 +181,7 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
             for layer in jax.device_get(separate(block)):
                 name = layer_name(len(parts))
                 parts[name] = checkpoint.save_part(folder, name, layer)
-        top = jax.device_get(weights.separate_top(model.params))
+        top = jax.device_get(weights.separate_top(model.params, model.layout))
         parts[TOP_PART] = checkpoint.save_part(folder, TOP_PART, top)
         metadata = checkpoint.make_metadata(model.dtype.name, tokenizer, parts)
         write_object(folder / METADATA_FILE, metadata)
@@ -208,7 +208,11 @@ def _build(config: ModelConfig, part: Callable, *, stored: Any = None, **options
         blocks.append(_jit_arrange(size, config, placed, dtype)(layers))
         first += size
     shardings = _named(_fields(weights.specs(config, placed, ())), placed.mesh)
-    arrange = jax.jit(lambda top: weights.arrange_top(_cast(top, dtype)), out_shardings=shardings)
+
+    def arrange_top(top):
+        return weights.arrange_top(_cast(top, dtype), placed)
+
+    arrange = jax.jit(arrange_top, out_shardings=shardings)
     params = weights.Params(blocks=tuple(blocks), **arrange(part(TOP_PART, top)))
     return model.replace(params=params)
 
@@ -248,7 +252,8 @@ def _abstract_params(
     layer = _abstract(weights.LAYER_WEIGHTS, config, dtype, layout)
     arrange = functools.partial(weights.arrange_block, layout=layout)
     blocks = {size: jax.eval_shape(arrange, [layer] * size) for size in set(partition)}
-    top = jax.eval_shape(weights.arrange_top, _abstract(weights.TOP_WEIGHTS, config, dtype, layout))
+    top = _abstract(weights.TOP_WEIGHTS, config, dtype, layout)
+    top = jax.eval_shape(functools.partial(weights.arrange_top, layout=layout), top)
     shapes = weights.Params(blocks=tuple(blocks[size] for size in partition), **top)
     shardings = _named(weights.specs(config, layout, partition), layout.mesh)
     return jax.tree.map(

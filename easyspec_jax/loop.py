@@ -18,7 +18,7 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.drafter import Drafter
 from easyspec_jax.model import Model, forward
 from easyspec_jax.request import Request
-from easyspec_jax.sampling import fit_vocab
+from easyspec_jax.sampling import Scores
 from easyspec_jax.sharding import mesh_jit
 from easyspec_jax.stats import Counters, count
 from easyspec_jax.verify import Proposal, Verdict, accept_path
@@ -72,7 +72,7 @@ def step(
     )
     with jax.named_scope("verify"):
         scores, cache, aux = drafter.verify(base, cache, root, proposal, draft)
-        scores = fit_vocab(scores, request.vocab_size)
+        scores = Scores.of(scores).fit(request.vocab_size)
         verdict = accept_path(scores, proposal, request.filters, verify_key)
         if not proposal.is_chain:
             cache = cache.keep(state.length, verdict.path)
@@ -87,7 +87,7 @@ def _commit(
     state: DecodeState,
     proposal: Proposal,
     verdict: Verdict,
-    scores: jax.Array,
+    scores: Scores,
 ) -> tuple[DecodeState, Emission]:
     """Append accepted tokens and the base's own, up to the first stop token or the length limit."""
     at = jnp.arange(request.num_draft_tokens + 1, dtype=jnp.int32)[None]
@@ -105,9 +105,9 @@ def _commit(
     logprobs = state.logprobs
     if logprobs is not None:
         on_path = jnp.pad(verdict.path + 1, ((0, 0), (1, 0)))
-        scores = jnp.take_along_axis(scores, on_path[..., None], axis=1).astype(jnp.float32)
-        chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-        logprobs = put_rows(logprobs, chosen - jax.nn.logsumexp(scores, axis=-1), state.length)
+        rows = jnp.take_along_axis(scores.whole(), on_path[..., None], axis=1).astype(jnp.float32)
+        chosen = jnp.take_along_axis(rows, tokens[..., None], axis=-1)[..., 0]
+        logprobs = put_rows(logprobs, chosen - jax.nn.logsumexp(rows, axis=-1), state.length)
     new = state.replace(
         tokens=put_rows(state.tokens, tokens, state.length),
         length=length,

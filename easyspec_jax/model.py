@@ -22,6 +22,7 @@ from jax import lax
 from easyspec_jax import weights
 from easyspec_jax.cache import KVCache, LayerKV, abstract_cache
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.sampling import Scores
 from easyspec_jax.sharding import Layout, Placed, psum
 from easyspec_jax.weights import Attention, Block, Mlp, Params
 
@@ -92,6 +93,10 @@ class Placement(struct.PyTreeNode, kw_only=True):
         return jax.vmap(put)(before, self.ancestors, self.origin)
 
 
+# One row times a matrix on a GPU as multiply and sum: one kernel, where a product of more than 10M
+# weights is split and then added up by a second. Which is faster no clock has said yet.
+EXPLICIT_GEMV = True
+
 RunBlock = Callable[
     [Model, Block, jax.Array, tuple[LayerKV, ...], Step], tuple[jax.Array, tuple[LayerKV, ...]]
 ]
@@ -107,6 +112,28 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(wide_type(x.dtype))
     scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def product(model: Model, x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, I] times a matrix of the model that has I inputs, in at least float32: [B, T, O]."""
+    inputs, wide = x.shape[-1], wide_type(x.dtype)
+    if not model.layout.for_gpu:
+        return jnp.einsum("bti,io->bto", x, w.reshape(inputs, -1), preferred_element_type=wide)
+    w = w.reshape(-1, inputs)
+    if x.shape[:2] == (1, 1) and EXPLICIT_GEMV:
+        return jnp.sum(x[0].astype(wide) * w.astype(wide), axis=-1)[None, None]
+    return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=wide)
+
+
+def normed(model: Model, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors of `rms_norm`(x): an array like x for a product, and what to multiply the
+    product by, [B, T, 1]: the norm of a row is then summed up while its product is.
+    """
+    wide = x.astype(wide_type(x.dtype))
+    scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + model.config.norm_eps)
+    if x.dtype == jnp.float16:  # x * weight may be too large for it
+        return (wide * scale).astype(x.dtype) * weight[None, None], jnp.ones_like(scale)
+    return x * weight[None, None], scale
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -132,14 +159,18 @@ def rotate(x: jax.Array, step: Step) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def _project_heads(w: Attention, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), before norms and
-    rotation.
+def _project_heads(
+    model: Model, w: Attention, x: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), before norms of
+    heads and rotation.
     """
+    row, scale = normed(model, x, w.norm)
 
     def project(weight, bias):
-        d, k, n, h = weight.shape
-        out = (x @ weight.reshape(d, -1)).reshape(*x.shape[:2], k, n, h)
+        out = (product(model, row, weight) * scale).astype(x.dtype)
+        outputs = weight.shape[:-1] if model.layout.for_gpu else weight.shape[1:]
+        out = out.reshape(*x.shape[:2], *outputs)
         return out if bias is None else out + bias[None, None]
 
     heads = project(w.wqkv, w.bqkv)
@@ -151,38 +182,46 @@ def _project_heads(w: Attention, x: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
 
 def attention(
-    model: Model, w: Attention, x: jax.Array, kv: LayerKV, step: Step
+    model: Model,
+    w: Attention,
+    x: jax.Array,
+    kv: LayerKV,
+    step: Step,
+    entries: Callable[[tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[jax.Array, LayerKV]:
     """What one attention layer adds to x ([B, T, D]), as a partial sum over `layout.heads`, and its
     cache with x written.
 
     Writing first and reading the updated cache lets XLA update the donated buffer in place.
+
+    Args:
+      entries: what to write, of the new keys and values ([K * B, T, H] each); None: just these.
     """
     c = model.config
-    batch, t, d = x.shape
-    q, k, v = _project_heads(w, rms_norm(x, w.norm, c.norm_eps))
+    batch, t, _ = x.shape
+    q, k, v = _project_heads(model, w, x)
     k_heads, groups, h = q.shape[2:]
     if w.q_norm is not None:
         q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
     q, k = rotate(q, step), rotate(k, step)
     by_head = lambda y: y.transpose(2, 0, 1, 3, 4).reshape(k_heads * batch, -1, h)  # noqa: E731
-    kv = kv.write(by_head(k), by_head(v), step.start)
+    new = (by_head(k), by_head(v))
+    kv = kv.write(*(new if entries is None else entries(new)), step.start)
     scores = jnp.einsum("xmh,xsh->xms", by_head(q), kv.k, preferred_element_type=step.cos.dtype)
     scores = scores.reshape(k_heads, batch, t, groups, -1) * (h**-0.5)
     scores = jnp.where(step.mask[None, :, :, None, :], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
     out = jnp.einsum("xms,xsh->xmh", weights.reshape(k_heads * batch, -1, weights.shape[-1]), kv.v)
     out = out.reshape(k_heads, batch, t, groups, h).transpose(1, 2, 0, 3, 4)
-    return out.reshape(batch, t, -1) @ w.wo.reshape(-1, d), kv
+    return product(model, out.reshape(batch, t, -1), w.wo).astype(x.dtype), kv
 
 
 def mlp(model: Model, w: Mlp, x: jax.Array) -> jax.Array:
     """What one gated MLP adds to x ([B, T, D]), as a partial sum over `layout.mlp`."""
-    hidden = rms_norm(x, w.norm, model.config.norm_eps) @ w.w_gate_up.reshape(
-        w.w_gate_up.shape[0], -1
-    )
+    row, scale = normed(model, x, w.norm)
+    hidden = (product(model, row, w.w_gate_up) * scale).astype(x.dtype)
     gate, up = jnp.split(hidden, 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ w.w_down
+    return product(model, jax.nn.silu(gate) * up, w.w_down).astype(x.dtype)
 
 
 def run_layer(
@@ -271,21 +310,24 @@ def embed(model: Model, tokens: jax.Array) -> jax.Array:
     c, layout = model.config, model.layout
     unknown = next((i for i in (c.unk_id, c.pad_id) if i is not None and i < c.vocab_size), 0)
     tokens = jnp.where(tokens < c.vocab_size, tokens, unknown)
-    table = model.params.embed
-    rows = table.shape[0] if table is not None else model.params.lm_head.shape[1]
+    table, axis = model.params.embed, 0
+    if table is None:
+        table, axis = model.params.lm_head, 0 if layout.for_gpu else 1
+    rows = table.shape[axis]
     local = tokens - lax.axis_index(layout.vocab) * rows if layout.vocab else tokens
     safe = jnp.clip(local, 0, rows - 1)
-    found = table[safe] if table is not None else jnp.moveaxis(model.params.lm_head[:, safe], 0, -1)
+    found = table[safe] if axis == 0 else jnp.moveaxis(table[:, safe], 0, -1)
     mine = (local >= 0) & (local < rows)
     with jax.named_scope("embed"):
         return psum(jnp.where(mine[..., None], found, jnp.zeros((), found.dtype)), layout.vocab)
 
 
+def score(model: Model, hidden: jax.Array) -> Scores:
+    """Logits of hidden states [B, T, D], at least float32, each device's share of them."""
+    share = product(model, hidden, model.params.lm_head)
+    return Scores(share=share, axes=model.layout.vocab, vocab_size=model.config.vocab_size)
+
+
 def logits(model: Model, hidden: jax.Array) -> jax.Array:
-    """Scores [B, T, V] over the whole vocabulary, at least float32, the same on every device."""
-    wide = wide_type(hidden.dtype)
-    out = jnp.einsum("btd,dv->btv", hidden, model.params.lm_head, preferred_element_type=wide)
-    if model.layout.vocab:
-        with jax.named_scope("logits"):
-            return lax.all_gather(out, model.layout.vocab, axis=2, tiled=True, to="invarying")
-    return out
+    """The same whole on every device, [B, T, V]."""
+    return score(model, hidden).whole()

@@ -15,10 +15,11 @@ from jax import lax
 
 from easyspec_jax.config import is_integer
 from easyspec_jax.model import Model, wide_type
+from easyspec_jax.weights import arranged_dims
 
 BITS = (4, 8)
-# The axis of a matrix's inputs, from the end: a group never leaves its head in `wo`.
-INPUTS = {"wqkv": -4, "wkv": -4, "wo": -2, "w_gate_up": -3, "w_down": -2, "lm_head": -2}
+# Letter of a matrix's inputs: a group never leaves its head in `wo`.
+INPUTS = {"wqkv": "D", "wkv": "D", "wo": "H", "w_gate_up": "D", "w_down": "F", "lm_head": "D"}
 
 
 def quantize_weights(model: Model, *, bits: int = 4, group_size: int = 128) -> Model:
@@ -46,7 +47,9 @@ def quantize_weights(model: Model, *, bits: int = 4, group_size: int = 128) -> M
         raise ValueError(f"group_size must be a whole number above 0, got {group_size!r}")
 
     def rounded(part):
-        present = {name: axis for name, axis in INPUTS.items() if hasattr(part, name)}
+        dims = {name: arranged_dims(name, model.layout) for name in INPUTS if hasattr(part, name)}
+        # From the end, as a stacked slot has one more axis.
+        present = {name: of.index(INPUTS[name]) - len(of) for name, of in dims.items()}
         matrices = {name: getattr(part, name) for name in present}
         return part.replace(
             **{

@@ -1,4 +1,4 @@
-"""From logits to tokens: filters and draws.
+"""From logits to tokens: the likeliest, filters and draws.
 
 Nothing here sorts the vocabulary: thresholds of top-k and top-p are found exactly by bisection on
 the bits of the probabilities, which stays cheap and capturable inside a GPU's decode loop.
@@ -6,6 +6,7 @@ the bits of the probabilities, which stays cheap and capturable inside a GPU's d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,8 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.config import Sampling
+
+BLOCK = 128  # of the vocabulary, for the best of it
 
 
 class Filters(struct.PyTreeNode, kw_only=True):
@@ -59,11 +62,13 @@ def probabilities(logits: jax.Array, filters: Filters) -> jax.Array:
     """
     p = jax.nn.softmax(logits.astype(jnp.float32) / filters.temperature, axis=-1)
     if filters.use_top_k:
-        count = lambda at: (p >= at).sum(axis=-1, keepdims=True, dtype=jnp.int32)  # noqa: E731
-        p = _keep(p, _largest_threshold(p, lambda at: count(at) >= filters.top_k))
+        k = filters.top_k
+        p = _keep(p, _largest_threshold(p, lambda p, at: (p >= at).sum(-1, dtype=jnp.int32) >= k))
     if filters.use_top_p:
-        mass = lambda at: jnp.where(p >= at, p, 0.0).sum(axis=-1, keepdims=True)  # noqa: E731
-        p = _keep(p, _largest_threshold(p, lambda at: mass(at) >= filters.top_p))
+        mass = filters.top_p
+        p = _keep(
+            p, _largest_threshold(p, lambda p, at: jnp.where(p >= at, p, 0.0).sum(-1) >= mass)
+        )
     if filters.use_min_p:
         p = _keep(p, filters.min_p * p.max(axis=-1, keepdims=True))
     return p
@@ -74,19 +79,37 @@ def _keep(p: jax.Array, threshold: jax.Array) -> jax.Array:
     return kept / kept.sum(axis=-1, keepdims=True)
 
 
-def _largest_threshold(p: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest t >= 0 (f32[..., 1]) with holds(t), for a predicate that turns false as t grows;
-    0 if none holds.
+def _largest_threshold(
+    p: jax.Array, holds: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """The largest t in [0, 2) (f32[..., 1]) for which `holds`, a predicate that turns false as t
+    grows; 0 if none.
 
-    Floats that are not negative order as their bits do, so 31 halvings are exact.
+    Floats that are not negative order as their bits do, so deciding 30 bits from the highest down
+    is exact: one at a time where passes over p cost what they read, five at a time where they cost
+    a launch, as on GPUs.
+
+    Args:
+      p: f32[..., V].
+      holds: p [..., 1, V] and thresholds [..., n, 1] to bool[..., n].
     """
+    few, many = (functools.partial(_bisect, holds=holds, bits=bits) for bits in (1, 5))
+    return lax.platform_dependent(p, cpu=few, default=many)
 
-    def try_bit(i, bits):
-        higher = bits | (jnp.int32(1) << (30 - i))
-        return jnp.where(holds(lax.bitcast_convert_type(higher, jnp.float32)), higher, bits)
+
+def _bisect(p: jax.Array, *, holds: Callable, bits: int) -> jax.Array:
+    """`_largest_threshold`, so many bits at a time."""
+    codes = jnp.arange(1, 2**bits, dtype=jnp.int32).reshape((1,) * (p.ndim - 1) + (-1,))
+
+    def decide(i, found):
+        shift = 30 - bits * (i + 1)
+        tried = lax.bitcast_convert_type(found | (codes << shift), jnp.float32)
+        passed = holds(p[..., None, :], tried[..., None])
+        return found | (passed.sum(-1, keepdims=True, dtype=jnp.int32) << shift)
 
     none = jnp.zeros_like(p[..., :1], dtype=jnp.int32)
-    return lax.bitcast_convert_type(lax.fori_loop(0, 31, try_bit, none), jnp.float32)
+    found = lax.fori_loop(0, 30 // bits, decide, none, unroll=bits > 1)
+    return lax.bitcast_convert_type(found, jnp.float32)
 
 
 def sample(key: jax.Array, probs: jax.Array) -> jax.Array:
@@ -96,14 +119,110 @@ def sample(key: jax.Array, probs: jax.Array) -> jax.Array:
     return jax.random.categorical(key, jnp.log(probs), axis=-1).astype(jnp.int32)
 
 
-def fit_vocab(scores: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits [B, m, V'] of a model of another vocabulary over V ids: cut, or padded with -inf; ids
-    that the model lacks are never drawn.
+class Scores(struct.PyTreeNode, kw_only=True):
+    """Logits [B, m, V] of which each device has its share of the vocabulary until somebody needs
+    all of them: to find the likeliest, only every device's own likeliest travel.
     """
-    missing = vocab_size - scores.shape[-1]
-    if missing <= 0:
-        return scores[..., :vocab_size]
-    return jnp.pad(scores, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
+
+    share: jax.Array  # f[B, m, V' / devices], V' ids of the model they are from
+    axes: tuple[str, ...] = struct.field(
+        pytree_node=False, default=()
+    )  # of the mesh, that split V'
+    vocab_size: int = struct.field(pytree_node=False)  # V: less than V' is cut, more is never drawn
+
+    @classmethod
+    def of(cls, scores: jax.Array | Scores) -> Scores:
+        """Logits [B, m, V], the same on every device, as such."""
+        if isinstance(scores, Scores):
+            return scores
+        return cls(share=scores, vocab_size=scores.shape[-1])
+
+    def fit(self, vocab_size: int) -> Scores:
+        """Over V ids: cut, or with -inf for those that the model lacks."""
+        return self.replace(vocab_size=vocab_size)
+
+    def whole(self) -> jax.Array:
+        """All of them, [B, m, V], the same on every device."""
+        scores = self.share
+        if self.axes:
+            with jax.named_scope("logits"):
+                scores = lax.all_gather(scores, self.axes, axis=2, tiled=True, to="invarying")
+        missing = self.vocab_size - scores.shape[-1]
+        if missing <= 0:
+            return scores[..., : self.vocab_size]
+        return jnp.pad(scores, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
+
+    def largest(self, k: int) -> tuple[jax.Array, jax.Array]:
+        """The k largest of each row, falling, and their ids: [B, m, k] each; k at most V."""
+        return self._winners(k)[:2]
+
+    def likeliest(self, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same, and their log-probabilities, f32[B, m, k]."""
+        top, ids, total = self._winners(k, total=True)
+        return top, ids, top.astype(jnp.float32) - total[..., None]
+
+    def argmax(self) -> jax.Array:
+        """The likeliest id of each row, i32[B, m]; the first of equals."""
+        return self.largest(1)[1][..., 0] if self.axes else argmax(self.whole())
+
+    def _winners(self, k: int, *, total: bool = False):
+        """The k largest, their ids and, if asked for, the logsumexp of each row, f32[B, m]."""
+        if not self.axes:
+            scores = self.whole()
+            sums = jax.nn.logsumexp(scores.astype(jnp.float32), axis=-1) if total else None
+            return *largest(scores, k), sums
+        own, wide = self._own(), self.share.dtype
+        top, index = largest(own, min(k, own.shape[-1]))
+        first = lax.axis_index(self.axes) * own.shape[-1]
+        # One sum of a few numbers; ids are exact in float32 up to 2^24.
+        found = [top, (first + index).astype(wide)]
+        if total:
+            found.append(jax.nn.logsumexp(own.astype(jnp.float32), axis=-1, keepdims=True))
+        with jax.named_scope("logits"):
+            found = _of_all_devices(jnp.concatenate(found, axis=-1).astype(wide), self.axes)
+        found, sums = found[..., : 2 * top.shape[-1]], found[..., -1]
+        tops, ids = (
+            jnp.moveaxis(x, 0, -2).reshape(*own.shape[:-1], -1)
+            for x in jnp.split(found, 2, axis=-1)
+        )
+        top, at = lax.top_k(tops, k)
+        ids = jnp.take_along_axis(ids, at, axis=-1).astype(jnp.int32)
+        return top, ids, jax.nn.logsumexp(sums.astype(jnp.float32), axis=0) if total else None
+
+    def _own(self) -> jax.Array:
+        """This device's share, -inf where ids are cut."""
+        ids = lax.axis_index(self.axes) * self.share.shape[-1]
+        ids = ids + jnp.arange(self.share.shape[-1], dtype=jnp.int32)[None, None]
+        return jnp.where(ids < self.vocab_size, self.share, -jnp.inf)
+
+
+def _of_all_devices(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """x of each device, [n, ...]: as a sum, which for few numbers is faster than a gather."""
+    n = lax.psum(1, axes)
+    own = jnp.arange(n, dtype=jnp.int32) == lax.axis_index(axes)
+    return lax.psum(jnp.where(own.reshape(-1, *[1] * x.ndim), x[None], 0), axes)
+
+
+def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest entries of the last axis, falling, and their indices: [..., k] each.
+
+    Blocks first: the k largest lie in the k blocks with the largest maxima, so that nothing as long
+    as a vocabulary is ever sorted.
+    """
+    if k == 1:
+        index = argmax(x)[..., None]
+        return jnp.take_along_axis(x, index, axis=-1), index
+    size = x.shape[-1]
+    if size <= 2 * BLOCK:
+        top, index = lax.top_k(x, k)
+        return top, index
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -size % BLOCK)]
+    blocks = jnp.pad(x, pad, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, BLOCK)
+    _, where = lax.top_k(blocks.max(axis=-1), min(k, blocks.shape[-2]))
+    few = jnp.take_along_axis(blocks, where[..., None], axis=-2)
+    top, at = lax.top_k(few.reshape(*x.shape[:-1], -1), k)
+    index = jnp.take_along_axis(where, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
+    return top, jnp.minimum(index, size - 1)
 
 
 def argmax(logits: jax.Array) -> jax.Array:

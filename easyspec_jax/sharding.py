@@ -134,6 +134,8 @@ class Layout:
     mlp: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
     group: str | None = None  # carries the layers of a group; None: they share the devices
+    # Weights and caches are arranged as GPUs read them best: outputs first, keys beside values.
+    for_gpu: bool = False
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -143,7 +145,11 @@ class Layout:
     @property
     def num_head_shards(self) -> int:
         """Devices that the attention heads of one layer are split over."""
-        return math.prod(self.mesh.shape[a] for a in self.heads)
+        return self.devices_along(self.heads)
+
+    def devices_along(self, axes: tuple[str, ...]) -> int:
+        """Devices of the mesh along these axes."""
+        return math.prod(self.mesh.shape[a] for a in axes)
 
     @property
     def group_devices(self) -> int:
@@ -209,7 +215,7 @@ def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
         "vocab_size": _minus(real(rules.vocab), vocab),
     }
     group = next(iter(real((rules.group,) if rules.group else ())), None)
-    layout = Layout(mesh, kv, query, mlp, vocab, group)
+    layout = Layout(mesh, kv, query, mlp, vocab, group, for_gpu=_has_gpus(mesh))
     notes = [f"{name} over {'/'.join(axes)}" for name, axes in replicated.items() if axes]
     if notes:
         logger.info(
@@ -245,6 +251,11 @@ def _dividing(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
         if size % math.prod(mesh.shape[a] for a in tried) == 0:
             return tried
     return ()
+
+
+def _has_gpus(mesh: Mesh) -> bool:
+    """Whether its devices are GPUs, those included that programs are only compiled for."""
+    return mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
 
 
 def _minus(axes: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,10 +15,8 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.model import Placement
-from easyspec_jax.sampling import Filters, probabilities
+from easyspec_jax.sampling import Filters, Scores, largest, probabilities
 from easyspec_jax.verify import Proposal
-
-BLOCK = 128  # of the vocabulary, for the best of it
 
 
 class Tree(struct.PyTreeNode, kw_only=True):
@@ -31,7 +29,8 @@ class Tree(struct.PyTreeNode, kw_only=True):
     probs: jax.Array | None
     newest: jax.Array  # i32[B, w], tokens of the newest level
     alive: jax.Array  # bool[B, w], which of them are nodes at all
-    logprob: jax.Array  # f32[B, w], log q of each one's path from the root
+    # f32[B, w], log q of each one's path from the root; zeros in a chain that nothing stops
+    logprob: jax.Array
     score: jax.Array  # f32[B, w], what decides who stays: logprob, perturbed where nodes are drawn
     ancestors: jax.Array | None  # bool[B, w, γ·w], themselves included; None: a chain
     stopped: jax.Array  # bool[B], rows that grow no more
@@ -89,7 +88,7 @@ def plant(active: jax.Array, depth: int, width: int, vocab_size: int, *, drawn: 
 def grow(
     tree: Tree,
     depth: jax.Array | int,
-    scores: jax.Array,
+    scores: jax.Array | Scores,
     filters: Filters,
     key: jax.Array,
     min_probability: jax.Array | None = None,
@@ -97,18 +96,22 @@ def grow(
     """The tree with level `depth` (0 = children of the root).
 
     Args:
-      scores: draft logits f[B, m, V] behind the newest level (m = w), or behind the root (m = 1).
+      scores: draft logits [B, m, V] behind the newest level (m = w), or behind the root (m = 1).
       filters: as the base's; chosen nodes are ranked after them too.
       key: for drawn nodes.
       min_probability: f32[]; a row whose best path falls below it keeps this level and stops.
     """
-    w, (batch, m, _) = tree.width, scores.shape
-    order, log_q, q = _ranks(scores, filters, key, drawn=tree.probs is not None)
-    best, tokens = largest(order, min(w, scores.shape[-1]))
-    k = tokens.shape[-1]
-    logprob = tree.logprob[:, :m, None] + jnp.take_along_axis(log_q, tokens, axis=-1)
+    scores, w = Scores.of(scores), tree.width
+    batch, m, _ = scores.share.shape
+    # In a chain that nothing stops nobody asks how likely it is.
+    weighed = w > 1 or min_probability is not None
+    k = min(w, scores.vocab_size)
+    best, tokens, log_q, q = _best(
+        scores, filters, key, k, drawn=tree.probs is not None, weighed=weighed
+    )
+    logprob = tree.logprob[:, :m, None] + log_q
     score = logprob
-    if q is not None:
+    if q is not None and weighed:
         perturbed = tree.logprob[:, :m, None] + best
         score = _condition(perturbed, tree.score[:, :m, None])
     alive = tree.alive[:, :m, None] & (best > -jnp.inf)
@@ -154,15 +157,21 @@ def _append(tree, depth, level, parent, q, min_probability):
     )
 
 
-def _ranks(scores, filters, key, *, drawn):
-    """What children are ranked by, their log q, and q where it must be kept; [B, m, V] each."""
+def _best(scores, filters, key, k, *, drawn, weighed):
+    """What the k best children are ranked by, their tokens and log q (zero where nobody asks),
+    [B, m, k] each; and q [B, m, V] where it must be kept.
+    """
     if filters.greedy:
-        return scores, jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1), None
-    q = probabilities(scores, filters)
+        if weighed:
+            return *scores.likeliest(k), None
+        best, tokens = scores.largest(k)
+        return best, tokens, jnp.zeros(best.shape, jnp.float32), None
+    q = probabilities(scores.whole(), filters)
     log_q = jnp.log(q)
-    if not drawn:
-        return log_q, log_q, None
-    return log_q + jax.random.gumbel(key, q.shape, jnp.float32), log_q, q
+    order = log_q + jax.random.gumbel(key, q.shape, jnp.float32) if drawn else log_q
+    best, tokens = largest(order, k)
+    log_q = jnp.take_along_axis(log_q, tokens, axis=-1) if weighed else jnp.zeros_like(best)
+    return best, tokens, log_q, q if drawn else None
 
 
 def _condition(perturbed: jax.Array, bound: jax.Array) -> jax.Array:
@@ -182,22 +191,3 @@ def _log1mexp(x: jax.Array) -> jax.Array:
     return jnp.where(
         near, jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(jnp.where(near, -jnp.inf, x)))
     )
-
-
-def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest entries of the last axis, falling, and their indices: [..., k] each.
-
-    Blocks first: the k largest lie in the k blocks with the largest maxima, so that nothing as long
-    as a vocabulary is ever sorted.
-    """
-    size = x.shape[-1]
-    if size <= 2 * BLOCK:
-        top, index = lax.top_k(x, k)
-        return top, index
-    pad = [(0, 0)] * (x.ndim - 1) + [(0, -size % BLOCK)]
-    blocks = jnp.pad(x, pad, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, BLOCK)
-    _, where = lax.top_k(blocks.max(axis=-1), min(k, blocks.shape[-2]))
-    few = jnp.take_along_axis(blocks, where[..., None], axis=-2)
-    top, at = lax.top_k(few.reshape(*x.shape[:-1], -1), k)
-    index = jnp.take_along_axis(where, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
-    return top, jnp.minimum(index, size - 1)

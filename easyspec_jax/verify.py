@@ -15,8 +15,8 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.cache import KVCache
-from easyspec_jax.model import Model, Placement, forward, logits, wide_type
-from easyspec_jax.sampling import Filters, argmax, probabilities, sample
+from easyspec_jax.model import Model, Placement, forward, score, wide_type
+from easyspec_jax.sampling import Filters, Scores, probabilities, sample
 
 
 class Proposal(struct.PyTreeNode, kw_only=True):
@@ -73,7 +73,7 @@ def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | 
 
 def verify_in_one_pass(
     base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
-) -> tuple[jax.Array, KVCache, None]:
+) -> tuple[Scores, KVCache, None]:
     """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache.
 
     Of a draft that may stop early, the smallest of a few compiled sizes that holds its levels is
@@ -84,25 +84,28 @@ def verify_in_one_pass(
         tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
         placement = verification_placement(cache.length, proposal)
         hidden, cache = forward(base, tokens, cache, placement=placement)
-        return logits(base, hidden), cache
+        return score(base, hidden), cache
 
     def run_first(levels, state):
-        _, scores, cache = state
+        _, share, cache = state
         some, cache = run(proposal.first(levels), cache)
-        return jnp.bool_(False), lax.dynamic_update_slice(scores, some, (0, 0, 0)), cache
+        return jnp.bool_(False), lax.dynamic_update_slice(share, some.share, (0, 0, 0)), cache
 
     if proposal.levels is None:
         return *run(proposal, base_cache), None
     batch, n = proposal.tokens.shape
-    scores = jnp.zeros((batch, n + 1, base.config.vocab_size), wide_type(base.dtype))
-    smaller = -1
+    c, axes, smaller = base.config, base.layout.vocab, -1
+    shape = (batch, n + 1, c.vocab_size // base.layout.devices_along(axes))
+    share = jnp.zeros(shape, wide_type(base.dtype))
+    if axes:
+        share = lax.pcast(share, axes, to="varying")
     for levels in verification_sizes(proposal.depth):
         # A loop of at most one turn writes the cache in place; a `cond` or `switch` copies it.
         fits = (proposal.levels <= levels) & (proposal.levels > smaller)
         body = functools.partial(run_first, levels)
-        _, scores, base_cache = lax.while_loop(lambda s: s[0], body, (fits, scores, base_cache))
+        _, share, base_cache = lax.while_loop(lambda s: s[0], body, (fits, share, base_cache))
         smaller = levels
-    return scores, base_cache, None
+    return Scores(share=share, axes=axes, vocab_size=c.vocab_size), base_cache, None
 
 
 def verification_sizes(depth: int) -> tuple[int, ...]:
@@ -114,7 +117,9 @@ def verification_sizes(depth: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def accept_path(scores: jax.Array, proposal: Proposal, filters: Filters, key: jax.Array) -> Verdict:
+def accept_path(
+    scores: jax.Array | Scores, proposal: Proposal, filters: Filters, key: jax.Array
+) -> Verdict:
     """Accept a path from the root down so that the base model's distribution is kept.
 
     At every node its children are tried in order; the first accepted one is the next node, and
@@ -130,12 +135,13 @@ def accept_path(scores: jax.Array, proposal: Proposal, filters: Filters, key: ja
       filters: applied to the base's logits; the draft's q had the same.
       key: consumed.
     """
+    scores = Scores.of(scores)
     if filters.greedy:
-        target = argmax(scores)
+        target = scores.argmax()
         passes = proposal.tokens == jnp.take_along_axis(target, proposal.parents + 1, axis=1)
         verdict, last = _follow(proposal, passes)
         return verdict.replace(next_token=_at(target, last))
-    p = probabilities(scores, filters)
+    p = probabilities(scores.whole(), filters)
     accept_key, sample_key = jax.random.split(key)
     u = jax.random.uniform(accept_key, proposal.tokens.shape, jnp.float32)
     if proposal.probs is None:

@@ -114,6 +114,12 @@ ARRANGED = {
     **{"q_norm": "H", "k_norm": "H", "w_gate_up": "DEF", "w_down": "FD"},
     **{"embed": "VD", "final_norm": "D", "lm_head": "DV"},
 }
+# Matrices of a layout for GPUs, where a product of one row reads them once at any size if their
+# outputs come first, and up to five times if not (XLA:GPU); on CPUs the order above is faster.
+OUTPUTS_FIRST = {
+    **{"wqkv": "KGHD", "wkv": "KEHD", "wo": "DKGH"},
+    **{"w_gate_up": "EFD", "w_down": "DF", "lm_head": "VD"},
+}
 
 
 def present(table: Iterable[Weight], config: ModelConfig) -> dict[str, Weight]:
@@ -121,11 +127,31 @@ def present(table: Iterable[Weight], config: ModelConfig) -> dict[str, Weight]:
     return {weight.name: weight for weight in table if weight.exists(config)}
 
 
+def arranged_dims(name: str, layout: Layout) -> str:
+    """Letters of an array that a model of this layout runs with."""
+    first = OUTPUTS_FIRST if layout.for_gpu else {}
+    return first.get(name, ARRANGED[name])
+
+
+def _ordered(part: dict[str, Any], layout: Layout, *, back: bool = False) -> dict[str, Any]:
+    """Arrays in the order of `ARRANGED` in that of their layout; or `back`."""
+
+    def turn(name: str, x: Any) -> Any:
+        ours, theirs = ARRANGED[name], arranged_dims(name, layout)
+        if x is None or ours == theirs:
+            return x
+        ours, theirs = (theirs, ours) if back else (ours, theirs)
+        return jnp.transpose(x, [ours.index(letter) for letter in theirs])
+
+    return {name: turn(name, x) for name, x in part.items()}
+
+
 class Attention(struct.PyTreeNode, kw_only=True):
     """Attention weights of one layer, or of one slot of a group with a leading axis over the mesh
     axis "layer".
     """
 
+    # Dimensions are those of `ARRANGED`; a layout for GPUs has them as in `OUTPUTS_FIRST`.
     norm: Any  # [D]
     # [D, K, G + 2, H]: per kv head its queries, the key, the value; [D, K, G, H] beside a wkv
     wqkv: Any
@@ -161,7 +187,7 @@ class Block(struct.PyTreeNode, kw_only=True):
 class Params(struct.PyTreeNode, kw_only=True):
     """All weights of a model, arranged for its layout."""
 
-    embed: Any = None  # [V, D]; None when tied: the head is read by columns
+    embed: Any = None  # [V, D]; None when tied: the head is looked up
     blocks: tuple[Block, ...]
     final_norm: Any  # [D]
     lm_head: Any  # [D, V]
@@ -171,7 +197,7 @@ def specs(config: ModelConfig, layout: Layout, partition: tuple[int, ...]) -> Pa
     """The PartitionSpec of every array of a model of these groups."""
 
     def split(names: Iterable[str], lead: str = "") -> dict[str, PartitionSpec]:
-        return {name: layout.spec(lead + ARRANGED[name]) for name in names}
+        return {name: layout.spec(lead + arranged_dims(name, layout)) for name in names}
 
     def block(size: int) -> Block:
         names = ["norm", "wqkv", "wo"] + ["wkv"] * bool(layout.query)
@@ -204,7 +230,7 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
             }
             for layer in layers
         ]
-    attentions = [_arrange_attention(layer, apart=bool(layout.query)) for layer in layers]
+    attentions = [_arrange_attention(layer, layout) for layer in layers]
     if stacked:
         nothing = jax.tree.map(jnp.zeros_like, attentions[0])
         attentions += [nothing] * (-len(layers) % n)
@@ -212,19 +238,20 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *attentions[i : i + n])
             for i in range(0, len(attentions), n)
         ]
-    mlps = [
-        Mlp(
-            norm=layer["mlp_norm"],
-            w_gate_up=jnp.stack((layer["w_gate"], layer["w_up"]), axis=1),
-            w_down=layer["w_down"],
-        )
-        for layer in layers
-    ]
-    return Block(attention=tuple(attentions), mlp=tuple(mlps))
+    return Block(
+        attention=tuple(attentions), mlp=tuple(_arrange_mlp(layer, layout) for layer in layers)
+    )
 
 
-def _arrange_attention(layer: dict[str, Any], *, apart: bool) -> Attention:
-    """One layer's; `apart` keeps keys and values apart from queries."""
+def _arrange_mlp(layer: dict[str, Any], layout: Layout) -> Mlp:
+    w_gate_up = jnp.stack((layer["w_gate"], layer["w_up"]), axis=1)
+    matrices = {"w_gate_up": w_gate_up, "w_down": layer["w_down"]}
+    return Mlp(norm=layer["mlp_norm"], **_ordered(matrices, layout))
+
+
+def _arrange_attention(layer: dict[str, Any], layout: Layout) -> Attention:
+    """One layer's; where devices share a kv head, keys and values stay apart from queries."""
+    apart = bool(layout.query)
 
     def fuse(q: str, k: str, v: str) -> tuple[Any, Any]:  # [..., K, G, H], [..., K, H] twice
         if q not in layer:
@@ -238,9 +265,7 @@ def _arrange_attention(layer: dict[str, Any], *, apart: bool) -> Attention:
     bqkv, bkv = fuse("bq", "bk", "bv")
     return Attention(
         norm=layer["attn_norm"],
-        wqkv=wqkv,
-        wo=layer["wo"],
-        wkv=wkv,
+        **_ordered({"wqkv": wqkv, "wo": layer["wo"], "wkv": wkv}, layout),
         bqkv=bqkv,
         bkv=bkv,
         q_norm=layer.get("q_norm"),
@@ -256,14 +281,19 @@ def separate_block(block: Block, layout: Layout) -> list[dict[str, Any]]:
         one = block.attention[j // n if stacked else j]
         if stacked:
             one = jax.tree.map(lambda leaf, j=j: leaf[j % n], one)
-        gate_up = {"w_gate": mlp.w_gate_up[:, 0], "w_up": mlp.w_gate_up[:, 1]}
-        layers.append(
-            _separate_attention(one) | gate_up | {"mlp_norm": mlp.norm, "w_down": mlp.w_down}
-        )
+        layers.append(_separate_attention(one, layout) | _separate_mlp(mlp, layout))
     return layers
 
 
-def _separate_attention(w: Attention) -> dict[str, Any]:
+def _separate_mlp(w: Mlp, layout: Layout) -> dict[str, Any]:
+    found = _ordered({"w_gate_up": w.w_gate_up, "w_down": w.w_down}, layout, back=True)
+    gate, up = found["w_gate_up"][:, 0], found["w_gate_up"][:, 1]
+    return {"mlp_norm": w.norm, "w_gate": gate, "w_up": up, "w_down": found["w_down"]}
+
+
+def _separate_attention(w: Attention, layout: Layout) -> dict[str, Any]:
+    w = w.replace(**_ordered({"wqkv": w.wqkv, "wkv": w.wkv, "wo": w.wo}, layout, back=True))
+
     def split(heads, apart):
         """Queries [..., K, G, H], keys and values [..., K, H]."""
         q, kv = (heads, apart) if apart is not None else (heads[..., :-2, :], heads[..., -2:, :])
@@ -276,19 +306,18 @@ def _separate_attention(w: Attention) -> dict[str, Any]:
     return {name: array for name, array in layer.items() if array is not None}
 
 
-def arrange_top(top: dict[str, Any]) -> dict[str, Any]:
+def arrange_top(top: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """What stands outside the layers, as fields of `Params`."""
     head = top["lm_head"] if "lm_head" in top else top["embed"].T
     embed = top["embed"] if "lm_head" in top else None
-    return {"embed": embed, "final_norm": top["final_norm"], "lm_head": head}
+    found = {"embed": embed, "final_norm": top["final_norm"], "lm_head": head}
+    return _ordered(found, layout)
 
 
-def separate_top(params: Params) -> dict[str, Any]:
+def separate_top(params: Params, layout: Layout) -> dict[str, Any]:
     """The same as checkpoints hold it: `arrange_top` undone."""
+    top = _ordered({"lm_head": params.lm_head}, layout, back=True)
+    top["final_norm"] = params.final_norm
     if params.embed is None:
-        return {"embed": params.lm_head.T, "final_norm": params.final_norm}
-    return {
-        "embed": params.embed,
-        "final_norm": params.final_norm,
-        "lm_head": params.lm_head,
-    }
+        return {"embed": top.pop("lm_head").T} | top
+    return {"embed": params.embed} | top

@@ -24,7 +24,7 @@ from easyspec_jax.layer_parallel import PARALLEL, draft_runner
 from easyspec_jax.model import Model, Placement, RunBlock, forward, logits, rms_norm, run_layer
 from easyspec_jax.sharding import zeros
 from easyspec_jax.tuner.stale_passes import Text, regroup
-from easyspec_jax.weights import Block
+from easyspec_jax.weights import Block, arranged_dims
 
 Record = dict[str, Any]
 
@@ -123,7 +123,8 @@ def queries_and_keys(model: Model, layer: int, x: np.ndarray) -> tuple[np.ndarra
     """
     w = [w for block in model.params.blocks for w in block.attention][layer]
     x, eps = jnp.asarray(x, model.dtype), model.config.norm_eps
-    heads = jnp.einsum("...d,dkgh->...kgh", rms_norm(x, w.norm, eps), w.wqkv)
+    dims = arranged_dims("wqkv", model.layout).lower()
+    heads = jnp.einsum(f"...d,{dims}->...kgh", rms_norm(x, w.norm, eps), w.wqkv)
     if w.bqkv is not None:
         heads = heads + w.bqkv.reshape((1,) * (heads.ndim - 3) + w.bqkv.shape)
     queries, keys = heads[..., :-2, :], heads[..., -2, :]

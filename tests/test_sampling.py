@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mutation import mutate
 
 from easyspec_jax import Sampling, verify
-from easyspec_jax.sampling import fit_vocab, make_filters, probabilities, sample
+from easyspec_jax.sampling import Scores, make_filters, probabilities, sample
 from easyspec_jax.verify import Proposal, accept_path
 
 
@@ -66,8 +66,8 @@ def test_masked_logits_stay_impossible():
 
 def test_logits_of_another_vocabulary_are_cut_or_padded_with_the_impossible():
     scores = jnp.asarray([[[1.0, 2.0]]], jnp.float32)
-    assert fit_vocab(scores, 3).tolist() == [[[1.0, 2.0, -np.inf]]]
-    assert fit_vocab(scores, 1).tolist() == [[[1.0]]]
+    assert Scores.of(scores).fit(3).whole().tolist() == [[[1.0, 2.0, -np.inf]]]
+    assert Scores.of(scores).fit(1).whole().tolist() == [[[1.0]]]
 
 
 def test_sample_never_draws_a_zero():

@@ -30,10 +30,11 @@ from easyspec_jax.model import (
     logits,
     make_step,
     run_blocks,
+    score,
     wide_type,
 )
 from easyspec_jax.request import Request
-from easyspec_jax.sampling import argmax, fit_vocab
+from easyspec_jax.sampling import argmax
 from easyspec_jax.sharding import shape_of
 from easyspec_jax.stats import Tally
 from easyspec_jax.verify import Proposal, Verdict
@@ -201,13 +202,13 @@ class EarlyExitDrafter(Drafter):
         root = jnp.take_along_axis(tokens, jnp.maximum(num - 1, 0)[:, None], axis=1)
 
         def draw(count, x, tree):
-            scores = fit_vocab(logits(self.base, final_norm(self.base, x)), request.vocab_size)
+            scores = score(self.base, final_norm(self.base, x)).fit(request.vocab_size)
             least = request.min_probability
             tree = trees.grow(tree, count, scores, request.filters, keys[count], least)
             # Only the next token is stopped, never one that was drawn: that would bias the text.
             stopped = tree.stopped | (tree.newest == request.eos_ids[None]).any(axis=1)
             if self.adaptive:
-                stopped = stopped | (confidences(scores)[:, 0] < threshold)
+                stopped = stopped | (confidences(scores.whole())[:, 0] < threshold)
             return tree.replace(stopped=stopped)
 
         def extend(draft):

@@ -16,9 +16,8 @@ from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache
 from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.layer_parallel import draft_runner, run_exact
-from easyspec_jax.model import Model, forward, logits
+from easyspec_jax.model import Model, forward, score
 from easyspec_jax.request import Request
-from easyspec_jax.sampling import fit_vocab
 from easyspec_jax.verify import Proposal
 
 CANDIDATES = ("sampled", "best")
@@ -115,7 +114,7 @@ class LayerParallelDrafter(Drafter):
         origin, fuzzy = cache.length, draft_runner(self.parallel)
 
         def grow(tree, depth, hidden):
-            scores = fit_vocab(logits(self.draft, hidden), request.vocab_size)
+            scores = score(self.draft, hidden).fit(request.vocab_size)
             return trees.grow(tree, depth, scores, request.filters, keys[depth], least)
 
         def level(carry):

@@ -20,9 +20,9 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
 from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.loop import DecodeState, put_rows, step, window
-from easyspec_jax.model import Model, forward, logits
+from easyspec_jax.model import Model, forward, score
 from easyspec_jax.request import Request
-from easyspec_jax.sampling import fit_vocab, probabilities
+from easyspec_jax.sampling import Scores, probabilities
 from easyspec_jax.sharding import shape_of, zeros
 from easyspec_jax.stats import Counters, Tally, make_stats
 from easyspec_jax.verify import Proposal
@@ -85,7 +85,7 @@ class Fill(Drafter):
         text = window(jnp.pad(text, ((0, 0), (0, 1))), 1 - state.missing, n + 2)
         cache = base_cache.rollback(base_cache.length - state.missing)
         hidden, cache = forward(base, text, cache)
-        scores = logits(base, window(hidden, state.missing, n + 1))
+        scores = score(base, window(hidden, state.missing, n + 1))
         return scores, cache, (scores, None)
 
     def observe(self, state, verdict, aux):
@@ -93,7 +93,7 @@ class Fill(Drafter):
         scores, aux = aux
         kept = state.scores
         if kept is not None:
-            rows = fit_vocab(scores, kept.shape[-1]).astype(kept.dtype)
+            rows = Scores.of(scores).fit(kept.shape[-1]).whole().astype(kept.dtype)
             # Where a full row's end is beyond the last place, both slices move back alike.
             old = window(kept, state.at, rows.shape[1])
             kept = put_rows(kept, jnp.where(state.active[:, None, None], rows, old), state.at)

@@ -22,8 +22,7 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.config import Sampling
 from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.layer_parallel import make_partition
-from easyspec_jax.model import Model, Placement, RunBlock, attention, forward, logits, mlp
-from easyspec_jax.sampling import fit_vocab
+from easyspec_jax.model import Model, Placement, RunBlock, attention, forward, mlp, score
 from easyspec_jax.sharding import mesh_jit, psum, replicate, zeros
 from easyspec_jax.weights import Block
 
@@ -170,7 +169,7 @@ def stale_log_probs(
     cache = window.cache.rollback(jnp.full_like(window.start, behind))
     run = stale_runner(model, stale)
     hidden, _ = forward(model, window.tokens, cache, placement=placement, run_block=run)
-    return jax.nn.log_softmax(fit_vocab(logits(model, hidden), vocab_size), axis=-1)
+    return jax.nn.log_softmax(score(model, hidden).fit(vocab_size).whole(), axis=-1)
 
 
 def stale_runner(model: Model, stale: jax.Array) -> RunBlock:

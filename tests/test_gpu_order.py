@@ -1,0 +1,114 @@
+"""Weights and caches arranged as GPUs read them best, on CPU devices: the same model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import PROMPTS
+
+import easyspec_jax as es
+from easyspec_jax import model as models
+from easyspec_jax import sharding
+from easyspec_jax.weights import separate_block, separate_top
+
+CONFIG = es.ModelConfig(
+    vocab_size=64, embed_dim=24, mlp_dim=48, num_layers=8, num_heads=8, num_kv_heads=2,
+    head_dim=4, max_len=96, qkv_bias=True, qk_norm=True,
+)  # fmt: skip
+TIED = es.ModelConfig(**{**vars(CONFIG), "tie_embeddings": True})
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Whether the devices of meshes pass for GPUs."""
+    return lambda gpus: monkeypatch.setattr(sharding, "_has_gpus", lambda mesh: gpus)
+
+
+def both(pretend, shape, config=CONFIG, **options):
+    """The same model in the order of CPUs and of GPUs."""
+    found = []
+    for gpus in (False, True):
+        pretend(gpus)
+        found.append(es.random_model(config, es.make_mesh(*shape), dtype="float32", **options))
+    assert [m.layout.for_gpu for m in found] == [False, True]
+    return found
+
+
+# On 2 x 4 devices share a kv head: keys and values stay apart from queries.
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
+def test_both_orders_say_the_same(pretend, shape, config):
+    cpu, gpu = both(pretend, shape, config)
+    text = [[5, 3, 8, 1, 9]]
+    np.testing.assert_allclose(es.logits(gpu, text), es.logits(cpu, text), atol=2e-5)
+    one = [[5]]  # a row alone is multiplied and summed
+    np.testing.assert_allclose(es.logits(gpu, one), es.logits(cpu, one), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape, size", [((1, 1), 1), ((4, 2), 3)], ids=str)
+def test_a_checkpoint_has_one_order(pretend, shape, size):
+    cpu, gpu = (
+        [separate_block(b, m.layout) for b in m.params.blocks] + [separate_top(m.params, m.layout)]
+        for m in both(pretend, shape, group_size=size)
+    )
+    jax.tree.map(np.testing.assert_array_equal, cpu, gpu)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("width", [1, 3])
+def test_both_orders_write_the_same(pretend, shape, width):
+    texts = []
+    for gpus in (False, True):
+        pretend(gpus)
+        mesh = es.make_mesh(*shape)
+        base = es.random_model(CONFIG, mesh, dtype="float32")
+        draft = es.random_model(CONFIG, mesh, dtype="float32", group_size=(1, 4, 2, 1))
+        assert draft.layout.for_gpu == gpus
+        drafter = es.LayerParallelDrafter(draft)
+        decoder = es.Decoder(base, drafter, num_draft_tokens=3, tree_width=width)
+        out = decoder.generate(PROMPTS, max_new_tokens=16)
+        texts.append((out.tokens, out.stats.tokens_per_step))
+        assert es.Decoder(base).generate(PROMPTS, max_new_tokens=16).tokens == out.tokens
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_in_bfloat16_the_order_of_gpus_is_no_further_from_the_truth(pretend, num_tokens):
+    """Than the products before it: the norm in front of them, each rounded."""
+    wide = es.ModelConfig(**{**vars(CONFIG), "embed_dim": 256, "mlp_dim": 512, "qkv_bias": False})
+    text = np.random.default_rng(0).integers(wide.vocab_size, size=(8, num_tokens)).tolist()
+    exact, gpu = both(pretend, (1, 1), wide)
+
+    def rounded(model):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+
+    truth = np.concatenate([es.logits(rounded_up(rounded(exact)), [row])[0] for row in text])
+    errors = {}
+    for name in ("now", "before"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "before":
+                patch.setattr(models, "normed", norm_first)
+                patch.setattr(models, "product", rounded_product)
+            jax.clear_caches()
+            found = np.concatenate([es.logits(rounded(gpu), [row])[0] for row in text])
+        errors[name] = np.square(found - truth).mean()
+    jax.clear_caches()
+    assert 0 < errors["now"] <= errors["before"]
+
+
+def rounded_up(model):
+    """A model of the same numbers that computes in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), model)
+
+
+def norm_first(model, x, weight):
+    """As the norm was applied in front of a product."""
+    return models.rms_norm(x, weight, model.config.norm_eps), jnp.ones((1, 1, 1), jnp.float32)
+
+
+def rounded_product(model, x, w):
+    """As products were rounded."""
+    w = w.reshape(-1, x.shape[-1])
+    return jnp.einsum("bti,oi->bto", x, w).astype(jnp.float32)
