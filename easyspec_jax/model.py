@@ -255,13 +255,13 @@ def forward(
       run_block: how a block runs; `layer_parallel` has the ways to run groups.
 
     Returns:
-      Hidden states after the final norm, [B, T, D], the same on every device, and the cache.
+      Hidden states before the final norm, [B, T, D], the same on every device, and the cache.
     """
     t = tokens.shape[1]
     step = make_step(model, cache, t, placement)
     x, blocks = run_blocks(model, embed(model, tokens), cache.blocks, step, run_block=run_block)
     length = cache.length + (t if num is None else num)
-    return final_norm(model, x), cache.replace(blocks=blocks, length=length)
+    return x, cache.replace(blocks=blocks, length=length)
 
 
 def make_step(
@@ -300,11 +300,6 @@ def run_blocks(
     return x, tuple(written)
 
 
-def final_norm(model: Model, x: jax.Array) -> jax.Array:
-    """The norm before the head, of x [..., D]."""
-    return rms_norm(x, model.params.final_norm, model.config.norm_eps)
-
-
 def embed(model: Model, tokens: jax.Array) -> jax.Array:
     """Embeddings [B, T, D] of i32[B, T] ids; each device looks up its share of the vocabulary."""
     c, layout = model.config, model.layout
@@ -323,8 +318,11 @@ def embed(model: Model, tokens: jax.Array) -> jax.Array:
 
 
 def score(model: Model, hidden: jax.Array) -> Scores:
-    """Logits of hidden states [B, T, D], at least float32, each device's share of them."""
-    share = product(model, hidden, model.params.lm_head)
+    """Logits of hidden states [B, T, D] as `forward` leaves them, at least float32: norm and head,
+    each device's share of the vocabulary.
+    """
+    row, scale = normed(model, hidden, model.params.final_norm)
+    share = product(model, row, model.params.lm_head) * scale
     return Scores(share=share, axes=model.layout.vocab, vocab_size=model.config.vocab_size)
 
 

@@ -60,23 +60,23 @@ def probabilities(logits: jax.Array, filters: Filters) -> jax.Array:
     Returns:
       f32[..., V].
     """
-    p = jax.nn.softmax(logits.astype(jnp.float32) / filters.temperature, axis=-1)
+    x = logits.astype(jnp.float32) / filters.temperature
+    # Not normalised before the end: the largest is 1, and a filter compares with what it is given.
+    p = jnp.exp(x - x.max(axis=-1, keepdims=True))
     if filters.use_top_k:
-        k = filters.top_k
-        p = _keep(p, _largest_threshold(p, lambda p, at: (p >= at).sum(-1, dtype=jnp.int32) >= k))
+        count = lambda p, at: (p >= at).sum(axis=-1, dtype=jnp.int32)  # noqa: E731
+        p = _keep(p, _largest_threshold(p, lambda *x: count(*x) >= filters.top_k))
     if filters.use_top_p:
-        mass = filters.top_p
-        p = _keep(
-            p, _largest_threshold(p, lambda p, at: jnp.where(p >= at, p, 0.0).sum(-1) >= mass)
-        )
+        least = filters.top_p * p.sum(axis=-1, keepdims=True)
+        mass = lambda p, at: jnp.where(p >= at, p, 0.0).sum(axis=-1)  # noqa: E731
+        p = _keep(p, _largest_threshold(p, lambda *x: mass(*x) >= least))
     if filters.use_min_p:
-        p = _keep(p, filters.min_p * p.max(axis=-1, keepdims=True))
-    return p
+        p = _keep(p, filters.min_p)
+    return p / p.sum(axis=-1, keepdims=True)
 
 
 def _keep(p: jax.Array, threshold: jax.Array) -> jax.Array:
-    kept = jnp.where(p >= threshold, p, 0.0)
-    return kept / kept.sum(axis=-1, keepdims=True)
+    return jnp.where(p >= threshold, p, 0.0)
 
 
 def _largest_threshold(
@@ -86,8 +86,8 @@ def _largest_threshold(
     grows; 0 if none.
 
     Floats that are not negative order as their bits do, so deciding 30 bits from the highest down
-    is exact: one at a time where passes over p cost what they read, five at a time where they cost
-    a launch, as on GPUs.
+    is exact: one at a time where passes over p cost what they compute, five at a time where they
+    cost a few launches, as on GPUs.
 
     Args:
       p: f32[..., V].
@@ -191,8 +191,10 @@ class Scores(struct.PyTreeNode, kw_only=True):
 
     def _own(self) -> jax.Array:
         """This device's share, -inf where ids are cut."""
-        ids = lax.axis_index(self.axes) * self.share.shape[-1]
-        ids = ids + jnp.arange(self.share.shape[-1], dtype=jnp.int32)[None, None]
+        size = self.share.shape[-1]
+        if self.vocab_size >= size * lax.psum(1, self.axes):
+            return self.share
+        ids = lax.axis_index(self.axes) * size + jnp.arange(size, dtype=jnp.int32)[None, None]
         return jnp.where(ids < self.vocab_size, self.share, -jnp.inf)
 
 

@@ -70,10 +70,11 @@ def plant(active: jax.Array, depth: int, width: int, vocab_size: int, *, drawn: 
     batch, n = active.shape[0], depth * width
     row = jnp.zeros((batch, width), jnp.float32)
     nodes = jnp.zeros((batch, n), jnp.int32)
+    chain = jnp.broadcast_to(jnp.arange(-1, n - 1, dtype=jnp.int32)[None], (batch, n))
     expanded = 1 + n - width
     return Tree(
         tokens=nodes,
-        parents=nodes - 1,
+        parents=chain if width == 1 else nodes - 1,
         valid=jnp.zeros((batch, n), bool),
         probs=jnp.zeros((batch, expanded, vocab_size), jnp.float32) if drawn else None,
         newest=jnp.zeros((batch, width), jnp.int32),
@@ -149,7 +150,9 @@ def _append(tree, depth, level, parent, q, min_probability):
     return tree.replace(
         **level,
         tokens=put(tree.tokens, level["newest"]),
-        parents=put(tree.parents, jnp.where(at == 0, -1, at - w + parent)),
+        parents=put(tree.parents, jnp.where(at == 0, -1, at - w + parent))
+        if w > 1
+        else tree.parents,
         valid=put(tree.valid, alive & ~tree.stopped[:, None]),
         probs=put(tree.probs, q, jnp.maximum(at - w + 1, 0)) if q is not None else None,
         ancestors=ancestors,

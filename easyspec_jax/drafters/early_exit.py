@@ -26,7 +26,6 @@ from easyspec_jax.model import (
     Model,
     Step,
     embed,
-    final_norm,
     logits,
     make_step,
     run_blocks,
@@ -202,7 +201,7 @@ class EarlyExitDrafter(Drafter):
         root = jnp.take_along_axis(tokens, jnp.maximum(num - 1, 0)[:, None], axis=1)
 
         def draw(count, x, tree):
-            scores = score(self.base, final_norm(self.base, x)).fit(request.vocab_size)
+            scores = score(self.base, x).fit(request.vocab_size)
             least = request.min_probability
             tree = trees.grow(tree, count, scores, request.filters, keys[count], least)
             # Only the next token is stopped, never one that was drawn: that would bias the text.
@@ -320,7 +319,7 @@ class EarlyExitDrafter(Drafter):
                 x, new = run_blocks(self.base, x, cache.blocks[begin:], step, first=begin)
             blocks += new
         streams = [*streams, x] if self.adaptive else [x]
-        scores = logits(self.base, final_norm(self.base, jnp.concatenate(streams)))
+        scores = logits(self.base, jnp.concatenate(streams))
         tokens = argmax(scores)
         found = Verified(truth=tokens[-1], shadow=tokens[:-1], confidence=confidences(scores[:-1]))
         return scores[-1:], found, cache.replace(blocks=blocks)
