@@ -91,8 +91,9 @@ def configure(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
     if args.command == "plan" and not args.measure:  # shapes only, no mesh at all
         devices = 1
-    if args.command == "program" and args.device != target.HERE:
-        target.prepare()
+    if args.command == "program" and args.device != target.HERE:  # compiled for, not run on
+        os.environ.setdefault(target.SETTING, "1")
+        jax.config.update("jax_platforms", "cpu")
     if devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)

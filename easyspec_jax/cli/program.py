@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -152,8 +152,8 @@ def _notes(program: StepProgram) -> list[str]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in g.outside.items()) or "nothing"
         lines += [
             f"graphs     {g.graphs} CUDA graphs a step with {g.inside} launches; outside: {kinds}",
-            f"host       waits for the device {g.host_syncs} times a step, {g.conditionals} of them "
-            "for conditionals",
+            f"host       waits for the device {g.host_syncs} times a step, {g.conditionals} of "
+            "them for conditionals",
         ]
     lines.append(f"memory     {listed(program.memory)} GiB as compiled")
     budget = sum(program.budget.values()) / 2**30

@@ -133,7 +133,7 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 # are sold with and the same kernels; collectives fitted to measurements of custom all-reduces of 4
 # to 256 KB (sglang issue 2904). `score` and `logit`: three passes over float32 numbers. `least`,
 # `launch` and `sync`: a kernel of half a million numbers on a V100 takes 3.4 us in a CUDA graph,
-# 3.8 us launched behind another, 9.6 us when the host waits for each (NVIDIA's "Getting Started with
+# 3.8 us launched behind another, 9.6 us when the host waits for each (NVIDIA, "Getting Started with
 # CUDA Graphs"); later devices will be somewhat faster, by how much is not known here.
 _A100 = Device(
     name="a100", bandwidth=1.7e12, flops=0.6 * 312e12, memory=0.75 * 80e9, kernel=5e-6,

@@ -262,12 +262,8 @@ def _walk(
 
 def _branches(module: Module, op: Op, given: list, launch: Launch) -> list[Launch]:
     """The launches of all branches of a conditional; only those of the largest are taken."""
-    pairs = list(zip(op.branches, given[1:], strict=False))
-    same = (launch.times, launch.loops)
-    walks = [
-        _walk(module, name, [argument], *same, launch.taken, launch.scope)
-        for name, argument in pairs
-    ]
+    same = (launch.times, launch.loops, launch.taken, launch.scope)
+    walks = [_walk(module, name, given[i : i + 1], *same) for i, name in enumerate(op.branches, 1)]
     sizes = [sum(one.times for one in walk if one.counts) for walk in walks]
     largest = sizes.index(max(sizes)) if sizes else None
     return [
@@ -306,14 +302,14 @@ def _origins(module: Module, name: str, arguments: Any) -> tuple[dict[str, Any],
 
 
 def _kept(module: Module, name: str, given: list) -> Any:
-    """Which of the arguments that a fusion gets it updates in place."""
+    """Which of the arguments that a fusion gets it updates in place, or merely rearranges."""
     inside = module.table(name)
     root = next((op for op in inside.values() if op.is_root), None)
 
     def of(op: Op) -> Any:
         if op.kind == "tuple":
             return tuple(of(inside[operand]) for operand in op.operands if operand in inside)
-        while op.kind in ("bitcast", "dynamic-update-slice") and op.operands[0] in inside:
+        while op.kind in (*_SAME, "dynamic-update-slice") and op.operands[0] in inside:
             op = inside[op.operands[0]]
         return given[op.index] if op.kind == "parameter" and op.index < len(given) else None
 

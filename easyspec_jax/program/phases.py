@@ -1,9 +1,9 @@
 """Which phase of a step a launch belongs to, and which part of a layer, head or tail it is.
 
 Phases are named scopes; but a draft's first level takes its logits from calibration, so they count
-there, and what repeats with the draft's levels is one level. Parts are told by the weights and cache
-entries that a launch reads, and else by what made its operands: the compiler's fusions have no
-names for them.
+there, and what repeats with the draft's levels is one level. Parts are told by the weights and
+cache entries that a launch reads, and else by what made its operands: the compiler's fusions have
+no names for them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _PRODUCTS = {
     "wo": "out", "w_gate_up": "gate, up", "w_gate": "gate, up", "w_up": "gate, up",
     "w_down": "down", "lm_head": "head", "embed": "embedding",
 }  # fmt: skip
+_SUMS = {*_PRODUCTS.values(), "scores", "values"}
 # Of what reads the results of another part.
 _BEHIND = {
     "scores": "softmax", "softmax": "values", "values": "values", "gate, up": "silu",
@@ -108,12 +109,13 @@ def _part(module: Module, one: Launch, known: dict[str, str], entries: int) -> s
             return "cache update"
         return "scores" if any(entries in shape.dims for shape in one.op.shapes) else "values"
     made = [known[name] for name in one.producers if name in known]
-    if one.scope.endswith("dot_general") or one.scope.endswith("sum_invariant"):
-        return next((name for name in made if name in _PRODUCTS.values()), "rest")
+    if one.scope.endswith("dot_general") and (sums := _SUMS & {*made}):  # of a product in pieces
+        return next(name for name in made if name in sums)
     if any("norm" in name for name in read) or "rsqrt" in inside:
         return "norm"
     behind = next((_BEHIND[name] for name in made if name in _BEHIND), "")
     if behind and (BLOCK.search(one.scope) or behind == "sampling"):
         return behind
-    in_block = BLOCK.search(one.scope)
-    return "norm" if in_block and "reduce" in inside else "residual" if in_block else "rest"
+    if one.scope.endswith("reduce_sum") and "reduce" in inside:
+        return "norm"
+    return "residual" if BLOCK.search(one.scope) and one.scope.endswith("/add") else "rest"

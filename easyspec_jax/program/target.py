@@ -1,14 +1,15 @@
 """GPUs to compile for that need not be there: a mesh of devices that only a compiler can use.
 
 jaxlib compiles for a GPU from a description of it. The CUDA plugin, which has the compiler, must be
-installed and be told not to look for a driver. Autotuning needs a device and is off, so a library's
-choice of kernels may differ on one; nothing is exported to XLA_FLAGS.
+installed and be told (`SETTING` in the environment) not to look for a driver; the platform "cpu"
+runs the rest. Autotuning needs a device and is off, so the choice of kernels may differ on one.
+Options are given to each compilation: nothing is exported to XLA_FLAGS.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh
 from easyspec_jax import sharding
 from easyspec_jax.sharding import LAYER, TENSOR
 
+SETTING = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # "1" before anything touches a device
 HERE = "here"  # in place of a target's name: the devices of this machine
 # bandwidth in bytes a second, memory in bytes, cores, L2 in bytes, clock in GHz, shared memory of a
 # core and of a block in bytes, units for float32 of a core, compute capability
@@ -26,6 +28,7 @@ TARGETS = {
     "h100": (3_352_000_000_000, 85_000_000_000, 132, 52_428_800, 1.98, 233_472, 232_448, 128, 9),
     "h200": (4_800_000_000_000, 150_000_000_000, 132, 52_428_800, 1.98, 233_472, 232_448, 128, 9),
 }
+_PLUGINS = ("xla_cuda12", "xla_cuda13")
 _CONFIG = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -44,12 +47,6 @@ device_description_str: "NVIDIA {name}"
 _FIELDS = (
     "bandwidth", "memory", "cores", "l2", "clock", "per_core", "per_block", "units", "major",
 )  # fmt: skip
-
-
-def prepare() -> None:
-    """jax runs on the CPU and may compile for GPUs; before anything touches a device."""
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    jax.config.update("jax_platforms", "cpu")
 
 
 def make_mesh(device: str, layer: int = 1, tensor: int = 1) -> Mesh:
@@ -76,14 +73,16 @@ def make_mesh(device: str, layer: int = 1, tensor: int = 1) -> Mesh:
 def _topology(config: str, number: int) -> list[Any]:
     from jax.experimental import topologies
 
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
         found = topologies.get_topology_desc(
             platform="cuda", target_config=config, topology=f"1x1x{number}"
         )
-    except NotImplementedError:
-        wanted = "pip install 'easyspec_jax[cuda12]' (jax[cuda12])"
-        raise ValueError(f"compiling for GPUs needs the CUDA plugin of jax: {wanted}") from None
+    except (NotImplementedError, RuntimeError):
+        if any(importlib.util.find_spec(f"jax_plugins.{name}") for name in _PLUGINS):
+            reason = f"the CUDA plugin of jax has not begun: set {SETTING}=1 before jax is used"
+        else:
+            reason = "compiling for GPUs needs jax's CUDA plugin: pip install 'jax[cuda12]'"
+        raise ValueError(reason) from None
     return list(found.devices)
 
 
@@ -93,16 +92,12 @@ def compile_options(mesh: Mesh, dump: str | os.PathLike | None = None) -> dict[s
     Args:
       dump: a folder for the sequence of thunks, among much else.
     """
+    first = mesh.devices.flat[0]
     options: dict[str, Any] = {}
-    if mesh.devices.flat[0].platform == "cpu":
+    if first.platform == "cpu":
         options["xla_backend_optimization_level"] = 0  # half the time; the program is not run
-    elif not hasattr(mesh.devices.flat[0], "memory_stats") or not is_here(mesh):
+    elif first not in jax.devices():
         options["xla_gpu_autotune_level"] = 0
     if dump is not None:
-        options |= {"xla_dump_to": os.fspath(pathlib.Path(dump)), "xla_dump_hlo_pass_re": "NONE"}
+        options |= {"xla_dump_to": os.fspath(dump), "xla_dump_hlo_pass_re": "NONE"}
     return options
-
-
-def is_here(mesh: Mesh) -> bool:
-    """Whether the devices of a mesh are this machine's."""
-    return mesh.devices.flat[0] in jax.devices()
