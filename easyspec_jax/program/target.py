@@ -77,13 +77,20 @@ def _topology(config: str, number: int) -> list[Any]:
         found = topologies.get_topology_desc(
             platform="cuda", target_config=config, topology=f"1x1x{number}"
         )
-    except (NotImplementedError, RuntimeError):
-        if any(importlib.util.find_spec(f"jax_plugins.{name}") for name in _PLUGINS):
+    except NotImplementedError:
+        reason = "compiling for GPUs needs jax's CUDA plugin: pip install 'jax[cuda12]'"
+        if is_installed():
             reason = f"the CUDA plugin of jax has not begun: set {SETTING}=1 before jax is used"
-        else:
-            reason = "compiling for GPUs needs jax's CUDA plugin: pip install 'jax[cuda12]'"
         raise ValueError(reason) from None
     return list(found.devices)
+
+
+def is_installed() -> bool:
+    """Whether the CUDA plugin of jax is."""
+    try:
+        return any(importlib.util.find_spec(f"jax_plugins.{name}") for name in _PLUGINS)
+    except ModuleNotFoundError:  # no plugin at all
+        return False
 
 
 def compile_options(mesh: Mesh, dump: str | os.PathLike | None = None) -> dict[str, Any]:

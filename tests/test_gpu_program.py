@@ -1,0 +1,134 @@
+"""The programs that GPUs would run, compiled without one: launches a layer, bytes against what must
+move, conditionals and copies, at the real width and a few layers.
+
+Needs jax's CUDA plugin: pip install 'jax[cuda12]'. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import pytest
+
+import easyspec_jax as es
+from easyspec_jax.program import target
+from easyspec_jax.program.report import read_program
+from easyspec_jax.sources import read_config
+
+pytestmark = [
+    pytest.mark.gpu_program,
+    pytest.mark.skipif(not target.is_installed(), reason="needs jax's CUDA plugin"),
+]
+CONFIGS = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """At most so many launches a layer, and bytes for each that must move."""
+
+    per_layer: float
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pair of few layers, and the bounds of its phases: what holds, to be tightened with it."""
+
+    base: tuple[str, int]  # a configuration, and how many layers of it
+    draft: tuple[str, int] | None = None
+    mesh: tuple[int, int] = (1, 1)
+    phases: dict[str, Bound]
+    conditionals: int = 0  # a step
+    copies: int = 0  # of cache entries, a step
+    host_syncs: int = 1
+
+
+CASES = {}
+COMMIT_LAUNCHES = 13
+
+
+@functools.cache
+def program(name):
+    case = CASES[name]
+    mesh = target.make_mesh("h200", *case.mesh)
+
+    def model(which, **options):
+        config, layers = read_config(CONFIGS / f"{which[0]}.json")[0], which[1]
+        config = dataclasses.replace(config, num_layers=layers)
+        return es.abstract_model(config, mesh, dtype="bfloat16", **options)
+
+    base = model(case.base)
+    if case.draft is None:
+        return read_program(es.Decoder(base))
+    drafter = es.LayerParallelDrafter(model(case.draft, group_size=4, layout="grouped"))
+    return read_program(es.Decoder(base, drafter, num_draft_tokens=5))
+
+
+PHASES = [(name, phase) for name, case in CASES.items() for phase in case.phases]
+
+
+@pytest.mark.parametrize(("name", "phase"), PHASES)
+def test_a_layer_is_few_launches(name, phase):
+    found = program(name).phases[phase]
+    assert found.layers and found.per_layer <= CASES[name].phases[phase].per_layer
+
+
+@pytest.mark.parametrize(("name", "phase"), PHASES)
+def test_little_moves_beside_weights_and_caches(name, phase):
+    found = program(name).phases[phase]
+    assert 1 <= found.ratio <= CASES[name].phases[phase].ratio
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_conditionals_and_copies_of_caches(name):
+    found, case = program(name), CASES[name]
+    assert found.total("conditionals") <= case.conditionals
+    assert found.total("copies") <= case.copies
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_launched_as_graphs(name):
+    found, case = program(name), CASES[name]
+    assert 0 < found.graphs.host_syncs <= case.host_syncs
+    assert found.graphs.inside > found.graphs.launched_outside
+    # the runtime launches what the program says, but for what it copies by itself
+    launched = found.graphs.inside + found.graphs.launched_outside
+    assert launched == pytest.approx(found.step.launches, rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_end_of_a_step_is_few_launches(name):
+    assert program(name).phases["commit"].traffic.launches <= COMMIT_LAUNCHES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_within_the_budget(name):
+    found = program(name)
+    needed = found.memory["arguments"] + found.memory["temporaries"]
+    assert needed <= 1.01 * sum(found.budget.values())
+
+
+def test_all_reduces_are_kernels_of_their_own():
+    exchanges = [one for p in program("70B + 8B, 4 x 2").phases.values() for one in p.exchanges]
+    sums = [one for one in exchanges if one.kind == "all-reduce"]
+    assert sums and {one.kernel for one in sums} == {"TRITON_ONE_SHOT"}
+    assert {one.devices for one in sums} == {2, 8}
+
+
+def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path):
+    config = json.loads((CONFIGS / "llama3-8b.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = ("--hlo", tmp_path / "hlo", "--thunks", tmp_path / "thunks")
+    status, out, err = easyspec(
+        "program", tmp_path, "--device", "h100", "--dtype", "bfloat16", *files
+    )
+    assert (status, err) == (0, "")
+    assert "NVIDIA H100, layer 1 x tensor 1" in out and "no clock was read" in out
+    assert "1 CUDA graphs a step" in out and "limit" in out
+    assert (tmp_path / "hlo").read_text().startswith("HloModule jit_run_loop")
+    assert "kCommandBuffer" in (tmp_path / "thunks").read_text()
+    assert all(device.platform == "cpu" for device in jax.devices())
