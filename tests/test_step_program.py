@@ -274,7 +274,7 @@ def test_a_program_for_the_cpu_is_read_as_well():
     decoder = pair(es.make_mesh(2, 2), num_draft_tokens=4)
     texts = {}
     found = read_program(decoder, PRESETS["h200"], max_len=64, prefill=(16,), texts=texts)
-    assert found.entries == 128 and found.graphs is None
+    assert found.entries == 64 and found.graphs is None
     assert {name: p.runs for name, p in found.phases.items() if name != "rest"} == {
         "calibrate": 1, "draft": 3, "verify": 1, "commit": 1
     }  # fmt: skip
@@ -321,6 +321,7 @@ def test_the_command_reads_the_program_of_this_machine(easyspec, tmp_path):
         (("--tree-width", 2), "--tree-width needs --draft"),
         (("--draft", "foreign"), "different tokenizers"),
         (("--max-len", 1), "--max-len must be in 2 .. 256"),
+        (("--max-len", 2), "caches must hold at least 3 tokens here"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(easyspec, argv, sentence):

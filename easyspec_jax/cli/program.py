@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(add, "num_draft_tokens", help="per step (default 5)")
     add_option(add, "tree_width")
     add_batch(add)
-    add_max_len(add, "tokens of each, prompt and answer")
+    add_max_len(add, "tokens of each that caches hold, a step's draft among them")
     add_dtype(add)
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="of the likeliest (default: all)")

@@ -23,7 +23,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from easyspec_jax import loop
 from easyspec_jax.config import Sampling
 from easyspec_jax.decode import Decoder
+from easyspec_jax.engine import PREFILL_CHUNKS
 from easyspec_jax.loop import PHASES
+from easyspec_jax.memory import decode_budget
 from easyspec_jax.planner.device import Device
 from easyspec_jax.program import floor, hlo, phases, thunks
 from easyspec_jax.program.target import compile_options
@@ -174,21 +176,26 @@ def read_program(
         step that drafts every level is counted.
       constants: what is known of the device; None: no seconds are estimated.
       batch: rows.
-      max_len: tokens of each row, at most the context; caches hold a step's draft beside them.
+      max_len: S, tokens of each row that the caches hold, a step's draft among them.
       prefill: chunks of prompt tokens whose programs are read, too.
       texts: gets the "hlo" and "thunks" of the loop.
+
+    Raises:
+      ValueError: caches that hold no more than a step's draft.
     """
-    base = decoder.base
-    prompts = np.zeros((batch, 1), np.int32)
-    inputs = make_inputs(base.config, prompts, min(max_len, base.config.max_len) - 1, sampling)
-    request, state = decoder.planned(inputs)
-    entries = state.tokens.shape[1]
+    base, least = decoder.base, decoder.num_nodes + 3
+    if max_len < least:
+        raise ValueError(f"caches must hold at least {least} tokens here, got max_len {max_len}")
+    inputs = make_inputs(base.config, np.zeros((batch, 1), np.int32), 1, sampling)
+    request, state = decoder.planned(inputs, max_len)
+    chunk = min(PREFILL_CHUNKS[-1], max_len)
+    budget = decode_budget(base, decoder.drafter, request, state, chunk=chunk)
     lowered = loop.run_loop.lower(base, decoder.drafter, request, state)
     compiled = compile_program(lowered, base.layout.mesh)
     if texts is not None:
         texts |= {"hlo": compiled.hlo, "thunks": compiled.thunks}
     module = hlo.parse(compiled.hlo)
-    reader = _Reader(module, decoder, constants, batch, entries)
+    reader = _Reader(module, decoder, constants, batch, max_len)
     launches = hlo.step(module)
     graphs = None
     if compiled.thunks:
@@ -199,13 +206,13 @@ def read_program(
     program = StepProgram(
         device=first.device_kind,
         mesh=dict(base.layout.mesh.shape),
-        entries=entries,
+        entries=max_len,
         num_draft_tokens=decoder.num_draft_tokens,
         tree_width=decoder.tree_width,
         phases=found,
         graphs=graphs,
         memory=compiled.memory,
-        budget=decoder.memory(batch, 1, max_new_tokens=inputs.max_new_tokens, sampling=sampling),
+        budget=budget,
         estimate={},
         prefill={chunk: _prefill(decoder, request, state, chunk, constants) for chunk in prefill},
     )
