@@ -7,12 +7,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.cli.drafting import add_option, draft_layout, partition_of
+from easyspec_jax.cli import drafting
 from easyspec_jax.cli.options import (
     COUNTS,
     MODEL_HELP,
@@ -21,13 +21,11 @@ from easyspec_jax.cli.options import (
     add_dtype,
     add_max_len,
     add_mesh,
-    given,
     max_len,
 )
 from easyspec_jax.memory import listed
 from easyspec_jax.planner.device import PRESETS, Device
 from easyspec_jax.program import target
-from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sources import read_config
 
 if TYPE_CHECKING:  # takes a while to import: only the command itself does
@@ -45,15 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The pair, the devices, how it drafts, what is decoded, what is shown."""
     add = parser.add_argument
     add("base", help=f"{MODEL_HELP}, or a config.json, of the base")
-    add_option(add, "draft", help="that of a draft (default: the base alone)")
     kinds = (*target.TARGETS, target.HERE)
     add("--device", choices=kinds, default="h200", help="to compile for (default h200)")
     add_mesh(add, tensor="heads (default: 1)")
-    add_option(add, "draft_layout")
-    add_option(add, "draft_mlp")
-    add_option(add, "group_size")
-    add_option(add, "num_draft_tokens", help="per step (default 5)")
-    add_option(add, "tree_width")
+    drafting.add_arguments(add, without=("show_draft",))
     add_batch(add)
     add_max_len(add, "tokens of each that caches hold, a step's draft among them")
     add_dtype(add)
@@ -99,27 +92,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _decoder(args: argparse.Namespace) -> es.Decoder:
-    """The pair as shapes on the mesh; the base alone where there is no draft."""
-    config, about = read_config(args.base)
+    """The base and what drafts for it, as shapes on the mesh."""
+    drafting.check_options(args)
     mesh = target.make_mesh(args.device, args.layer, args.tensor or 1)
-    base = es.abstract_model(config, mesh, dtype=args.dtype)
-    if args.draft is None:
-        if options := given(args, "num_draft_tokens", "tree_width", "group_size", "draft_layout"):
-            raise ValueError(f"--{next(iter(options)).replace('_', '-')} needs --draft")
-        return es.Decoder(base)
-    small, other = read_config(args.draft)
-    check_tokenizers(about.get("tokenizer"), other.get("tokenizer"))
-    size = args.layer if args.group_size is None else args.group_size
-    draft = es.abstract_model(
-        small,
-        mesh,
-        group_size=partition_of(size, args.draft, small, other),
-        dtype=args.dtype,
-        layout=draft_layout(args),
-    )
-    return es.Decoder(
-        base, es.LayerParallelDrafter(draft), **given(args, "num_draft_tokens", "tree_width")
-    )
+    if args.group_size is None:
+        args.group_size = args.layer
+
+    def load(path: str, *, group_size: Any = 1, **options: Any) -> es.Model:
+        config, about = read_config(path)
+        partition = drafting.partition_of(group_size, path, config, about)
+        model = es.abstract_model(config, mesh, group_size=partition, **options)
+        return model.replace(tokenizer=about.get("tokenizer"))
+
+    return drafting.make_decoder(args, load)
 
 
 def report(program: StepProgram, constants: Device | None) -> list[str]:

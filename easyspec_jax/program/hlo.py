@@ -285,8 +285,8 @@ def _origins(module: Module, name: str, arguments: Any) -> tuple[dict[str, Any],
         if op.kind == "parameter":
             value = arguments[op.index] if op.index < len(arguments) else None
         elif op.kind == "get-tuple-element":
-            fits = isinstance(first, tuple) and op.index < len(first)
-            value = first[op.index] if fits else None
+            if isinstance(first, tuple) and op.index < len(first):
+                value = first[op.index]
         elif op.kind == "tuple":
             value = tuple(held.get(operand) for operand in op.operands)
         elif op.kind in _SAME or op.kind in ("while", "dynamic-update-slice"):

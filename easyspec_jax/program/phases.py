@@ -14,13 +14,14 @@ import re
 from collections.abc import Iterable, Sequence
 
 from easyspec_jax.loop import PHASES
+from easyspec_jax.program import hlo
 from easyspec_jax.program.hlo import Launch, Module
 
 BLOCK = re.compile(r"block_\d+")
 # Of what a launch reads, by the last name of the argument.
 _PRODUCTS = {
-    "wqkv": "qkv", "wkv": "qkv", "wq": "qkv", "wk": "qkv", "wv": "qkv", "bqkv": "qkv", "bkv": "qkv",
-    "wo": "out", "w_gate_up": "gate, up", "w_gate": "gate, up", "w_up": "gate, up",
+    "wqkv": "qkv", "wkv": "qkv", "wq": "qkv", "wk": "qkv", "wv": "qkv", "wo": "out",
+    "w_gate_up": "gate, up", "w_gate": "gate, up", "w_up": "gate, up",
     "w_down": "down", "lm_head": "head", "embed": "embedding",
 }  # fmt: skip
 _SUMS = {*_PRODUCTS.values(), "scores", "values"}
@@ -31,7 +32,7 @@ _BEHIND = {
     "rotation": "rotation", "out": "residual", "down": "residual",
 }  # fmt: skip
 PARTS = (
-    "embedding", "norm", "qkv", "rotation", "cache update", "scores", "softmax", "values", "out",
+    "embedding", "norm", "qkv", "rotation", "cache update", "cache copy", "scores", "softmax", "values", "out",
     "gate, up", "silu", "down", "residual", "collective", "head", "logits", "sampling", "rest",
 )  # fmt: skip
 
@@ -107,10 +108,14 @@ def _part(module: Module, one: Launch, known: dict[str, str], entries: int) -> s
     if caches:
         if "dynamic-update-slice" in inside or "scatter" in inside:
             return "cache update"
+        if hlo.copied(module, one.op):
+            return "cache copy"
         return "scores" if any(entries in shape.dims for shape in one.op.shapes) else "values"
     made = [known[name] for name in one.producers if name in known]
+    if "gate, up" in made and inside & {"exponential", "logistic"}:
+        return "silu"
     if one.scope.endswith("dot_general") and (sums := _SUMS & {*made}):  # of a product in pieces
-        return next(name for name in made if name in sums)
+        return max(sums, key=PARTS.index)
     if any("norm" in name for name in read) or "rsqrt" in inside:
         return "norm"
     behind = next((_BEHIND[name] for name in made if name in _BEHIND), "")

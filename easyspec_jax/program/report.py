@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from easyspec_jax import loop
 from easyspec_jax.config import Sampling
 from easyspec_jax.decode import Decoder
+from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.engine import PREFILL_CHUNKS
 from easyspec_jax.loop import PHASES
 from easyspec_jax.memory import decode_budget
@@ -309,12 +310,14 @@ class _Reader:
         )
 
     def _layers(self, name: str, launches: Iterable[hlo.Launch]) -> int:
-        """Layers of the model that a phase runs; 0 where it runs none."""
+        """Layers of the model that a phase runs; 0 where it runs none, or that is not known."""
         if not any(phases.BLOCK.search(one.scope) for one in launches):
             return 0
-        models = self.decoder.drafter.models()
-        model = self.decoder.base if name == "verify" or not models else models[-1]
-        return model.config.num_layers
+        if name == "verify":
+            return self.decoder.base.config.num_layers
+        drafter = self.decoder.drafter
+        known = isinstance(drafter, LayerParallelDrafter)
+        return drafter.draft.config.num_layers if known else 0
 
     def _traffic(self, launches: Iterable[hlo.Launch], runs: int) -> Traffic:
         total = Traffic()

@@ -85,7 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Compile every case, print and append its record."""
-    args = parse(argv)
+    args, code = parse(argv), commit()
     for name in args.cases:
         case, start = CASES[name], time.perf_counter()
         program = read_program(
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         head = {
             "program": args.program,
             "case": name,
-            "commit": commit(),
+            "commit": code,
             "versions": versions("jax", "jaxlib", "jax-cuda12-plugin"),
             "options": {"max_len": args.max_len, **dataclasses.asdict(case)},
             "compile_seconds": round(seconds, 1),
