@@ -32,8 +32,9 @@ _BEHIND = {
     "rotation": "rotation", "out": "residual", "down": "residual",
 }  # fmt: skip
 PARTS = (
-    "embedding", "norm", "qkv", "rotation", "cache update", "cache copy", "scores", "softmax", "values", "out",
-    "gate, up", "silu", "down", "residual", "collective", "head", "logits", "sampling", "rest",
+    "embedding", "norm", "qkv", "rotation", "cache update", "cache copy", "scores", "softmax",
+    "values", "out", "gate, up", "silu", "down", "residual", "collective", "head", "logits",
+    "sampling", "rest",
 )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def _part(module: Module, one: Launch, known: dict[str, str], entries: int) -> s
     if caches:
         if "dynamic-update-slice" in inside or "scatter" in inside:
             return "cache update"
-        if hlo.copied(module, one.op):
+        if any(kind in hlo.MOVES for kind, _ in hlo.copied(module, one.op)):
             return "cache copy"
         return "scores" if any(entries in shape.dims for shape in one.op.shapes) else "values"
     made = [known[name] for name in one.producers if name in known]

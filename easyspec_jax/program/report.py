@@ -32,7 +32,6 @@ from easyspec_jax.program import floor, hlo, phases, thunks
 from easyspec_jax.program.target import compile_options
 from easyspec_jax.request import make_inputs
 
-_LARGE = frozenset("copy copy-start transpose".split())  # scores and logits are converted anyway
 _ROUNDS = {"all-reduce": 2}  # of a ring; all others go around once
 _STRATEGY = re.compile(r'"kernel_strategy":"KERNEL_STRATEGY_(\w+)"')
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
@@ -291,7 +290,7 @@ class _Reader:
             one.times
             for one in launches
             for kind, shape in hlo.copied(self.module, one.op)
-            if kind in _LARGE and shape.bytes >= size
+            if kind in hlo.MOVES and shape.bytes >= size
         ]
         counted = [one for one in launches if one.counts]
         parts = phases.parts(self.module, launches, self.entries)

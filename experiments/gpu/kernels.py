@@ -7,8 +7,6 @@ from typing import Any
 
 from easyspec_jax.program import hlo
 
-_LARGE = frozenset("copy copy-start transpose".split())  # scores and logits are converted anyway
-
 
 def step_launches(text: str, entries: tuple[int, ...]) -> dict[str, Any]:
     """What one trip of the largest loop of an optimised HLO module launches.
@@ -39,7 +37,8 @@ def step_launches(text: str, entries: tuple[int, ...]) -> dict[str, Any]:
             trips[inner.name] = inner.trips
         for kind, shape in hlo.copied(module, one.op):
             cache_copies += one.times * (shape.elements in entries)
-            if kind in _LARGE and shape.elements >= min(entries):
+            # scores and logits are converted anyway
+            if kind in hlo.MOVES and shape.elements >= min(entries):
                 large[f"{kind} of {shape.elements}"] += one.times
     return {
         "launches": kinds.total(),
