@@ -133,6 +133,18 @@ def test_memory_is_within_the_budget(name):
     assert needed <= 1.01 * sum(found.budget.values())
 
 
+def test_parts_read_the_weights_that_they_are_named_after():
+    d, f, v, heads = 4096, 14336, 128256, (32 + 2 * 8) * 128
+    want = {"qkv": 2 * d * heads, "out": 2 * d * d, "gate, up": 4 * d * f, "down": 2 * d * f}
+    found = program("8B").phases["verify"].parts
+    for name, weights in (want | {"head": d * v}).items():
+        assert found[name].read == pytest.approx(2 * weights, rel=0.01)
+    assert found["cache update"].written == 2 * 2 * 8 * 128 * 2  # keys and values of two layers
+    entries = 2 * 2 * 8 * 2048 * 128 * 2
+    assert found["scores"].read + found["values"].read == pytest.approx(entries, rel=0.1)
+    assert found["sampling"].launches <= 2 and found["rest"].launches <= 6
+
+
 def test_all_reduces_are_kernels_of_their_own():
     exchanges = [one for p in program("70B + 8B, 4 x 2").phases.values() for one in p.exchanges]
     sums = [one for one in exchanges if one.kind == "all-reduce"]
@@ -140,9 +152,14 @@ def test_all_reduces_are_kernels_of_their_own():
     assert {one.devices for one in sums} == {2, 8}
 
 
-def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path):
+def shallow(folder):
     config = json.loads((CONFIGS / "llama3-8b.json").read_text()) | {"num_hidden_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path):
+    shallow(tmp_path)
     files = ("--hlo", tmp_path / "hlo", "--thunks", tmp_path / "thunks")
     status, out, err = easyspec(
         "program", tmp_path, "--device", "h100", "--dtype", "bfloat16", *files
@@ -153,3 +170,15 @@ def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path)
     assert (tmp_path / "hlo").read_text().startswith("HloModule jit_run_loop")
     assert "kCommandBuffer" in (tmp_path / "thunks").read_text()
     assert all(device.platform == "cpu" for device in jax.devices())
+
+
+def test_options_of_the_compiler_change_the_program(easyspec, tmp_path):
+    shallow(tmp_path)
+    captured = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    options = {"enable_command_buffer": captured, "graph_min_graph_size": 1}
+    given = [f"--compile-option=xla_gpu_{name}={value}" for name, value in options.items()]
+    status, out, err = easyspec("program", tmp_path, *given)
+    assert (status, err) == (0, "")
+    assert "0 CUDA graphs a step" in out and "waits for the device 0 times" in out
+    status, out, err = easyspec("program", tmp_path, "--compile-option", "xla_gpu_nothing=1")
+    assert status == 1 and "xla_gpu_nothing" in err and err.count("\n") == 1

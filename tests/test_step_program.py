@@ -16,9 +16,10 @@ from easyspec_jax.memory import device_bytes
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.program import hlo, thunks
 from easyspec_jax.program.floor import pass_floor, prefill_floor, step_floors
-from easyspec_jax.program.phases import by_phase, place
+from easyspec_jax.program.phases import MATRICES, PARTS, by_phase, place
 from easyspec_jax.program.report import read_program
 from easyspec_jax.program.target import TARGETS, make_mesh
+from easyspec_jax.weights import ARRANGED
 
 CONFIG = es.ModelConfig(
     vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -153,6 +154,11 @@ def test_phases_are_scopes_and_a_draft_s_first_level_is_calibration_s():
     assert place("jit(f)/while/body/draft/while") == ("calibrate", "")
     assert place("jit(f)/while/body/verify/block_12/add") == ("verify", "block_12")
     assert place("state.step") == ("", "")
+
+
+def test_every_matrix_names_the_part_that_reads_it():
+    names = {name for name, letters in ARRANGED.items() if len(letters) > 1 and name[0] != "b"}
+    assert names <= MATRICES.keys() and set(MATRICES.values()) <= {*PARTS}
 
 
 def test_a_loop_over_levels_of_unknown_length_counts_them_all():

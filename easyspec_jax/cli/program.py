@@ -54,10 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=0, metavar="K", help="of the likeliest (default: all)")
     add("--top-p", **PROBABILITY, default=1.0, help="of the likeliest, so much mass (default: all)")
     add("--prefill", **COUNTS, default=(), help="read the program that absorbs so many tokens, too")
+    more = "an option of XLA's, as often as wanted"
+    add("--compile-option", type=_option, action="append", metavar="NAME=VALUE", help=more)
     add("--parts", action="store_true", help="launches and bytes by part of a layer")
     add("--json", action="store_true", help="all of it as one JSON document")
     for name, what in (("hlo", "optimised program"), ("thunks", "sequence of thunks")):
         add(f"--{name}", type=pathlib.Path, metavar="FILE", help=f"write the {what} there")
+
+
+def _option(text: str) -> tuple[str, str | int | bool]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like NAME=VALUE")
+    known: dict[str, bool] = {"true": True, "false": False}
+    return name, known.get(value.lower(), int(value) if value.isdecimal() else value)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         max_len=max_len(args, decoder.base.config),
         sampling=es.Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
         prefill=args.prefill,
+        options=dict(args.compile_option or ()),
         texts=texts,
     )
     for name, text in texts.items():

@@ -15,17 +15,16 @@ from collections.abc import Iterable, Sequence
 
 from easyspec_jax.loop import PHASES
 from easyspec_jax.program import hlo
-from easyspec_jax.program.hlo import Launch, Module
 
 BLOCK = re.compile(r"block_\d+")
-# Of what a launch reads, by the last name of the argument.
-_PRODUCTS = {
+# The part of what reads a matrix, by the last name of the argument.
+MATRICES = {
     "wqkv": "qkv", "wkv": "qkv", "wq": "qkv", "wk": "qkv", "wv": "qkv", "wo": "out",
     "w_gate_up": "gate, up", "w_gate": "gate, up", "w_up": "gate, up",
     "w_down": "down", "lm_head": "head", "embed": "embedding",
 }  # fmt: skip
-_SUMS = {*_PRODUCTS.values(), "scores", "values"}
-# Of what reads the results of another part.
+_SUMS = {*MATRICES.values(), "scores", "values"}
+# The part of what reads the results of another part.
 _BEHIND = {
     "scores": "softmax", "softmax": "values", "values": "values", "gate, up": "silu",
     "head": "sampling", "sampling": "sampling", "logits": "sampling", "qkv": "rotation",
@@ -49,7 +48,7 @@ def place(scope: str) -> tuple[str, str]:
     return phase, part
 
 
-def by_phase(launches: Sequence[Launch], levels: int) -> dict[str, list[Launch]]:
+def by_phase(launches: Sequence[hlo.Launch], levels: int) -> dict[str, list[hlo.Launch]]:
     """The launches of a step by phase, in order; "" for what is in none.
 
     Args:
@@ -79,7 +78,9 @@ def by_phase(launches: Sequence[Launch], levels: int) -> dict[str, list[Launch]]
     return dict(found)
 
 
-def parts(module: Module, launches: Iterable[Launch], entries: int) -> dict[str, list[Launch]]:
+def parts(
+    module: hlo.Module, launches: Iterable[hlo.Launch], entries: int
+) -> dict[str, list[hlo.Launch]]:
     """The launches that count by part, in the order of PARTS.
 
     Args:
@@ -88,7 +89,7 @@ def parts(module: Module, launches: Iterable[Launch], entries: int) -> dict[str,
     known: dict[str, str] = {}
     found = collections.defaultdict(list)
     for one in launches:
-        if one.op.kind in ("while", "conditional", "call"):
+        if one.op.kind in hlo.CONTROL:
             continue
         known[one.op.name] = name = _part(module, one, known, entries)
         if one.counts:
@@ -96,13 +97,13 @@ def parts(module: Module, launches: Iterable[Launch], entries: int) -> dict[str,
     return {name: found[name] for name in PARTS if name in found}
 
 
-def _part(module: Module, one: Launch, known: dict[str, str], entries: int) -> str:
+def _part(module: hlo.Module, one: hlo.Launch, known: dict[str, str], entries: int) -> str:
     if one.op.collective:
         return "logits" if place(one.scope)[1] == "logits" else "collective"
     inside = {op.kind for op in module.computations.get(module.fused(one.op), ())} | {one.op.kind}
     read = [re.split(r"[.\]]", name)[-1] for name in one.arguments]
     caches = [name for name in one.arguments if re.match(r"state\.(cache|draft)\b.*blocks", name)]
-    product = next((_PRODUCTS[name] for name in read if name in _PRODUCTS), "")
+    product = next((MATRICES[name] for name in read if name in MATRICES), "")
     if product:
         looked_up = product in ("head", "embedding") and inside & {"gather", "dynamic-slice"}
         return "embedding" if looked_up else product
