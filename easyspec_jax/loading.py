@@ -110,7 +110,7 @@ def abstract_model(
     layout: str | LayoutRules | None = None,
 ) -> Model:
     """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
-    `planner.program.collectives`; arguments as in `load_model`.
+    `program.collectives.collectives`; arguments as in `load_model`.
     """
     mesh = mesh if mesh is not None else make_mesh()
     if set(mesh.axis_names) != {LAYER, TENSOR}:

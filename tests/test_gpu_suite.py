@@ -108,7 +108,7 @@ def test_launches_are_counted_in_the_largest_loop():
         "kinds": {"transpose": 4, "copy": 4, "fusion": 2, "custom-call": 1, "add": 1}
         | {"all-reduce": 1},
         "custom_calls": {"__cublas$gemm": 1},
-        "inner_loops": [{"trips": 4, "launches": 2}],
+        "inner_loops": [{"trips": 4, "launches": 8}],  # in all trips
         "large_copies": {"copy of 512": 1, "transpose of 700": 4},
         "cache_copies": 1,
     }

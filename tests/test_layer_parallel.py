@@ -14,7 +14,7 @@ from hf_models import random_tensors, tiny_config, write_hf_folder
 import convert
 import easyspec_jax as es
 from easyspec_jax.layer_parallel import draft_runner, run_exact, run_fuzzy, run_whole_layers
-from easyspec_jax.planner.program import Collective, read_collectives
+from easyspec_jax.program.collectives import Collective, read_collectives
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
 TOKENS = np.random.default_rng(3).integers(0, 61, (2, 7))

@@ -25,6 +25,7 @@ FIGURES = {
     "04_losslessness": {"losslessness.png", "near_ties.png"},
     "05_your_own_pair": {"your_own_pair.png"},
     "06_plan_and_tune": {"predicted_and_measured.png"},
+    "07_gpu_programs": {"gpu_bytes.png", "gpu_launches.png", "gpu_collectives.png"},
 }
 sys.path.insert(0, str(EXPERIMENTS))  # scripts, no package
 tiny_pair = importlib.import_module("tiny_pair")

@@ -31,7 +31,7 @@ from easyspec_jax.planner.measure import (
     score_seconds,
 )
 from easyspec_jax.planner.plan import Choice, Deployment, Planner, abstract_mesh, deployments
-from easyspec_jax.planner.program import collectives
+from easyspec_jax.program.collectives import collectives
 from easyspec_jax.sharding import LAYOUTS
 
 BASE = es.ModelConfig(

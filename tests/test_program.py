@@ -10,7 +10,7 @@ import pytest
 from decoders import started
 
 import easyspec_jax as es
-from easyspec_jax.planner.program import collectives, read_collectives
+from easyspec_jax.program.collectives import collectives, read_collectives
 from easyspec_jax.request import make_inputs
 
 GAMMA, WIDTH, FLOAT = 3, 2, 4
@@ -146,10 +146,12 @@ def test_one_device_exchanges_nothing():
 
 def test_collectives_are_read_from_a_program():
     hlo = """
+ENTRY %main () -> f32[2] {
   %a = f32[2,3]{1,0} all-reduce(%x), op_name="jit(f)/while/body/verify/block_7/psum"
   %b = (bf16[4]{0}, s32[2]{0}) all-gather-start(%y), op_name="jit(f)/draft/logits/all_gather"
   %c = pred[] all-reduce(%z)
   %d = f32[2]{0} add(%a, %b), op_name="all-reduce"
+}
 """
     found = [(one.phase, one.part, one.kind, one.bytes) for one in read_collectives(hlo)]
     assert found == [

@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *(page for name in FOLDERS for page in (ROOT / name
 PAGES = {str(page.relative_to(ROOT)): page for page in sorted(PAGES)}
 CONTRIBUTING = ".github/CONTRIBUTING.md"
 HISTORY = (".github/CHANGELOG.md", "experiments/README.md")  # name what was there once, too
-COMMANDS = {"generate", "chat", "convert", "info", "plan", "tune", "demo"}
+COMMANDS = {"generate", "chat", "convert", "info", "plan", "program", "tune", "demo"}
 
 
 @functools.cache

@@ -131,11 +131,17 @@ KINDS = {
 }
 
 
-def add_arguments(add: Add) -> None:
-    """--drafter and the options of all drafters; what only one of them takes says which."""
+def add_arguments(add: Add, *, without: tuple[str, ...] = ()) -> None:
+    """--drafter and the options of all drafters; what only one of them takes says which.
+
+    Args:
+      without: options that the command has no use for.
+    """
     kinds = "; ".join(f"{name}: {kind.drafts}" for name, kind in KINDS.items())
     add("--drafter", choices=tuple(KINDS), help=f"{kinds} (default: none)")
     for name, option in OPTIONS.items():
+        if name in without:
+            continue
         who = _takers(name)
         only = f"{who[0]}: " if len(who) == 1 else ""
         add_option(add, name, help=only + option["help"])
@@ -175,7 +181,7 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if args.drafter is None and args.draft is not None:
         args.drafter = "layer-parallel"
-    drafter, names_given = args.drafter, given(args, *OPTIONS)
+    drafter, names_given = args.drafter, given(args, *(n for n in OPTIONS if n in vars(args)))
     for name in names_given:
         who = _takers(name)
         if drafter is None:

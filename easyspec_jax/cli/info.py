@@ -25,7 +25,7 @@ from easyspec_jax.sources import conversion, read_config
 from easyspec_jax.text import has_chat_template, read_generation_config, stop_ids
 
 if TYPE_CHECKING:
-    from easyspec_jax.planner.program import Collective
+    from easyspec_jax.program.collectives import Collective
 
 HELP = "what a checkpoint is, and how it is split"
 SHOWN_DTYPES = ("float32", "bfloat16")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in rows.items():
         print(f"{name:<13}  {value}")
     if args.collectives:
-        from easyspec_jax.planner.program import collectives
+        from easyspec_jax.program.collectives import collectives
 
         _print_collectives(pairs["float32"], collectives(pairs["float32"], args.batch, tokens))
     if args.device_memory is not None:

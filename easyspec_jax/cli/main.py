@@ -1,4 +1,4 @@
-"""The command line: `easyspec generate | chat | convert | info | plan | tune | demo`.
+"""The command line: `easyspec generate | chat | convert | info | plan | program | tune | demo`.
 
 Each command is a module with its arguments and what it does. Only here does the package set jax
 options, in `configure`, and turn errors into sentences and exit statuses.
@@ -17,14 +17,15 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.cli import chat, convert, demo, generate, info, plan, tune
+from easyspec_jax.cli import chat, convert, demo, generate, info, plan, program, tune
 from easyspec_jax.cli.options import MAX_DEVICES, flag
 from easyspec_jax.distributed import is_lost_peer
+from easyspec_jax.program import target
 from easyspec_jax.sources import cache_root
 
 COMMANDS = {
     "generate": generate, "chat": chat, "convert": convert, "info": info, "plan": plan,
-    "tune": tune, "demo": demo,
+    "program": program, "tune": tune, "demo": demo,
 }  # fmt: skip
 
 
@@ -90,6 +91,9 @@ def configure(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
     if args.command == "plan" and not args.measure:  # shapes only, no mesh at all
         devices = 1
+    if args.command == "program" and args.device != target.HERE:  # compiled for, not run on
+        os.environ.setdefault(target.SETTING, "1")
+        jax.config.update("jax_platforms", "cpu")
     if devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)

@@ -96,9 +96,14 @@ def add_device(add: Add, purpose: str, num_devices: str) -> None:
 
 def add_requests(add: Add, memory: str) -> None:
     """--batch, --max-len and --device-memory: which requests should fit, and into what."""
-    add("--batch", **_BATCH, default=1, help="prompts at once (default 1)")
+    add_batch(add)
     add_max_len(add, "tokens of each, prompt and answer")
     add("--device-memory", **_SIZE, help=f"GiB of each device{memory}")
+
+
+def add_batch(add: Add) -> None:
+    """--batch."""
+    add("--batch", **_BATCH, default=1, help="prompts at once (default 1)")
 
 
 def add_max_len(add: Add, what: str) -> None:

@@ -59,6 +59,10 @@ class Device:
     hop: float = 0.0  # more for each device behind the second
     link: float = math.inf  # bytes a second into a device
     step: float = 0.0  # seconds between two steps: what the host does
+    # of compiled programs whose every kernel is known (`program.report`), in seconds
+    least: float = 0.0  # what a kernel in a CUDA graph takes, however small
+    launch: float = 0.0  # more for each graph, and for what is launched outside of one
+    sync: float = 0.0  # more wherever the host reads a value before it goes on
     overlapped: bool = False  # the host launches while the device works: the slower of both counts
 
     def __post_init__(self):
@@ -127,10 +131,14 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 # collective and hop are fitted to three of their figures (Llama-3.1-8B on 1, 2 and 8 GPUs), see
 # `experiments/published.py`, which predicts all others. Hopper devices: the same share of what they
 # are sold with and the same kernels; collectives fitted to measurements of custom all-reduces of 4
-# to 256 KB (sglang issue 2904). `score` and `logit`: three passes over float32 numbers.
+# to 256 KB (sglang issue 2904). `score` and `logit`: three passes over float32 numbers. `least`,
+# `launch` and `sync`: a kernel of half a million numbers on a V100 takes 3.4 us in a CUDA graph,
+# 3.8 us launched behind another, 9.6 us when the host waits for each (NVIDIA, "Getting Started with
+# CUDA Graphs"); later devices will be somewhat faster, by how much is not known here.
 _A100 = Device(
     name="a100", bandwidth=1.7e12, flops=0.6 * 312e12, memory=0.75 * 80e9, kernel=5e-6,
     score=8e-12, logit=8e-12, collective=6.9e-6, hop=0.56e-6, link=4e10, step=3e-5,
+    least=3.4e-6, launch=0.4e-6, sync=5.8e-6,
 )  # fmt: skip
 _EAGER = dataclasses.replace(
     _A100, name="a100-eager", kernel=19.1e-6, attention_kernels=26, mlp_kernels=14,
@@ -139,6 +147,7 @@ _EAGER = dataclasses.replace(
 _H100 = Device(
     name="h100", bandwidth=0.83 * 3.35e12, flops=0.6 * 989e12, memory=0.75 * 80e9, kernel=5e-6,
     score=5e-12, logit=5e-12, collective=3.35e-6, hop=0.38e-6, link=4.6e10, step=3e-5,
+    least=3.4e-6, launch=0.4e-6, sync=5.8e-6,
 )  # fmt: skip
 _H200 = dataclasses.replace(
     _H100, name="h200", bandwidth=0.83 * 4.8e12, memory=0.75 * 141e9, score=3e-12, logit=3e-12

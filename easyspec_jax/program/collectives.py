@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
-import re
 
 import numpy as np
 
 from easyspec_jax import loop
 from easyspec_jax.decode import Decoder
+from easyspec_jax.program import hlo
+from easyspec_jax.program.phases import place
+from easyspec_jax.program.target import compile_options
 from easyspec_jax.request import make_inputs
-
-_KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
-_LINE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(?:-start)?\(")
-_SHAPE = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
-_NAME = re.compile(r'op_name="([^"]*)"')
-_COMPILE = {"xla_backend_optimization_level": 0}  # halves the time; the program is not run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,35 +52,11 @@ def collectives(decoder: Decoder, batch: int = 1, max_len: int = 512) -> list[Co
     context = decoder.base.config.max_len
     inputs = make_inputs(decoder.base.config, prompts, min(max_len, context) - 1)
     lowered = loop.run_loop.lower(decoder.base, decoder.drafter, *decoder.planned(inputs))
-    return read_collectives(lowered.compile(compiler_options=_COMPILE).as_text())
+    options = compile_options(decoder.base.layout.mesh)
+    return read_collectives(lowered.compile(compiler_options=options).as_text())
 
 
-def read_collectives(hlo: str) -> list[Collective]:
+def read_collectives(text: str) -> list[Collective]:
     """The collectives of an optimised HLO module, in its order."""
-    found = []
-    for line in hlo.splitlines():
-        match = _LINE.search(line)
-        if match:
-            name = _NAME.search(line)
-            shapes = _SHAPE.findall(match["shapes"])
-            size = sum(_itemsize(bits) * _elements(dims) for _, bits, dims in shapes)
-            found.append(Collective(*_place(name[1] if name else ""), match["kind"], size))
-    return found
-
-
-def _place(name: str) -> tuple[str, str]:
-    """Phase and part of an operation, from the scopes in its name."""
-    scopes = name.split("/")
-    phase = next((scope for scope in scopes if scope in loop.PHASES), "")
-    if phase == "draft" and "while" not in scopes[scopes.index("draft") :]:
-        phase = "calibrate"  # the first level's logits
-    part = next((s for s in scopes if s in ("embed", "logits") or s.startswith("block_")), "")
-    return phase, part
-
-
-def _itemsize(bits: str) -> int:
-    return max(int(bits or 8) // 8, 1)  # a pred takes a byte
-
-
-def _elements(dims: str) -> int:
-    return math.prod(int(n) for n in dims.split(",") if n)
+    ops = [op for op in hlo.parse(text).ops() if op.collective]
+    return [Collective(*place(op.scope), op.collective, op.bytes) for op in ops]

@@ -1,0 +1,3 @@
+"""What the compiler makes of a decoding step: launches, bytes, collectives, graphs, memory; for a
+GPU that need not be there.
+"""

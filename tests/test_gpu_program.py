@@ -1,0 +1,184 @@
+"""The programs that GPUs would run, compiled without one: launches a layer, bytes against what must
+move, conditionals and copies, at the real width and a few layers.
+
+Needs jax's CUDA plugin: pip install 'jax[cuda12]'. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import pytest
+
+import easyspec_jax as es
+from easyspec_jax.program import target
+from easyspec_jax.program.report import read_program
+from easyspec_jax.sources import read_config
+
+pytestmark = [
+    pytest.mark.gpu_program,
+    pytest.mark.skipif(not target.is_installed(), reason="needs jax's CUDA plugin"),
+]
+CONFIGS = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """At most so many launches a layer, and bytes for each that must move."""
+
+    per_layer: float
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pair of few layers, and the bounds of its phases: what holds, to be tightened with it."""
+
+    base: tuple[str, int]  # a configuration, and how many layers of it
+    draft: tuple[str, int] | None = None
+    mesh: tuple[int, int] = (1, 1)
+    phases: dict[str, Bound]
+    conditionals: int = 0  # a step
+    copies: int = 0  # of cache entries, a step
+    host_syncs: int = 1
+
+
+CASES = {
+    "8B": Case(base=("llama3-8b", 2), phases={"verify": Bound(18.0, 1.005)}),
+    "8B + 1B": Case(
+        base=("llama3-8b", 2),
+        draft=("llama3.2-1b", 6),
+        phases={
+            "calibrate": Bound(16.2, 1.05), "draft": Bound(17.0, 1.09), "verify": Bound(16.0, 1.02)
+        },
+    ),
+    "70B + 8B, 4 x 2": Case(
+        base=("llama3-70b", 2),
+        draft=("llama3-8b", 6),
+        mesh=(4, 2),
+        phases={
+            "calibrate": Bound(20.7, 1.13), "draft": Bound(13.7, 1.54), "verify": Bound(17.5, 1.05)
+        },
+        conditionals=4,
+        copies=12,
+        host_syncs=5,
+    ),
+}  # fmt: skip
+COMMIT_LAUNCHES = 14
+
+
+@functools.cache
+def program(name):
+    case = CASES[name]
+    mesh = target.make_mesh("h200", *case.mesh)
+
+    def model(which, **options):
+        config, layers = read_config(CONFIGS / f"{which[0]}.json")[0], which[1]
+        config = dataclasses.replace(config, num_layers=layers)
+        return es.abstract_model(config, mesh, dtype="bfloat16", **options)
+
+    base, drafter = model(case.base), None
+    if case.draft is not None:
+        drafter = es.LayerParallelDrafter(model(case.draft, group_size=4, layout="grouped"))
+    # As users have it, not as other tests do: products of bfloat16 are others then.
+    with jax.default_matmul_precision("default"), jax.enable_x64(False):
+        return read_program(es.Decoder(base, drafter, num_draft_tokens=5))
+
+
+PHASES = [(name, phase) for name, case in CASES.items() for phase in case.phases]
+
+
+@pytest.mark.parametrize(("name", "phase"), PHASES)
+def test_a_layer_is_few_launches(name, phase):
+    found = program(name).phases[phase]
+    assert found.layers and found.per_layer <= CASES[name].phases[phase].per_layer
+
+
+@pytest.mark.parametrize(("name", "phase"), PHASES)
+def test_little_moves_beside_weights_and_caches(name, phase):
+    found = program(name).phases[phase]
+    assert 1 <= found.ratio <= CASES[name].phases[phase].ratio
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_conditionals_and_copies_of_caches(name):
+    found, case = program(name), CASES[name]
+    assert found.total("conditionals") <= case.conditionals
+    assert found.total("copies") <= case.copies
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_launched_as_graphs(name):
+    found, case = program(name), CASES[name]
+    assert 0 < found.graphs.host_syncs <= case.host_syncs
+    assert found.graphs.inside > found.graphs.launched_outside
+    # the runtime launches what the program says, but for what it copies by itself
+    launched = found.graphs.inside + found.graphs.launched_outside
+    assert launched == pytest.approx(found.step.launches, rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_end_of_a_step_is_few_launches(name):
+    assert program(name).phases["commit"].traffic.launches <= COMMIT_LAUNCHES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_within_the_budget(name):
+    found = program(name)
+    needed = found.memory["arguments"] + found.memory["temporaries"]
+    assert needed <= 1.01 * sum(found.budget.values())
+
+
+def test_parts_read_the_weights_that_they_are_named_after():
+    d, f, v, heads = 4096, 14336, 128256, (32 + 2 * 8) * 128
+    want = {"qkv": 2 * d * heads, "out": 2 * d * d, "gate, up": 4 * d * f, "down": 2 * d * f}
+    found = program("8B").phases["verify"].parts
+    for name, weights in (want | {"head": d * v}).items():
+        assert found[name].read == pytest.approx(2 * weights, rel=0.01)
+    assert found["cache update"].written == 2 * 2 * 8 * 128 * 2  # keys and values of two layers
+    entries = 2 * 2 * 8 * 2048 * 128 * 2
+    assert found["scores"].read + found["values"].read == pytest.approx(entries, rel=0.1)
+    assert found["sampling"].launches <= 2 and found["rest"].launches <= 6
+
+
+def test_all_reduces_are_kernels_of_their_own():
+    exchanges = [one for p in program("70B + 8B, 4 x 2").phases.values() for one in p.exchanges]
+    sums = [one for one in exchanges if one.kind == "all-reduce"]
+    assert sums and {one.kernel for one in sums} == {"TRITON_ONE_SHOT"}
+    assert {one.devices for one in sums} == {2, 8}
+
+
+def shallow(folder):
+    config = json.loads((CONFIGS / "llama3-8b.json").read_text()) | {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path):
+    shallow(tmp_path)
+    files = ("--hlo", tmp_path / "hlo", "--thunks", tmp_path / "thunks")
+    status, out, err = easyspec(
+        "program", tmp_path, "--device", "h100", "--dtype", "bfloat16", *files
+    )
+    assert (status, err) == (0, "")
+    assert "NVIDIA H100, layer 1 x tensor 1" in out and "no clock was read" in out
+    assert "1 CUDA graphs a step" in out and "limit" in out
+    assert (tmp_path / "hlo").read_text().startswith("HloModule jit_run_loop")
+    assert "kCommandBuffer" in (tmp_path / "thunks").read_text()
+    assert all(device.platform == "cpu" for device in jax.devices())
+
+
+def test_options_of_the_compiler_change_the_program(easyspec, tmp_path):
+    shallow(tmp_path)
+    captured = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    options = {"enable_command_buffer": captured, "graph_min_graph_size": 1}
+    given = [f"--compile-option=xla_gpu_{name}={value}" for name, value in options.items()]
+    status, out, err = easyspec("program", tmp_path, *given)
+    assert (status, err) == (0, "")
+    assert "0 CUDA graphs a step" in out and "waits for the device 0 times" in out
+    status, out, err = easyspec("program", tmp_path, "--compile-option", "xla_gpu_nothing=1")
+    assert status == 1 and "xla_gpu_nothing" in err and err.count("\n") == 1
