@@ -12,6 +12,7 @@ out = decoder.generate([tokenizer.encode("Once upon a time")], max_new_tokens=12
 print(tokenizer.decode(out.tokens[0]), out.stats.tokens_per_step)
 """
 
+from easyspec_jax.compile_options import CompileOptions
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.distributed import initialize_distributed
@@ -34,6 +35,7 @@ from easyspec_jax.text import Tokenizer
 from easyspec_jax.verify import Proposal, Verdict
 
 __all__ = [
+    "CompileOptions",
     "Decoder",
     "Drafter",
     "EarlyExitDrafter",

@@ -66,7 +66,7 @@ class Decoder(Engine):
             self.base.config, prompts, max_new_tokens, sampling, eos_ids, seed, logprobs
         )
         request, state = self.prefill(inputs)
-        state = loop.run_loop(self.base, self.drafter, request, state)
+        state = self.compiled(loop.run_loop)(self.base, self.drafter, request, state)
         tokens, ends, scores = jax.device_get((state.tokens, state.length, state.logprobs))
 
         def new(values):
@@ -131,7 +131,7 @@ class Decoder(Engine):
         request, state = self.prefill(inputs)
         state = state.replace(done=jnp.ones_like(state.done))
         run = loop.run_step if stream else loop.run_loop
-        jax.block_until_ready(run(self.base, self.drafter, request, state))
+        jax.block_until_ready(self.compiled(run)(self.base, self.drafter, request, state))
 
     def profile(
         self,
@@ -151,6 +151,7 @@ class Decoder(Engine):
         """
         prompts = np.zeros((batch, prompt_len), np.int32)
         inputs = make_inputs(self.base.config, prompts, max_new_tokens, sampling)
+        how = {"repeats": repeats, "options": self.compile_options.on(self.base.layout.mesh)}
         if not is_integer(repeats) or repeats < 1:
             raise ValueError(f"repeats must be a whole number above 0, got {repeats!r}")
         jax.block_until_ready(self.prefill(inputs))
@@ -158,4 +159,4 @@ class Decoder(Engine):
         start = time.perf_counter()
         state = jax.block_until_ready(self.absorb(request, state, inputs.longest))
         times = {"prefill": time.perf_counter() - start}
-        return times | phase_seconds(self.base, self.drafter, request, state, repeats=repeats)
+        return times | phase_seconds(self.base, self.drafter, request, state, **how)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from easyspec_jax import loop
+from easyspec_jax.compile_options import CompileOptions
 from easyspec_jax.config import Sampling
 from easyspec_jax.drafter import Autoregression, Drafter
 from easyspec_jax.memory import check_memory, decode_budget
@@ -38,6 +39,7 @@ class Engine:
         num_draft_tokens: int | None = None,
         tree_width: int = 1,
         min_draft_probability: float | None = None,
+        compile_options: CompileOptions = CompileOptions(),  # noqa: B008
     ):
         """Pair a base with a drafter.
 
@@ -51,6 +53,7 @@ class Engine:
             probability under the draft model (the product along it, after temperature and filters
             when sampling). The base is then compiled for a few depths, and on a GPU each of them
             costs a host synchronisation a step. None never stops.
+          compile_options: how its programs are compiled.
 
         Raises:
           ValueError: a bad γ, w or probability, a base in groups, models on different meshes, or
@@ -63,6 +66,14 @@ class Engine:
         self.num_draft_tokens = int(depth) if drafter.depth else 0
         self.tree_width = int(tree_width) if drafter.depth else 1
         self.min_draft_probability = min_draft_probability or None
+        if not isinstance(compile_options, CompileOptions):
+            raise ValueError(f"compile_options must be CompileOptions, got {compile_options!r}")
+        self.compile_options = compile_options
+
+    def compiled(self, function: Any) -> Callable:
+        """A function of `loop` as this engine compiles it."""
+        options = self.compile_options.on(self.base.layout.mesh)
+        return function.using(options) if options else function
 
     @property
     def num_nodes(self) -> int:
@@ -136,7 +147,8 @@ class Engine:
         for at in range(start, end, chunk):
             # The last piece moves back where it would not fit: absorbing again changes nothing.
             first = self._put(np.int32(min(at, size - chunk)))
-            state = loop.prefill_chunk(self.base, self.drafter, request, state, first, chunk=chunk)
+            arguments = (self.base, self.drafter, request, state, first)
+            state = self.compiled(loop.prefill_chunk)(*arguments, chunk=chunk)
         return state
 
     def prefill(self, inputs: Inputs) -> tuple[Request, loop.DecodeState]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,14 +83,16 @@ def time_phase(
     state: loop.DecodeState,
     *,
     repeats: int,
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> tuple[float, loop.DecodeState]:
     """Mean seconds of one of `TIMED`, run `repeats` times in a compiled loop that has run once
     before, and the state it leaves; nothing but this phase is compiled.
 
     Args:
       state: with room for a step; donated.
+      options: of the compiler.
     """
-    run = functools.partial(_repeat, timed=timed, repeats=repeats)
+    run = functools.partial(_repeat.using(options), timed=timed, repeats=repeats)
     state = jax.block_until_ready(run(base, drafter, request, state))
     start = time.perf_counter()
     state = jax.block_until_ready(run(base, drafter, request, state))
@@ -97,17 +100,24 @@ def time_phase(
 
 
 def phase_seconds(
-    base: Model, drafter: Drafter, request: Request, state: loop.DecodeState, *, repeats: int
+    base: Model,
+    drafter: Drafter,
+    request: Request,
+    state: loop.DecodeState,
+    *,
+    repeats: int,
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> dict[str, float]:
     """Mean seconds of a whole step and of its phases: calibrate, draft, verify, commit (the rest).
 
     Args:
       state: prefilled, with room for a step; donated.
       repeats: runs in each compiled loop.
+      options: of the compiler.
     """
-    times = {}
+    times, how = {}, {"repeats": repeats, "options": options}
     for timed in TIMED if request.num_draft_tokens else ("step", "verify"):
-        times[timed], state = time_phase(timed, base, drafter, request, state, repeats=repeats)
+        times[timed], state = time_phase(timed, base, drafter, request, state, **how)
     propose, calibrate = times.pop("propose", 0.0), times.pop("calibrate", 0.0)
     rest = times["step"] - propose - times["verify"]
     return times | {

@@ -129,7 +129,7 @@ class Session:
     def _step(self, engine: Engine, request: Request) -> tuple[loop.Emission, bool]:
         """What one step emitted, on the host, and whether the row is done; under the lock."""
         state, self._state = self._state, None  # donated: nobody may use it again
-        state, out = loop.run_step(engine.base, engine.drafter, request, state)
+        state, out = engine.compiled(loop.run_step)(engine.base, engine.drafter, request, state)
         out, done = jax.device_get((out, state.done))
         self._state = state
         return out, bool(done[0])

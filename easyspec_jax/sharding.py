@@ -215,7 +215,7 @@ def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
         "vocab_size": _minus(real(rules.vocab), vocab),
     }
     group = next(iter(real((rules.group,) if rules.group else ())), None)
-    layout = Layout(mesh, kv, query, mlp, vocab, group, for_gpu=_has_gpus(mesh))
+    layout = Layout(mesh, kv, query, mlp, vocab, group, for_gpu=has_gpus(mesh))
     notes = [f"{name} over {'/'.join(axes)}" for name, axes in replicated.items() if axes]
     if notes:
         logger.info(
@@ -253,7 +253,7 @@ def _dividing(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     return ()
 
 
-def _has_gpus(mesh: Mesh) -> bool:
+def has_gpus(mesh: Mesh) -> bool:
     """Whether its devices are GPUs, those included that programs are only compiled for."""
     return mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
 
@@ -320,9 +320,39 @@ def specs_of(tree: Any) -> Any:
     return _over_placed(lambda x: x.specs(), lambda x: P(), tree)
 
 
+class MeshJit:
+    """A function of arrays on a mesh as `mesh_jit` makes it: jitted, and again for every other
+    choice of compiler options.
+    """
+
+    def __init__(self, run: Callable, **options: Any):
+        self._run, self._options = run, options
+        self._jitted = {(): jax.jit(run, **options)}
+        functools.update_wrapper(self, run)
+
+    def using(self, options: tuple[tuple[str, Any], ...]) -> Any:
+        """Jitted with these options of the compiler, which must be known to it."""
+        if options not in self._jitted:
+            self._jitted[options] = jax.jit(
+                self._run, **self._options, compiler_options=dict(options)
+            )
+        return self._jitted[options]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted[()](*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As a jitted function."""
+        return self._jitted[()].lower(*args, **kwargs)
+
+    def num_compiled(self) -> int:
+        """How many programs this process has of it."""
+        return sum(jitted._cache_size() for jitted in self._jitted.values())
+
+
 def mesh_jit(
     *, out: str | tuple[str | None, ...] | None = None, donate: str | None = None, **options: Any
-) -> Callable[[Callable], Any]:
+) -> Callable[[Callable], MeshJit]:
     """A decorator: a function of local shards becomes a jitted function of arrays on a mesh.
 
     The mesh and how everything is split are read off the `Placed` arguments while tracing, from
@@ -336,7 +366,7 @@ def mesh_jit(
       options: of `jax.jit`.
     """
 
-    def decorate(fn: Callable) -> Any:
+    def decorate(fn: Callable) -> MeshJit:
         signature = inspect.signature(fn)
         static = options.get("static_argnames", ())
         static = (static,) if isinstance(static, str) else static
@@ -362,6 +392,6 @@ def mesh_jit(
                 arrays
             )
 
-        return jax.jit(run, donate_argnames=donate, **options)
+        return MeshJit(run, donate_argnames=donate, **options)
 
     return decorate

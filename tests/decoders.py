@@ -144,7 +144,7 @@ def compiled_text(lowered) -> str:
 
 def compilations() -> tuple[int, int, int]:
     """How many programs this process has of the loop, of a step, and of a piece of a prefill."""
-    return tuple(run._cache_size() for run in (loop.run_loop, loop.run_step, loop.prefill_chunk))
+    return tuple(run.num_compiled() for run in (loop.run_loop, loop.run_step, loop.prefill_chunk))
 
 
 def spy_on_prefills(monkeypatch) -> list[int]:

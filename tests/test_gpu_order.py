@@ -23,7 +23,7 @@ TIED = es.ModelConfig(**{**vars(CONFIG), "tie_embeddings": True})
 @pytest.fixture
 def pretend(monkeypatch):
     """Whether the devices of meshes pass for GPUs."""
-    return lambda gpus: monkeypatch.setattr(sharding, "_has_gpus", lambda mesh: gpus)
+    return lambda gpus: monkeypatch.setattr(sharding, "has_gpus", lambda mesh: gpus)
 
 
 def both(pretend, shape, config=CONFIG, **options):

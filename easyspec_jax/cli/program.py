@@ -23,6 +23,7 @@ from easyspec_jax.cli.options import (
     add_mesh,
     max_len,
 )
+from easyspec_jax.compile_options import LEVELS
 from easyspec_jax.memory import listed
 from easyspec_jax.planner.device import PRESETS, Device
 from easyspec_jax.program import target
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=0, metavar="K", help="of the likeliest (default: all)")
     add("--top-p", **PROBABILITY, default=1.0, help="of the likeliest, so much mass (default: all)")
     add("--prefill", **COUNTS, default=(), help="read the program that absorbs so many tokens, too")
+    add("--graphs", choices=LEVELS, default="default", help="what stands in CUDA graphs")
     more = "an option of XLA's, as often as wanted"
     add("--compile-option", type=_option, action="append", metavar="NAME=VALUE", help=more)
     add("--parts", action="store_true", help="launches and bytes by part of a layer")
@@ -75,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     from easyspec_jax.program.report import read_program
 
     decoder = _decoder(args)
+    more = dict(args.compile_option or ())
+    decoder.compile_options = es.CompileOptions(args.graphs, more)
     kind = decoder.base.layout.mesh.devices.flat[0].device_kind
     constants = next((d for name, d in PRESETS.items() if name in kind.lower().split()), None)
     texts: dict[str, str] = {}
@@ -85,7 +89,6 @@ def run(args: argparse.Namespace) -> int:
         max_len=max_len(args, decoder.base.config),
         sampling=es.Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
         prefill=args.prefill,
-        options=dict(args.compile_option or ()),
         texts=texts,
     )
     for name, text in texts.items():

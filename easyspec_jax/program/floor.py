@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from easyspec_jax.cache import KVCache
 from easyspec_jax.decode import Decoder
 from easyspec_jax.drafter import Autoregression
@@ -104,7 +102,7 @@ def prefill_floor(decoder: Decoder, batch: int, entries: int, chunk: int) -> Flo
 
 
 def smallest_entry(decoder: Decoder, batch: int, entries: int) -> int:
-    """Bytes on a device of the smallest array of a layer's cache entries."""
+    """Bytes on a device of the keys, or values, of a layer whose cache is the smallest."""
     models = (decoder.base, *decoder.drafter.models())
-    blocks = [model.abstract_cache(batch, entries).blocks for model in models]
-    return min(device_bytes(leaf) for leaf in jax.tree.leaves(blocks))
+    blocks = [block for m in models for block in m.abstract_cache(batch, entries).blocks]
+    return min(device_bytes(kv) // 2 for block in blocks for kv in block)

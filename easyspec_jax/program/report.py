@@ -166,7 +166,6 @@ def read_program(
     max_len: int = 2048,
     sampling: Sampling = Sampling(),  # noqa: B008
     prefill: Sequence[int] = (),
-    options: dict[str, Any] | None = None,
     texts: dict[str, str] | None = None,
 ) -> StepProgram:
     """The decoding loop of a decoder, compiled for the devices of its mesh, and what it says.
@@ -179,7 +178,6 @@ def read_program(
       batch: rows.
       max_len: S, tokens of each row that the caches hold, a step's draft among them.
       prefill: chunks of prompt tokens whose programs are read, too.
-      options: more of the compiler's, by name, as `Lowered.compile` takes them.
       texts: gets the "hlo" and "thunks" of the loop.
 
     Raises:
@@ -193,7 +191,7 @@ def read_program(
     chunk = min(PREFILL_CHUNKS[-1], max_len)
     budget = decode_budget(base, decoder.drafter, request, state, chunk=chunk)
     lowered = loop.run_loop.lower(base, decoder.drafter, request, state)
-    compiled = compile_program(lowered, base.layout.mesh, options)
+    compiled = compile_program(lowered, decoder)
     if texts is not None:
         texts |= {"hlo": compiled.hlo, "thunks": compiled.thunks}
     module = hlo.parse(compiled.hlo)
@@ -216,19 +214,19 @@ def read_program(
         memory=compiled.memory,
         budget=budget,
         estimate={},
-        prefill={
-            chunk: _prefill(decoder, request, state, chunk, constants, options) for chunk in prefill
-        },
+        prefill={chunk: _prefill(decoder, request, state, chunk, constants) for chunk in prefill},
     )
     return dataclasses.replace(program, estimate=estimate(program, constants))
 
 
-def compile_program(lowered: Any, mesh: Any, more: dict[str, Any] | None = None) -> Compiled:
-    """What the compiler makes of a lowered function for the devices of a mesh."""
+def compile_program(lowered: Any, decoder: Decoder) -> Compiled:
+    """What the compiler makes of a lowered function of a decoder, for the devices of its mesh."""
+    mesh = decoder.base.layout.mesh
+    more = dict(decoder.compile_options.on(mesh))
     with tempfile.TemporaryDirectory(prefix="easyspec-program-") as folder:
         on_gpu = mesh.devices.flat[0].platform != "cpu"
         options = compile_options(mesh, folder if on_gpu else None)
-        compiled = lowered.compile(compiler_options=options | (more or {}))
+        compiled = lowered.compile(compiler_options=options | more)
         sequence = thunks.dumped(pathlib.Path(folder))
     sizes = compiled.memory_analysis()
     memory = {
@@ -246,7 +244,6 @@ def _prefill(
     state: Any,
     chunk: int,
     constants: Device | None,
-    options: dict[str, Any] | None,
 ) -> Phase:
     """One chunk of prompt tokens, absorbed by base and draft."""
     mesh = decoder.base.layout.mesh
@@ -254,7 +251,7 @@ def _prefill(
     start = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     arguments = (decoder.base, decoder.drafter, request, state, start)
     lowered = loop.prefill_chunk.lower(*arguments, chunk=chunk)
-    module = hlo.parse(compile_program(lowered, mesh, options).hlo)
+    module = hlo.parse(compile_program(lowered, decoder).hlo)
     reader = _Reader(module, decoder, constants, batch, entries)
     layers = sum(m.config.num_layers for m in (decoder.base, *decoder.drafter.models()))
     least = floor.prefill_floor(decoder, batch, entries, chunk)

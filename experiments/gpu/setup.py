@@ -229,7 +229,7 @@ class Suite:
         compiled = lowered.compile()
         end = time.perf_counter()
         caches = (state.cache, state.draft) if arm.draft else (state.cache,)
-        entries = tuple(int(np.prod(cache.blocks[0][0].k.shape)) for cache in caches)
+        entries = tuple(int(np.prod(cache.blocks[0][0].arrays[0].shape)) for cache in caches)
         launches = step_launches(compiled.as_text(), entries)
         self.say(f"compiled {arm}: {middle - start:.1f} s in Python, {end - middle:.1f} s by XLA")
         return Program(compiled, middle - start, end - middle, launches)

@@ -1,0 +1,81 @@
+"""What the compiler is asked for beside its defaults: values of a decoder, never of the environment.
+
+Levels say how much of a step a GPU's host hands over as CUDA graphs. The default is the
+compiler's own; the others were read in compiled programs (`easyspec program --graphs LEVEL`) and wait for a
+clock. On other platforms levels change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from easyspec_jax.sharding import has_gpus
+
+logger = logging.getLogger("easyspec_jax")
+
+_CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL"
+# "loop": the whole loop is one graph, its condition read on the device. "collectives": the sums
+# between devices stand in graphs too; reports of hangs are the reason to measure first.
+_LEVELS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "loop": {
+        "xla_gpu_enable_command_buffer": f"{_CAPTURED},WHILE",
+        "xla_gpu_graph_min_graph_size": 1,
+    },
+    "collectives": {"xla_gpu_enable_command_buffer": f"{_CAPTURED},COLLECTIVES"},
+    "all": {
+        "xla_gpu_enable_command_buffer": f"{_CAPTURED},WHILE,COLLECTIVES",
+        "xla_gpu_graph_min_graph_size": 1,
+    },
+}
+LEVELS = tuple(_LEVELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOptions:
+    """How decoding loops are compiled.
+
+    Args:
+      graphs: of LEVELS, what stands in CUDA graphs.
+      more: options of XLA by name, on any platform; they go before the level's.
+
+    Raises:
+      ValueError: an unknown level, or options that are no mapping of names.
+    """
+
+    graphs: str = "default"
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.graphs not in LEVELS:
+            names = ", ".join(map(repr, LEVELS))
+            raise ValueError(f"graphs must be one of {names}, got {self.graphs!r}")
+        if not isinstance(self.more, Mapping) or not all(isinstance(k, str) for k in self.more):
+            raise ValueError(f"more must map names of XLA options to values, got {self.more!r}")
+
+    def on(self, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
+        """What to compile with for the devices of a mesh, in the order of names; what this jaxlib
+        does not know is left out, and one log line says so.
+        """
+        level = _LEVELS[self.graphs] if has_gpus(mesh) else {}
+        wanted = {**level, **self.more}
+        return tuple((name, wanted[name]) for name in sorted(wanted) if _known(name, wanted[name]))
+
+
+@functools.cache
+def _known(name: str, value: Any) -> bool:
+    """Whether this jaxlib has the option, with such a value."""
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        logger.warning("left out: this jaxlib does not take %s=%r (%s)", name, value, reason)
+        return False
+    return True
