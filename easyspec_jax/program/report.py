@@ -281,7 +281,7 @@ class _Reader:
             mine = found.get(name, [])
             runs = max(levels, 1) if name == "draft" else 1
             least = floors[name].bytes if name in floors else None
-            if mine:
+            if any(one.counts for one in mine):
                 layers = self._layers(name, mine)
                 result[name or "rest"] = self.phase(mine, runs, layers, least)
         return result
