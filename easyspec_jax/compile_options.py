@@ -1,8 +1,8 @@
-"""What the compiler is asked for beside its defaults: values of a decoder, never of the environment.
+"""What the compiler is asked for beside its defaults: values of a decoder, not of an environment.
 
 Levels say how much of a step a GPU's host hands over as CUDA graphs. The default is the
-compiler's own; the others were read in compiled programs (`easyspec program --graphs LEVEL`) and wait for a
-clock. On other platforms levels change nothing.
+compiler's own; the others were read in compiled programs (`easyspec program --graphs LEVEL`) and
+wait for a clock. On other platforms levels change nothing.
 """
 
 from __future__ import annotations

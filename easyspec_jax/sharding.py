@@ -27,6 +27,9 @@ from easyspec_jax.config import ModelConfig, is_integer
 logger = logging.getLogger("easyspec_jax")
 
 LAYER, TENSOR = "layer", "tensor"
+# XLA:GPU splits the sum of a product of few rows, and first copies weights that its parts do not
+# divide; what is a multiple of this they divide.
+GPU_TILE = 64
 
 
 def make_mesh(layer: int = 1, tensor: int | None = None) -> Mesh:
@@ -136,6 +139,8 @@ class Layout:
     group: str | None = None  # carries the layers of a group; None: they share the devices
     # Weights and caches are arranged as GPUs read them best: outputs first, keys beside values.
     for_gpu: bool = False
+    # Zero columns of an MLP behind each device's own: products of other sizes copy their weights.
+    mlp_padding: int = 0
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -215,7 +220,10 @@ def make_layout(config: ModelConfig, mesh: Mesh, rules: LayoutRules) -> Layout:
         "vocab_size": _minus(real(rules.vocab), vocab),
     }
     group = next(iter(real((rules.group,) if rules.group else ())), None)
-    layout = Layout(mesh, kv, query, mlp, vocab, group, for_gpu=has_gpus(mesh))
+    for_gpu = has_gpus(mesh)
+    own = config.mlp_dim // math.prod(mesh.shape[a] for a in mlp)
+    padding = -own % GPU_TILE if for_gpu else 0
+    layout = Layout(mesh, kv, query, mlp, vocab, group, for_gpu=for_gpu, mlp_padding=padding)
     notes = [f"{name} over {'/'.join(axes)}" for name, axes in replicated.items() if axes]
     if notes:
         logger.info(

@@ -41,6 +41,7 @@ class Case:
     base: tuple[str, int]  # a configuration, and how many layers of it
     draft: tuple[str, int] | None = None
     mesh: tuple[int, int] = (1, 1)
+    num_draft_tokens: int = 5
     phases: dict[str, Bound]
     conditionals: int = 0  # a step
     copies: int = 0  # of cache entries, a step
@@ -54,6 +55,15 @@ CASES = {
         draft=("llama3.2-1b", 6),
         phases={
             "calibrate": Bound(16.2, 1.05), "draft": Bound(17.0, 1.09), "verify": Bound(16.0, 1.02)
+        },
+    ),
+    # its level stands in the step itself, as a loop of one turn is none
+    "8B + 1B, two tokens": Case(
+        base=("llama3-8b", 2),
+        draft=("llama3.2-1b", 4),
+        num_draft_tokens=2,
+        phases={
+            "calibrate": Bound(16.0, 1.03), "draft": Bound(18.0, 1.08), "verify": Bound(16.0, 1.01)
         },
     ),
     "70B + 8B, 4 x 2": Case(
@@ -86,7 +96,7 @@ def program(name):
         drafter = es.LayerParallelDrafter(model(case.draft, group_size=4, layout="grouped"))
     # As users have it, not as other tests do: products of bfloat16 are others then.
     with jax.default_matmul_precision("default"), jax.enable_x64(False):
-        return read_program(es.Decoder(base, drafter, num_draft_tokens=5))
+        return read_program(es.Decoder(base, drafter, num_draft_tokens=case.num_draft_tokens))
 
 
 PHASES = [(name, phase) for name, case in CASES.items() for phase in case.phases]

@@ -150,7 +150,8 @@ def _notes(program: StepProgram) -> list[str]:
         g = program.graphs
         kinds = ", ".join(f"{n} {kind}" for kind, n in g.outside.items()) or "nothing"
         lines += [
-            f"graphs     {g.graphs} CUDA graphs a step with {g.inside} launches; outside: {kinds}",
+            f"graphs     {g.graphs} CUDA graphs a step with {g.inside} launches; outside: {kinds}"
+            + ("" if g.host_syncs else "; the whole loop is one graph"),
             f"host       waits for the device {g.host_syncs} times a step, {g.conditionals} of "
             "them for conditionals",
         ]

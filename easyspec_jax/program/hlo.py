@@ -340,8 +340,8 @@ def _producers(table: dict[str, Op], op: Op) -> Iterator[str]:
 
 
 def _scope(module: Module, table: dict[str, Op], users: Any, op: Op) -> str:
-    """An operation's scope; of what the compiler made that of a view it reads, of what reads it, or
-    of what it holds.
+    """An operation's scope; of what the compiler made that of what reads it, of a view that it
+    reads (which other phases may share), or of what it holds.
     """
     if op.scope:
         return op.scope
@@ -349,7 +349,7 @@ def _scope(module: Module, table: dict[str, Op], users: Any, op: Op) -> str:
     views = [one.scope for one in sources if one.kind == "bitcast"]
     after = [one.scope for one in users[op.name] if one.kind not in ("tuple", *CONTROL)]
     inside = [one.scope for one in module.table(module.fused(op)).values()]
-    return next((scope for scope in (*views, *after, *inside) if scope), "")
+    return next((scope for scope in (*after, *views, *inside) if scope), "")
 
 
 def _traffic(module: Module, table: dict[str, Op], op: Op) -> tuple[int, int]:

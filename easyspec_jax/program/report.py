@@ -197,26 +197,26 @@ def read_program(
     module = hlo.parse(compiled.hlo)
     reader = _Reader(module, decoder, constants, batch, max_len)
     launches = hlo.step(module)
-    graphs = None
-    if compiled.thunks:
-        trips = [one.op.trips for one in launches if one.op.kind == "while"]
-        graphs = thunks.count(thunks.parse(compiled.thunks), trips)
-    found = reader.phases(launches)
-    first = base.layout.mesh.devices.flat[0]
     program = StepProgram(
-        device=first.device_kind,
+        device=base.layout.mesh.devices.flat[0].device_kind,
         mesh=dict(base.layout.mesh.shape),
         entries=max_len,
         num_draft_tokens=decoder.num_draft_tokens,
         tree_width=decoder.tree_width,
-        phases=found,
-        graphs=graphs,
+        phases=reader.phases(launches),
+        graphs=_graphs(compiled.thunks, launches),
         memory=compiled.memory,
         budget=budget,
         estimate={},
         prefill={chunk: _prefill(decoder, request, state, chunk, constants) for chunk in prefill},
     )
     return dataclasses.replace(program, estimate=estimate(program, constants))
+
+
+def _graphs(sequence: str, launches: Iterable[hlo.Launch]) -> thunks.Graphs | None:
+    """How a step of these launches is launched; None without a sequence of thunks."""
+    trips = [one.op.trips for one in launches if one.op.kind == "while"]
+    return thunks.count(thunks.parse(sequence), trips) if sequence else None
 
 
 def compile_program(lowered: Any, decoder: Decoder) -> Compiled:
@@ -278,7 +278,7 @@ class _Reader:
             mine = found.get(name, [])
             runs = max(levels, 1) if name == "draft" else 1
             least = floors[name].bytes if name in floors else None
-            if mine:
+            if any(one.counts for one in mine):
                 layers = self._layers(name, mine)
                 result[name or "rest"] = self.phase(mine, runs, layers, least)
         return result

@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 
@@ -39,22 +40,33 @@ class Case:
     layer: int = 1
     tensor: int = 1
     group_size: int = 1
+    layout: str = "grouped"  # of the draft
     num_draft_tokens: int = 5
     tree_width: int = 1
     prefill: tuple[int, ...] = ()
 
 
-LLAMA = {"base": "llama3-70b", "draft": "llama3-8b", "group_size": 4}
+LLAMA: dict[str, Any] = {"base": "llama3-70b", "draft": "llama3-8b", "group_size": 4}
+QWEN: dict[str, Any] = {"base": "qwen2-72b", "draft": "qwen2-7b", "group_size": 4}
+SMALL: dict[str, Any] = {"base": "llama3-8b", "draft": "llama3.2-1b", "group_size": 4}
 CASES = {
     "8B": Case(base="llama3-8b", prefill=(64, 256)),
-    "8B + 1B": Case(base="llama3-8b", draft="llama3.2-1b", group_size=4),
+    "8B + 1B": Case(**SMALL),
     "70B + 8B, 4 x 2": Case(**LLAMA, layer=4, tensor=2),
     "70B + 8B, 2 x 4": Case(**LLAMA, layer=2, tensor=4),
     "70B + 8B, 8 x 1": Case(**LLAMA, layer=8, tensor=1),
-    "72B + 7B, 4 x 2": Case(
-        base="qwen2-72b", draft="qwen2-7b", group_size=4, layer=4, tensor=2
-    ),
-}  # fmt: skip
+    "72B + 7B, 4 x 2": Case(**QWEN, layer=4, tensor=2),
+    # what else the planner's counts are held against
+    "8B + 1B, groups of 2": Case(**SMALL | {"group_size": 2}),
+    "8B + 1B, no groups": Case(**SMALL | {"group_size": 1}),
+    "8B + 1B, w 4": Case(**SMALL, tree_width=4),
+    "8B + 1B, 2 x 1, groups of 2": Case(**SMALL | {"group_size": 2}, layer=2),
+    "70B + 8B, 2 x 4, groups of 2": Case(**LLAMA | {"group_size": 2}, layer=2, tensor=4),
+    "70B + 8B, 4 x 2, w 4": Case(**LLAMA, layer=4, tensor=2, tree_width=4),
+    "70B + 8B, tensor parallel": Case(**LLAMA | {"group_size": 1}, tensor=8, layout="tensor"),
+    "70B + 8B, draft on one": Case(**LLAMA | {"group_size": 1}, tensor=8, layout="replicated"),
+    "72B + 7B, 2 x 4": Case(**QWEN, layer=2, tensor=4),
+}
 
 
 def decoder(case: Case, device: str) -> es.Decoder:
@@ -64,7 +76,7 @@ def decoder(case: Case, device: str) -> es.Decoder:
     base = es.abstract_model(config(case.base), mesh, dtype="bfloat16")
     if case.draft is None:
         return es.Decoder(base)
-    options = {"group_size": case.group_size, "dtype": "bfloat16", "layout": "grouped"}
+    options = {"group_size": case.group_size, "dtype": "bfloat16", "layout": case.layout}
     drafter = es.LayerParallelDrafter(es.abstract_model(config(case.draft), mesh, **options))
     shape = {"num_draft_tokens": case.num_draft_tokens, "tree_width": case.tree_width}
     return es.Decoder(base, drafter, **shape)
