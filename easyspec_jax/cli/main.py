@@ -83,7 +83,7 @@ def configure(args: argparse.Namespace) -> None:
     # Only its templates are used: that it finds no PyTorch is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     devices = getattr(args, "cpu_devices", None)
-    if args.command == "info":  # shapes only: as many devices as the mesh wants, none of them real
+    if args.command in ("info", "program"):  # shapes only: as many devices as the mesh wants
         devices = args.layer * (args.tensor or 1)
         if devices > MAX_DEVICES:
             raise ValueError(f"--layer times --tensor must be at most {MAX_DEVICES}, got {devices}")
@@ -91,9 +91,11 @@ def configure(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
     if args.command == "plan" and not args.measure:  # shapes only, no mesh at all
         devices = 1
-    if args.command == "program" and args.device != target.HERE:  # compiled for, not run on
-        os.environ.setdefault(target.SETTING, "1")
-        jax.config.update("jax_platforms", "cpu")
+    if args.command == "program":
+        devices = None
+        if args.device != target.HERE:  # compiled for, not run on
+            devices = 1
+            os.environ.setdefault(target.SETTING, "1")
     if devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
