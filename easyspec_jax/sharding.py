@@ -263,6 +263,8 @@ def _dividing(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
 
 def has_gpus(mesh: Mesh) -> bool:
     """Whether its devices are GPUs, those included that programs are only compiled for."""
+    if not isinstance(mesh, Mesh):  # an abstract one has no devices
+        return False
     return mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
 
 

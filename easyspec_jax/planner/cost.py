@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,6 +60,51 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """Kernels that run one behind another on every device, and what they read."""
+
+    kernels: float
+    weights: int = 0  # bytes of one device
+    rows: int = 0  # that are multiplied with them
+    products: int = 1  # in which
+    cache: float = 0.0  # bytes of entries
+    scores: float = 0.0  # of attention: row x head x entry
+    numbers: int = 0  # of logits that somebody walks
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """One collective."""
+
+    bytes: int  # of its result on one device
+    devices: int
+    rounds: int  # 1: a gather, 2: a sum
+
+
+Work = collections.Counter[Piece | Exchange]  # and how often
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a program is made of, as `program.report` reads it from a compiled one."""
+
+    launches: float = 0.0  # collectives among them
+    bytes: float = 0.0  # read and written by one device
+    collectives: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Counts(*(a + b for a, b in pairs))
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(*(times * a for a in vars(self).values()))
+
+
+# A score is written and read as float32, its softmax as two bytes.
+_SCORE_BYTES = 12
+
+
+@dataclasses.dataclass(frozen=True)
 class Pass:
     """One pass of a model over `rows` tokens of `batch` texts, with logits of `heads` of them."""
 
@@ -71,79 +115,119 @@ class Pass:
     batch: int
     entries: int  # S, that every text's cache has room for
     run: str = "exact"  # or "attention", "layer": as a layer-parallel drafter runs groups
+    best: int = 1  # tokens that are looked for behind each of `heads`
 
     def cost(self) -> Cost:
         """Blocks, embedding and head."""
-        counts = collections.Counter(self.model.partition)
-        kinds = {len(block.mlp): block for block in self.model.params.blocks}
-        return total(self.block(kinds[size]) * n for size, n in counts.items()) + self._ends()
+        return self._price(self._work())
 
     def block(self, block: Block) -> Cost:
         """A layer alone, or a group."""
-        layout, size = self.model.layout, len(block.mlp)
-        mlp = self._mlp(block)
-        if size == 1:
-            attention = self._attention(block.attention[0])
-            return attention + self._sum(layout.heads) + mlp + self._sum(layout.mlp)
-        axes = ((layout.group,) if layout.group else ()) + layout.heads
-        slots = len(block.attention)
-        if self.run == "exact":
-            turn = self._attention(block.attention[0]) + self._sum(axes)
-            return (turn + mlp + self._sum(layout.mlp)) * size
-        together = self._attention(block.attention[0]) * slots
-        together += self._sum(axes, arrays=slots * layout.group_devices)
-        if self.run == "layer":
-            return together + mlp * size + self._sum(layout.mlp)
-        return together + (mlp + self._sum(layout.mlp)) * size
+        return self._price(self._block(block))
 
-    def _attention(self, weights: Any) -> Cost:
+    def counts(self) -> Counts:
+        """What the compiled program has of it, but for a few small numbers."""
+        total = Counts()
+        for work, times in self._work().items():
+            if isinstance(work, Exchange):
+                total += Counts(1.0, 0.0, 1) * times
+            else:
+                moved = work.weights + work.cache + _SCORE_BYTES * work.scores
+                total += Counts(work.kernels, moved) * times
+        return total
+
+    def _work(self) -> Work:
+        counts = collections.Counter(self.model.partition)
+        kinds = {len(block.mlp): block for block in self.model.params.blocks}
+        total = self._ends()
+        for size, times in counts.items():
+            for work, n in self._block(kinds[size]).items():
+                total[work] += n * times
+        return total
+
+    def _block(self, block: Block) -> Work:
+        layout, size, slots = self.model.layout, len(block.mlp), len(block.attention)
+        mlp, mlp_sum = self._mlp(block), self._sum(layout.mlp)
+        axes = ((layout.group,) if layout.group and size > 1 else ()) + layout.heads
+        spread = layout.stacks(size)
+        attention = self._attention(block.attention[0], spread=spread)
+        if size == 1 or self.run == "exact":
+            once = attention + self._sum(axes) + mlp + mlp_sum
+            return Work({work: size * n for work, n in once.items()})
+        together = Work({work: slots * n for work, n in attention.items()})
+        if self.rows == 1 and not axes:  # their norms and products are one kernel each
+            together[Piece(kernels=-self.device.shared_kernels)] += size - 1
+        together += self._sum(axes, arrays=slots * layout.group_devices)
+        mlps = Work({work: size * n for work, n in mlp.items()})
+        sums = mlp_sum if self.run == "layer" else Work({w: size * n for w, n in mlp_sum.items()})
+        return together + mlps + sums
+
+    def _attention(self, weights: Any, *, spread: bool) -> Work:
+        """Of one layer; `spread`: of a group that stands on several devices."""
         c, layout, device = self.model.config, self.model.layout, self.device
-        size = device_bytes(weights)
         cache = 2 * c.num_kv_heads * c.head_dim * self._itemsize * self.batch * self.entries
         heads = c.num_heads // layout.num_head_shards
-        scores = device.score * self.rows * heads * self.entries
-        cost = Cost(
-            weights=device.product(size, self.rows, self._itemsize, _products(weights)),
-            attention=cache / self._devices(layout.kv) / device.bandwidth + scores,
-            kernels=device.attention_kernels * device.kernel,
+        kernels = device.attention_kernels + device.group_kernels * spread
+        if self.rows > 1 and not layout.heads:
+            kernels += device.rows_kernels
+        piece = Piece(
+            kernels=kernels,
+            weights=device_bytes(weights),
+            rows=self.rows,
+            products=_products(weights),
+            cache=cache / layout.devices_along(layout.kv),
+            scores=self.rows * heads * self.entries,
         )
-        return _overlapped(cost, device)
+        return Work([piece])
 
-    def _mlp(self, block: Block) -> Cost:
-        size, device = device_bytes(block.mlp[0]), self.device
-        cost = Cost(
-            weights=device.product(size, self.rows, self._itemsize, count=2),
-            kernels=device.mlp_kernels * device.kernel,
-        )
-        return _overlapped(cost, device)
+    def _mlp(self, block: Block) -> Work:
+        kernels = self.device.mlp_kernels + self.device.rows_kernels * (self.rows > 1)
+        size = device_bytes(block.mlp[0])
+        return Work([Piece(kernels=kernels, weights=size, rows=self.rows, products=2)])
 
-    def _ends(self) -> Cost:
+    def _ends(self) -> Work:
         """Embedding, last norm, logits, and what is then done with each number of them."""
-        params, layout, device = self.model.params, self.model.layout, self.device
-        size = device_bytes(params.lm_head)
-        numbers = self.heads * self.model.config.vocab_size
-        cost = Cost(
-            weights=device.product(size, self.heads, self._itemsize),
-            sampling=device.logit * numbers,
-            kernels=device.pass_kernels * device.kernel,
+        params, layout = self.model.params, self.model.layout
+        piece = Piece(
+            kernels=self.device.pass_kernels,
+            weights=device_bytes(params.lm_head),
+            rows=self.heads,
+            numbers=self.heads * self.model.config.vocab_size // layout.devices_along(layout.vocab),
         )
-        gather = self._collective(4 * numbers, layout.vocab, rounds=1)
-        return _overlapped(cost, device) + self._sum(layout.vocab) + gather
+        # Of each device the likeliest tokens, ids and scores, and in a tree what all scores come to.
+        numbers = 2 * self.best + (self.best > 1)
+        winners = 4 * numbers * self.heads * layout.devices_along(layout.vocab)
+        return Work([piece]) + self._sum(layout.vocab) + self._exchange(winners, layout.vocab)
 
-    def _sum(self, axes: tuple[str, ...], arrays: int = 1) -> Cost:
+    def _sum(self, axes: tuple[str, ...], arrays: int = 1) -> Work:
         """Adding up [rows, D] of so many layers over mesh axes."""
         size = arrays * self.rows * self.model.config.embed_dim * self._itemsize
-        return self._collective(size, axes, rounds=2)
+        return self._exchange(size, axes)
 
-    def _collective(self, num_bytes: float, axes: tuple[str, ...], *, rounds: int) -> Cost:
-        """As `Device.exchange`; one that the host launches costs it as much as kernels do."""
-        seconds = self.device.exchange(num_bytes, self._devices(axes), rounds=rounds)
-        if seconds and self.device.overlapped:
-            seconds = max(seconds, _COLLECTIVE_LAUNCHES * self.device.kernel)
-        return Cost(collectives=seconds)
+    def _exchange(self, num_bytes: int, axes: tuple[str, ...]) -> Work:
+        devices = self.model.layout.devices_along(axes)
+        return Work([Exchange(num_bytes, devices, rounds=2)] if devices > 1 else [])
 
-    def _devices(self, axes: tuple[str, ...]) -> int:
-        return math.prod(self.model.layout.mesh.shape[axis] for axis in axes)
+    def _price(self, work: Work) -> Cost:
+        """Seconds of all of it."""
+        return total(self._seconds(one) * times for one, times in work.items())
+
+    def _seconds(self, one: Piece | Exchange) -> Cost:
+        device = self.device
+        if isinstance(one, Exchange):
+            seconds = device.exchange(one.bytes, one.devices, rounds=one.rounds)
+            if device.overlapped:  # one that the host launches costs it as much as kernels do
+                seconds = max(seconds, _COLLECTIVE_LAUNCHES * device.kernel)
+            return Cost(collectives=seconds)
+        cost = Cost(
+            weights=device.product(one.weights, one.rows, self._itemsize, one.products)
+            if one.weights
+            else 0.0,
+            attention=one.cache / device.bandwidth + device.score * one.scores,
+            sampling=device.logit * one.numbers,
+            kernels=one.kernels * device.kernel,
+        )
+        return _overlapped(cost, device)
 
     @property
     def _itemsize(self) -> int:
@@ -164,6 +248,39 @@ def _overlapped(cost: Cost, device: Device) -> Cost:
     return dataclasses.replace(cost, kernels=0.0)
 
 
+def step_passes(
+    decoder: Decoder, device: Device, *, batch: int = 1, entries: int
+) -> dict[str, tuple[Pass, int]]:
+    """The passes of each phase of one step of a decoder, and how many there are.
+
+    Args:
+      decoder: with a layer-parallel drafter or none; its models may be `abstract_model`s.
+      device: one of the mesh's devices, all alike.
+      batch: rows that are decoded together.
+      entries: S, the capacity of their caches, all of which attention reads.
+
+    Raises:
+      ValueError: a drafter of another kind.
+    """
+    gamma, width, drafter = decoder.num_draft_tokens, decoder.tree_width, decoder.drafter
+
+    def one(model: Model, tokens: int, heads: int, run: str = "exact", best: int = 1) -> Pass:
+        return Pass(model, device, batch * tokens, batch * heads, batch, entries, run, best)
+
+    nodes = gamma * width + 1
+    verify = {"verify": (one(decoder.base, nodes, nodes), 1)}
+    if not gamma:
+        return verify
+    if not isinstance(drafter, LayerParallelDrafter):
+        kind = type(drafter).__name__
+        raise ValueError(f"costs are known of a LayerParallelDrafter or of none, got a {kind}")
+    window = "exact" if drafter.calibrate else drafter.parallel
+    return {
+        "calibrate": (one(drafter.draft, gamma + 1, 1, window, width), 1),
+        "draft": (one(drafter.draft, width, width, drafter.parallel, width), gamma - 1),
+    } | verify
+
+
 def step_costs(
     decoder: Decoder,
     device: Device,
@@ -172,38 +289,28 @@ def step_costs(
     entries: int,
     known: dict[Any, Cost] | None = None,
 ) -> dict[str, Cost]:
-    """What each phase of one step of a decoder costs; "commit" is what the host adds.
+    """What each phase of one step of a decoder costs; "commit" is what the host adds. Arguments and
+    errors are those of `step_passes`.
 
     Args:
-      decoder: with a layer-parallel drafter or none; its models may be `abstract_model`s.
-      device: one of the mesh's devices, all alike.
-      batch: rows that are decoded together.
-      entries: S, the capacity of their caches, all of which attention reads.
       known: passes priced before, for decoders of the same models that differ in γ and w alone.
-
-    Raises:
-      ValueError: a drafter of another kind.
     """
     known = {} if known is None else known
-    gamma, width, drafter = decoder.num_draft_tokens, decoder.tree_width, decoder.drafter
-
-    def run(model, tokens, heads, way="exact"):
-        key = (model is decoder.base, tokens, heads, way)
-        if key not in known:
-            one = Pass(model, device, batch * tokens, batch * heads, batch, entries, way)
-            known[key] = one.cost()
-        return known[key]
-
     costs = {phase: Cost() for phase in PHASES} | {"commit": Cost(host=device.step)}
-    if not gamma:
-        return costs | {"verify": run(decoder.base, 1, 1)}
-    if not isinstance(drafter, LayerParallelDrafter):
-        kind = type(drafter).__name__
-        raise ValueError(f"costs are known of a LayerParallelDrafter or of none, got a {kind}")
-    window = "exact" if drafter.calibrate else drafter.parallel
-    nodes = gamma * width + 1
-    return costs | {
-        "calibrate": run(drafter.draft, gamma + 1, 1, window),
-        "draft": run(drafter.draft, width, width, drafter.parallel) * (gamma - 1),
-        "verify": run(decoder.base, nodes, nodes),
-    }
+    passes = step_passes(decoder, device, batch=batch, entries=entries)
+    for phase, (one, times) in passes.items():
+        key = (phase == "verify", one.rows, one.heads, one.run, one.best)
+        if key not in known:
+            known[key] = one.cost()
+        costs[phase] = known[key] * times
+    return costs
+
+
+def step_counts(
+    decoder: Decoder, device: Device, *, batch: int = 1, entries: int
+) -> dict[str, Counts]:
+    """What the compiled program has in each phase of a step, all its runs; arguments and errors are
+    those of `step_passes`.
+    """
+    passes = step_passes(decoder, device, batch=batch, entries=entries)
+    return {phase: one.counts() * times for phase, (one, times) in passes.items()}

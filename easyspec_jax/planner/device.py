@@ -53,6 +53,12 @@ class Device:
     attention_kernels: float = 7  # norm, qkv, rotation, cache write, scores, values, output
     mlp_kernels: float = 4  # norm, gate and up, their product, down
     pass_kernels: float = 6  # embedding, last norm, head, what samples
+    # Of compiled GPU programs: more of attention and of an MLP where several rows are passed, since
+    # their products are split and added up; more of an attention in a group on several devices;
+    # fewer for each further layer of a group on one device, whose products of one row are one.
+    rows_kernels: float = 0
+    group_kernels: float = 0
+    shared_kernels: float = 0
     score: float = 0.0  # seconds per attention score (row x head x cache entry), softmax and all
     logit: float = 0.0  # seconds per number that sampling looks at
     collective: float = 0.0  # seconds of the smallest all-reduce between two devices
@@ -125,6 +131,12 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
     return [a + (b - a) * share for a, b in zip(below[1:], above[1:], strict=True)]
 
 
+# Kernels of a layer and of a pass (what commits a step among them) as XLA compiles them for H200;
+# `tests/test_plan.py` holds them against kept programs.
+_PROGRAM: dict[str, Any] = {
+    **{"attention_kernels": 9, "mlp_kernels": 4, "pass_kernels": 14},
+    **{"rows_kernels": 1, "group_kernels": 1, "shared_kernels": 2},
+}
 # Memory: of 80 or 141 GB the three quarters that jax takes unless it is told otherwise
 # (XLA_PYTHON_CLIENT_MEM_FRACTION).
 # A100 (SXM, 80 GB). Bandwidth: 1.7e12 is what gpt-fast's authors saw of 2.04e12 at 330 W; kernel,
@@ -136,17 +148,17 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 # 3.8 us launched behind another, 9.6 us when the host waits for each (NVIDIA, "Getting Started with
 # CUDA Graphs"); later devices will be somewhat faster, by how much is not known here.
 _A100 = Device(
-    name="a100", bandwidth=1.7e12, flops=0.6 * 312e12, memory=0.75 * 80e9, kernel=5e-6,
-    score=8e-12, logit=8e-12, collective=6.9e-6, hop=0.56e-6, link=4e10, step=3e-5,
+    **_PROGRAM, name="a100", bandwidth=1.7e12, flops=0.6 * 312e12, memory=0.75 * 80e9,
+    kernel=4.13e-6, score=8e-12, logit=8e-12, collective=7e-6, hop=0.57e-6, link=4e10, step=3e-5,
     least=3.4e-6, launch=0.4e-6, sync=5.8e-6,
 )  # fmt: skip
 _EAGER = dataclasses.replace(
     _A100, name="a100-eager", kernel=19.1e-6, attention_kernels=26, mlp_kernels=14,
-    pass_kernels=23, step=0.0, overlapped=True,
+    pass_kernels=23, rows_kernels=0, group_kernels=0, shared_kernels=0, step=0.0, overlapped=True,
 )  # fmt: skip
 _H100 = Device(
-    name="h100", bandwidth=0.83 * 3.35e12, flops=0.6 * 989e12, memory=0.75 * 80e9, kernel=5e-6,
-    score=5e-12, logit=5e-12, collective=3.35e-6, hop=0.38e-6, link=4.6e10, step=3e-5,
+    **_PROGRAM, name="h100", bandwidth=0.83 * 3.35e12, flops=0.6 * 989e12, memory=0.75 * 80e9,
+    kernel=4.13e-6, score=5e-12, logit=5e-12, collective=3.35e-6, hop=0.38e-6, link=4.6e10, step=3e-5,
     least=3.4e-6, launch=0.4e-6, sync=5.8e-6,
 )  # fmt: skip
 _H200 = dataclasses.replace(
