@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import pytest
@@ -43,18 +44,15 @@ class Case:
     mesh: tuple[int, int] = (1, 1)
     num_draft_tokens: int = 5
     phases: dict[str, Bound]
-    conditionals: int = 0  # a step
-    copies: int = 0  # of cache entries, a step
-    host_syncs: int = 1
 
 
 CASES = {
-    "8B": Case(base=("llama3-8b", 2), phases={"verify": Bound(18.0, 1.005)}),
+    "8B": Case(base=("llama3-8b", 2), phases={"verify": Bound(13.0, 1.005)}),
     "8B + 1B": Case(
         base=("llama3-8b", 2),
         draft=("llama3.2-1b", 6),
         phases={
-            "calibrate": Bound(16.2, 1.05), "draft": Bound(17.0, 1.09), "verify": Bound(16.0, 1.02)
+            "calibrate": Bound(15.0, 1.06), "draft": Bound(12.0, 1.01), "verify": Bound(15.0, 1.02)
         },
     ),
     # its level stands in the step itself, as a loop of one turn is none
@@ -63,7 +61,7 @@ CASES = {
         draft=("llama3.2-1b", 4),
         num_draft_tokens=2,
         phases={
-            "calibrate": Bound(16.0, 1.03), "draft": Bound(18.0, 1.08), "verify": Bound(16.0, 1.01)
+            "calibrate": Bound(15.8, 1.04), "draft": Bound(12.5, 1.01), "verify": Bound(15.0, 1.015)
         },
     ),
     "70B + 8B, 4 x 2": Case(
@@ -71,14 +69,12 @@ CASES = {
         draft=("llama3-8b", 6),
         mesh=(4, 2),
         phases={
-            "calibrate": Bound(20.7, 1.13), "draft": Bound(13.7, 1.54), "verify": Bound(17.5, 1.05)
+            "calibrate": Bound(17.5, 1.12), "draft": Bound(10.2, 1.01), "verify": Bound(16.5, 1.04)
         },
-        conditionals=4,
-        copies=12,
-        host_syncs=5,
     ),
 }  # fmt: skip
 COMMIT_LAUNCHES = 14
+DRAW_LAUNCHES = 47  # temperature, top-k and top-p over 128256 tokens
 
 
 @functools.cache
@@ -115,16 +111,14 @@ def test_little_moves_beside_weights_and_caches(name, phase):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_conditionals_and_copies_of_caches(name):
-    found, case = program(name), CASES[name]
-    assert found.total("conditionals") <= case.conditionals
-    assert found.total("copies") <= case.copies
+def test_no_conditional_and_no_copy_of_a_cache(name):
+    assert program(name).total("conditionals") == program(name).total("copies") == 0
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_launched_as_graphs(name):
-    found, case = program(name), CASES[name]
-    assert 0 < found.graphs.host_syncs <= case.host_syncs
+    found = program(name)
+    assert found.graphs.host_syncs == 1  # whether there is another step
     assert found.graphs.inside > found.graphs.launched_outside
     # the runtime launches what the program says, but for what it copies by itself
     launched = found.graphs.inside + found.graphs.launched_outside
@@ -162,6 +156,24 @@ def test_all_reduces_are_kernels_of_their_own():
     assert {one.devices for one in sums} == {2, 8}
 
 
+def test_a_draw_is_few_launches_and_sorts_nothing():
+    config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=1)
+    base = es.abstract_model(config, target.make_mesh("h200"), dtype="bfloat16")
+    texts: dict[str, str] = {}
+    sampling = es.Sampling(temperature=0.8, top_k=50, top_p=0.9)
+    with jax.default_matmul_precision("default"), jax.enable_x64(False):
+        found = read_program(es.Decoder(base), sampling=sampling, texts=texts)
+    assert found.phases["verify"].parts["sampling"].launches <= DRAW_LAUNCHES
+    assert not re.search(r" (sort|topk)\(", texts["hlo"])
+
+
+def test_no_logits_travel():
+    """Of the greedy choice only a few numbers of each device."""
+    exchanges = [one for p in program("70B + 8B, 4 x 2").phases.values() for one in p.exchanges]
+    assert max(one.bytes for one in exchanges) <= 4 * 6 * 8192 * 2  # a group's attentions
+    assert {one.kind for one in exchanges} == {"all-reduce"}
+
+
 def shallow(folder):
     config = json.loads((CONFIGS / "llama3-8b.json").read_text()) | {"num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(config))
@@ -184,11 +196,8 @@ def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path)
 
 def test_options_of_the_compiler_change_the_program(easyspec, tmp_path):
     shallow(tmp_path)
-    captured = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    options = {"enable_command_buffer": captured, "graph_min_graph_size": 1}
-    given = [f"--compile-option=xla_gpu_{name}={value}" for name, value in options.items()]
-    status, out, err = easyspec("program", tmp_path, *given)
+    status, out, err = easyspec("program", tmp_path, "--graphs", "loop")
     assert (status, err) == (0, "")
     assert "0 CUDA graphs a step" in out and "waits for the device 0 times" in out
     status, out, err = easyspec("program", tmp_path, "--compile-option", "xla_gpu_nothing=1")
-    assert status == 1 and "xla_gpu_nothing" in err and err.count("\n") == 1
+    assert status == 1 and "no such option, or not of that value: xla_gpu_nothing" in err

@@ -79,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
     decoder = _decoder(args)
     more = dict(args.compile_option or ())
     decoder.compile_options = es.CompileOptions(args.graphs, more)
+    taken = dict(decoder.compile_options.on(decoder.base.layout.mesh))
+    if left_out := sorted(more.keys() - taken.keys()):
+        raise ValueError(f"this jaxlib has no such option, or not of that value: {left_out[0]}")
     kind = decoder.base.layout.mesh.devices.flat[0].device_kind
     constants = next((d for name, d in PRESETS.items() if name in kind.lower().split()), None)
     texts: dict[str, str] = {}

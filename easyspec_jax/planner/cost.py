@@ -194,7 +194,7 @@ class Pass:
             rows=self.heads,
             numbers=self.heads * self.model.config.vocab_size // layout.devices_along(layout.vocab),
         )
-        # Of each device the likeliest tokens, ids and scores, and in a tree what all scores come to.
+        # Of each device the likeliest tokens, ids and scores; in a tree what all scores come to.
         numbers = 2 * self.best + (self.best > 1)
         winners = 4 * numbers * self.heads * layout.devices_along(layout.vocab)
         return Work([piece]) + self._sum(layout.vocab) + self._exchange(winners, layout.vocab)

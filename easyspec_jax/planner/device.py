@@ -158,8 +158,8 @@ _EAGER = dataclasses.replace(
 )  # fmt: skip
 _H100 = Device(
     **_PROGRAM, name="h100", bandwidth=0.83 * 3.35e12, flops=0.6 * 989e12, memory=0.75 * 80e9,
-    kernel=4.13e-6, score=5e-12, logit=5e-12, collective=3.35e-6, hop=0.38e-6, link=4.6e10, step=3e-5,
-    least=3.4e-6, launch=0.4e-6, sync=5.8e-6,
+    kernel=4.13e-6, score=5e-12, logit=5e-12, collective=3.35e-6, hop=0.38e-6, link=4.6e10,
+    step=3e-5, least=3.4e-6, launch=0.4e-6, sync=5.8e-6,
 )  # fmt: skip
 _H200 = dataclasses.replace(
     _H100, name="h200", bandwidth=0.83 * 4.8e12, memory=0.75 * 141e9, score=3e-12, logit=3e-12

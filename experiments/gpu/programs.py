@@ -69,9 +69,8 @@ CASES = {
 }
 
 
-def decoder(case: Case, device: str) -> es.Decoder:
-    """The case as shapes on a mesh of devices to compile for."""
-    mesh = target.make_mesh(device, case.layer, case.tensor)
+def decoder(case: Case, mesh: Any) -> es.Decoder:
+    """The case as shapes on a mesh of layer x tensor devices."""
     config = lambda name: read_config(CONFIGS / f"{name}.json")[0]  # noqa: E731
     base = es.abstract_model(config(case.base), mesh, dtype="bfloat16")
     if case.draft is None:
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.cases:
         case, start = CASES[name], time.perf_counter()
         program = read_program(
-            decoder(case, args.device),
+            decoder(case, target.make_mesh(args.device, case.layer, case.tensor)),
             PRESETS[args.device],
             max_len=args.max_len,
             prefill=case.prefill,
