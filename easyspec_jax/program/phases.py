@@ -118,9 +118,11 @@ def _part(module: hlo.Module, one: hlo.Launch, known: dict[str, str], entries: i
         return "silu"
     if one.scope.endswith("dot_general") and (sums := _SUMS & {*made}):  # of a product in pieces
         return max(sums, key=PARTS.index)
+    behind = next((_BEHIND[name] for name in made if name in _BEHIND), "")
+    if behind in ("rotation", "sampling"):  # the scale of a norm stands behind the product
+        return behind
     if any("norm" in name for name in read) or "rsqrt" in inside:
         return "norm"
-    behind = next((_BEHIND[name] for name in made if name in _BEHIND), "")
     if behind and (BLOCK.search(one.scope) or behind == "sampling"):
         return behind
     if one.scope.endswith("reduce_sum") and "reduce" in inside:
