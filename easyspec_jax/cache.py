@@ -19,13 +19,17 @@ from jax import lax
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.sharding import Layout, Placed, shape_of
 
+# Keys and values of a layer for GPUs are one array where one update then writes both; the XLA of
+# newer versions would copy both out of it before they are read.
+ONE_ARRAY = jax.__version_info__ < (0, 11)
+
 
 class LayerKV(struct.PyTreeNode):
     """Keys (rotated) and values of one layer, or of one slot: the layers of a group stacked over
     the mesh axis "layer", which is then the first axis of every array.
     """
 
-    # Two arrays [K * B, S, H]; or, for GPUs, one of both, [2, K * B, S, H]: one update writes it.
+    # Two arrays [K * B, S, H]; or one of both, [2, K * B, S, H]
     arrays: tuple[Any, ...]
 
     @property
@@ -133,7 +137,7 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
 
 def _entry(layout: Layout, size: int, array: Callable[[str], Any]) -> LayerKV:
     """What `array` makes of the dimension letters of each array of a block's slot."""
-    letters = ("EKSH",) if layout.for_gpu else ("KSH", "KSH")
+    letters = ("EKSH",) if layout.for_gpu and ONE_ARRAY else ("KSH", "KSH")
     lead = "L" if layout.stacks(size) else ""
     return LayerKV(tuple(array(lead + one) for one in letters))
 
