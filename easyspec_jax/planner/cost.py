@@ -69,6 +69,7 @@ class Piece:
     products: int = 1  # in which
     cache: float = 0.0  # bytes of entries
     scores: float = 0.0  # of attention: row x head x entry
+    outputs: float = 0.0  # numbers that products write, those of each part counted
     numbers: int = 0  # of logits that somebody walks
 
 
@@ -100,8 +101,10 @@ class Counts:
         return Counts(*(times * a for a in vars(self).values()))
 
 
-# A score is written and read as float32, its softmax as two bytes.
-_SCORE_BYTES = 12
+# A score is written and read as float32, its softmax as two bytes; what a product of several rows
+# writes is float32, read again, and of some products in parts that are then added up.
+_SCORE_BYTES, _OUTPUT_BYTES = 12, 8
+_PARTS = {"qkv": 4, "values": 8, "out": 8, "gate, up": 1, "down": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Pass:
     entries: int  # S, that every text's cache has room for
     run: str = "exact"  # or "attention", "layer": as a layer-parallel drafter runs groups
     best: int = 1  # tokens that are looked for behind each of `heads`
+    keeps: bool = False  # whether entries of a tree's path are moved together afterwards
 
     def cost(self) -> Cost:
         """Blocks, embedding and head."""
@@ -133,6 +137,7 @@ class Pass:
                 total += Counts(1.0, 0.0, 1) * times
             else:
                 moved = work.weights + work.cache + _SCORE_BYTES * work.scores
+                moved += _OUTPUT_BYTES * work.outputs
                 total += Counts(work.kernels, moved) * times
         return total
 
@@ -167,7 +172,11 @@ class Pass:
         c, layout, device = self.model.config, self.model.layout, self.device
         cache = 2 * c.num_kv_heads * c.head_dim * self._itemsize * self.batch * self.entries
         heads = c.num_heads // layout.num_head_shards
+        width, kv = heads * c.head_dim, 2 * c.num_kv_heads // layout.devices_along(layout.kv)
+        parts = _PARTS["qkv"] * (width + kv * c.head_dim) + _PARTS["values"] * width
+        parts += _PARTS["out"] * c.embed_dim
         kernels = device.attention_kernels + device.group_kernels * spread
+        kernels += device.keep_kernels * self.keeps
         if self.rows > 1 and not layout.heads:
             kernels += device.rows_kernels
         piece = Piece(
@@ -177,19 +186,24 @@ class Pass:
             products=_products(weights),
             cache=cache / layout.devices_along(layout.kv),
             scores=self.rows * heads * self.entries,
+            outputs=self.rows * parts if self.rows > 1 else 0,
         )
         return Work([piece])
 
     def _mlp(self, block: Block) -> Work:
         kernels = self.device.mlp_kernels + self.device.rows_kernels * (self.rows > 1)
-        size = device_bytes(block.mlp[0])
-        return Work([Piece(kernels=kernels, weights=size, rows=self.rows, products=2)])
+        size, c, layout = device_bytes(block.mlp[0]), self.model.config, self.model.layout
+        parts = 2 * _PARTS["gate, up"] * c.mlp_dim // layout.devices_along(layout.mlp)
+        parts += _PARTS["down"] * c.embed_dim
+        outputs = self.rows * parts if self.rows > 1 else 0
+        rows = {"rows": self.rows, "products": 2, "outputs": outputs}
+        return Work([Piece(kernels=kernels, weights=size, **rows)])
 
     def _ends(self) -> Work:
         """Embedding, last norm, logits, and what is then done with each number of them."""
         params, layout = self.model.params, self.model.layout
         piece = Piece(
-            kernels=self.device.pass_kernels,
+            kernels=self.device.pass_kernels + self.device.grow_kernels * (self.best > 1),
             weights=device_bytes(params.lm_head),
             rows=self.heads,
             numbers=self.heads * self.model.config.vocab_size // layout.devices_along(layout.vocab),
@@ -264,11 +278,11 @@ def step_passes(
     """
     gamma, width, drafter = decoder.num_draft_tokens, decoder.tree_width, decoder.drafter
 
-    def one(model: Model, tokens: int, heads: int, run: str = "exact", best: int = 1) -> Pass:
-        return Pass(model, device, batch * tokens, batch * heads, batch, entries, run, best)
+    def one(model: Model, tokens: int, heads: int, run: str = "exact", **how: Any) -> Pass:
+        return Pass(model, device, batch * tokens, batch * heads, batch, entries, run, **how)
 
     nodes = gamma * width + 1
-    verify = {"verify": (one(decoder.base, nodes, nodes), 1)}
+    verify = {"verify": (one(decoder.base, nodes, nodes, keeps=width > 1), 1)}
     if not gamma:
         return verify
     if not isinstance(drafter, LayerParallelDrafter):
@@ -276,8 +290,8 @@ def step_passes(
         raise ValueError(f"costs are known of a LayerParallelDrafter or of none, got a {kind}")
     window = "exact" if drafter.calibrate else drafter.parallel
     return {
-        "calibrate": (one(drafter.draft, gamma + 1, 1, window, width), 1),
-        "draft": (one(drafter.draft, width, width, drafter.parallel, width), gamma - 1),
+        "calibrate": (one(drafter.draft, gamma + 1, 1, window, best=width), 1),
+        "draft": (one(drafter.draft, width, width, drafter.parallel, best=width), gamma - 1),
     } | verify
 
 
@@ -299,7 +313,7 @@ def step_costs(
     costs = {phase: Cost() for phase in PHASES} | {"commit": Cost(host=device.step)}
     passes = step_passes(decoder, device, batch=batch, entries=entries)
     for phase, (one, times) in passes.items():
-        key = (phase == "verify", one.rows, one.heads, one.run, one.best)
+        key = (phase == "verify", one.rows, one.heads, one.run, one.best, one.keeps)
         if key not in known:
             known[key] = one.cost()
         costs[phase] = known[key] * times

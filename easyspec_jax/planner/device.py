@@ -59,6 +59,9 @@ class Device:
     rows_kernels: float = 0
     group_kernels: float = 0
     shared_kernels: float = 0
+    # Of trees: more of each layer whose entries of the path are kept, more of a level that grows.
+    keep_kernels: float = 0
+    grow_kernels: float = 0
     score: float = 0.0  # seconds per attention score (row x head x cache entry), softmax and all
     logit: float = 0.0  # seconds per number that sampling looks at
     collective: float = 0.0  # seconds of the smallest all-reduce between two devices
@@ -136,6 +139,7 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 _PROGRAM: dict[str, Any] = {
     **{"attention_kernels": 9, "mlp_kernels": 4, "pass_kernels": 14},
     **{"rows_kernels": 1, "group_kernels": 1, "shared_kernels": 2},
+    **{"keep_kernels": 2, "grow_kernels": 12},
 }
 # Memory: of 80 or 141 GB the three quarters that jax takes unless it is told otherwise
 # (XLA_PYTHON_CLIENT_MEM_FRACTION).
@@ -154,7 +158,8 @@ _A100 = Device(
 )  # fmt: skip
 _EAGER = dataclasses.replace(
     _A100, name="a100-eager", kernel=19.1e-6, attention_kernels=26, mlp_kernels=14,
-    pass_kernels=23, rows_kernels=0, group_kernels=0, shared_kernels=0, step=0.0, overlapped=True,
+    pass_kernels=23, rows_kernels=0, group_kernels=0, shared_kernels=0, keep_kernels=0,
+    grow_kernels=0, step=0.0, overlapped=True,
 )  # fmt: skip
 _H100 = Device(
     **_PROGRAM, name="h100", bandwidth=0.83 * 3.35e12, flops=0.6 * 989e12, memory=0.75 * 80e9,
