@@ -70,7 +70,7 @@ class Pass:
     heads: int  # tokens of all texts whose logits are wanted
     batch: int
     entries: int  # S, that every text's cache has room for
-    run: str = "exact"  # or "attention", "layer": as a layer-parallel drafter runs groups
+    run: str = "exact"  # or one of layer_parallel.PARALLEL
 
     def cost(self) -> Cost:
         """Blocks, embedding and head."""
@@ -92,9 +92,9 @@ class Pass:
             return (turn + mlp + self._sum(layout.mlp)) * size
         together = self._attention(block.attention[0]) * slots
         together += self._sum(axes, arrays=slots * layout.group_devices)
-        if self.run == "layer":
-            return together + mlp * size + self._sum(layout.mlp)
-        return together + (mlp + self._sum(layout.mlp)) * size
+        if self.run == "attention":
+            return together + (mlp + self._sum(layout.mlp)) * size
+        return together + mlp * size + self._sum(layout.mlp)
 
     def _attention(self, weights: Any) -> Cost:
         c, layout, device = self.model.config, self.model.layout, self.device
