@@ -178,7 +178,11 @@ def main(argv=None):
     header, arms = acceptance.open_results(args.out, acceptance.make_header(args, sets))
     done = {(arm["temperature"], *_way(arm)) for arm in arms}
     ways = [(1, "attention", "always")]
-    ways += [(args.group_size, *way) for way in itertools.product(PARALLEL, CALIBRATION)]
+    # whole layers at once are hardly ever accepted whole: there is nothing to leave out
+    plain = [("layer", "refill"), ("layer", "mismatch")]
+    ways += [
+        (args.group_size, *w) for w in itertools.product(PARALLEL, CALIBRATION) if w not in plain
+    ]
     missing = [(t, *way) for t in args.temperatures for way in ways if (t, *way) not in done]
     for record in measure(args, [ids for found in sets.values() for ids in found], missing):
         append(args.out, record)
