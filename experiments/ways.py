@@ -103,8 +103,13 @@ def make_drafter(draft, parallel, calibrate):
     return es.LayerParallelDrafter(draft, parallel=parallel, calibrate=calibrate != "never")
 
 
-def measure(args, prompts, arms):
-    """Yield the record of each arm when it is done."""
+def measure(args, prompts, arms, known):
+    """Yield the record of each arm when it is done; `known` are the records of others."""
+    whole = {
+        (a["temperature"], a["parallel"]): sum(a["accepted_whole"])
+        for a in known
+        if a["calibrate"] == "always"
+    }
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
     drafts = {
@@ -113,9 +118,13 @@ def measure(args, prompts, arms):
     with tqdm(total=len(prompts) * (len(arms) + 1), unit="prompt") as progress:
         expected = acceptance.answer(es.Decoder(base), 0.0, prompts, args, progress)[0]
         for temperature, size, parallel, calibrate in arms:
+            if calibrate in ("refill", "mismatch") and not whole[temperature, parallel]:
+                continue  # it calibrates every step as well
             drafter = make_drafter(drafts[size], parallel, calibrate)
             decoder = es.Decoder(base, drafter, num_draft_tokens=args.num_draft_tokens)
             tokens, stats = acceptance.answer(decoder, temperature, prompts, args, progress)
+            if calibrate == "always":
+                whole[temperature, parallel] = sum(s.accepted_per_depth[-1] for s in stats)
             same = sum(a == b for a, b in zip(tokens, expected, strict=True))
             yield {
                 "temperature": temperature,
@@ -178,13 +187,10 @@ def main(argv=None):
     header, arms = acceptance.open_results(args.out, acceptance.make_header(args, sets))
     done = {(arm["temperature"], *_way(arm)) for arm in arms}
     ways = [(1, "attention", "always")]
-    # whole layers at once are hardly ever accepted whole: there is nothing to leave out
-    plain = [("layer", "refill"), ("layer", "mismatch")]
-    ways += [
-        (args.group_size, *w) for w in itertools.product(PARALLEL, CALIBRATION) if w not in plain
-    ]
+    ways += [(args.group_size, *way) for way in itertools.product(PARALLEL, CALIBRATION)]
     missing = [(t, *way) for t in args.temperatures for way in ways if (t, *way) not in done]
-    for record in measure(args, [ids for found in sets.values() for ids in found], missing):
+    prompts = [ids for found in sets.values() for ids in found]
+    for record in measure(args, prompts, missing, list(arms)):
         append(args.out, record)
         arms.append(record)
     print(format_results(header, arms))
