@@ -4,140 +4,173 @@
         --group-size 4 --temperatures 0,0.8 --out FILE
     python experiments/ways.py --table FILE
 
-Calibration: every step; after a step that lost a draft token ("mismatch": entries of other steps
-stay as groups wrote them; "refill": they are made exact at the next such step); never. Every
-prompt is decoded by itself, its counts are kept, intervals are paired. Nothing here is a timing.
+The base writes its texts once; every arm then drafts along them. A token y that the base drew from
+p is the draft's with probability min(1, q(y) / p(y)), the joint law of speculative sampling seen
+from its result, so all arms share texts and random numbers. Nothing here is a timing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
-from typing import Any
 
 import acceptance
 import jax
 import jax.numpy as jnp
+import numpy as np
 import prompt_sets
-from flax import struct
-from jax import lax
 from records import append
 from tqdm import tqdm
 from tuned import compare
 
 import easyspec_jax as es
 from easyspec_jax.layer_parallel import PARALLEL, draft_runner, run_exact
-from easyspec_jax.loop import put_rows, window
-from easyspec_jax.model import forward
+from easyspec_jax.model import forward, logits
+from easyspec_jax.sharding import zeros
 from easyspec_jax.text import Tokenizer
 
+# Every step; only after one that lost a draft token, then making exact all entries that were left
+# ("refill") or its own alone; never.
 CALIBRATION = ("always", "refill", "mismatch", "never")
-ROOM = 6  # steps that one exact pass can make up for
+ROOM = 3  # steps that one exact pass can make up for
 
 
-class State(struct.PyTreeNode, kw_only=True):
-    """What `MismatchDrafter` remembers."""
+def write_texts(base, prompts, args, temperature):
+    """The base's texts, i32[B, S], behind prompts of different lengths, and log p of each token."""
+    new, gamma = args.max_new_tokens, args.num_draft_tokens
+    sampling = es.Sampling(temperature=temperature)
+    out = es.Decoder(base).generate(
+        prompts, max_new_tokens=new + gamma + 1, sampling=sampling, seed=args.seed
+    )
+    width = max(map(len, prompts)) + new + (gamma + 1) * (ROOM + 1)
+    texts = np.zeros((len(prompts), width), np.int32)
+    for row, prompt, tokens in zip(texts, prompts, out.tokens, strict=True):
+        row[: len(prompt) + len(tokens)] = [*prompt, *tokens]
+    if not temperature:
+        return texts, np.zeros(texts.shape, np.float32)
+    return texts, np.concatenate([_log_p(base, row[None], temperature) for row in texts])
 
-    cache: Any
-    text: jax.Array  # i32[B, S]
-    exact: jax.Array  # i32[B], entries before this one are exact
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def _log_p(base, text, temperature):
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), base.abstract_cache(*text.shape))
+    scores = logits(base, forward(base, text, cache)[0]) / temperature
+    found = jnp.take_along_axis(jax.nn.log_softmax(scores[:, :-1]), text[:, 1:, None], axis=-1)
+    return jnp.pad(found[..., 0], ((0, 0), (1, 0)))
 
 
-class MismatchDrafter(es.LayerParallelDrafter):
-    """Absorbs the tokens of a step in groups if its whole draft was accepted; for one row."""
+@functools.partial(jax.jit, static_argnames="run_block")
+def _pass(draft, tokens, cache, start, num, *, run_block):
+    """Logits [B, V] behind the last of `num` tokens, and the cache."""
+    hidden, cache = forward(draft, tokens, cache.rollback(start), num=num, run_block=run_block)
+    last = jnp.maximum(num - 1, 0)[:, None, None]
+    return logits(draft, jnp.take_along_axis(hidden, last, axis=1))[:, 0], cache
 
-    refill: bool = struct.field(pytree_node=False, default=False, kw_only=True)
 
-    def _window(self, request):
-        return (request.num_draft_tokens + 1) * ROOM
+@jax.jit
+def _select(rows, one, other):
+    """For rows that are True scores and cache entries ([K * B, S, H]) of one, else of the other."""
 
-    def abstract_state(self, batch, max_len, request):
-        """The draft's cache and the text so far."""
-        max_len += self._window(request)
-        return State(
-            cache=self.draft.abstract_cache(batch, max_len),
-            text=jax.ShapeDtypeStruct((batch, max_len), jnp.int32),
-            exact=jax.ShapeDtypeStruct((batch,), jnp.int32),
+    def select(a, b):
+        tiled = jnp.tile(rows, len(a) // len(rows))
+        return jnp.where(tiled.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(select, one, other)
+
+
+class Arm:
+    """One way to draft, along the texts of a base."""
+
+    def __init__(self, draft, prompts, texts, log_p, args, temperature, parallel, calibrate):
+        """The prompts but for their last tokens are absorbed."""
+        self.draft, self.texts, self.log_p = draft, texts, log_p
+        self.gamma, self.temperature, self.calibrate = args.num_draft_tokens, temperature, calibrate
+        self.fuzzy = draft_runner(parallel)
+        self.draws = np.random.default_rng(args.seed).random(texts.shape)
+        self.length = np.array([len(p) for p in prompts], np.int32)
+        self.limit = self.length + args.max_new_tokens
+        self.absorbed = self.exact = self.length - 1
+        self.cache = zeros(draft.abstract_cache(len(prompts), texts.shape[1]))
+        longest = max(map(len, prompts))
+        self._run(np.zeros_like(self.length), self.absorbed, longest, run_exact)
+
+    def _run(self, first, end, width, run_block, keep=True):
+        tokens = self.texts[np.arange(len(first))[:, None], first[:, None] + np.arange(width)]
+        scores, cache = _pass(
+            self.draft, tokens, self.cache, first, end - first, run_block=run_block
         )
+        if keep:
+            self.cache = cache
+        return scores, cache
 
-    def prefill(self, state, request, tokens, start, num):
-        """Exactly."""
-        return State(
-            cache=super().prefill(state.cache, request, tokens, start, num),
-            text=put_rows(state.text, tokens, start),
-            exact=start + num,
-        )
+    def step(self):
+        """How many tokens each row's draft is right about; the rows then go on."""
+        window, length = self.gamma + 1, self.length
+        if self.calibrate == "never":
+            scores, _ = self._run(self.absorbed, length, window, self.fuzzy)
+        elif self.calibrate == "always":
+            scores, _ = self._run(self.absorbed, length, window, run_exact)
+        else:
+            first, width = self.absorbed, window
+            whole = length - self.absorbed == window
+            if self.calibrate == "refill":
+                first, width = self.exact, window * ROOM
+                whole &= length - self.exact + window <= width
+            left = self._run(self.absorbed, length, window, self.fuzzy, keep=False)
+            repaired = self._run(first, length, width, run_exact, keep=False)
+            scores, self.cache = _select(whole, left, repaired)
+            self.exact = np.where(whole, self.exact, length)
+        accepted = [self._right(scores, length)]
+        for i in range(1, self.gamma):
+            scores, _ = self._run(length + i - 1, length + i, 1, self.fuzzy)
+            accepted.append(self._right(scores, length + i))
+        num = np.cumprod(accepted, axis=0).sum(axis=0)
+        new = np.minimum(num + 1, self.limit - length).astype(np.int32)
+        self.absorbed, self.length = length, length + new
+        return np.minimum(num, new), new > 0
 
-    def propose(self, state, request, base_cache, tokens, start, num, key):
-        """As its parent, behind one pass or the other."""
-        keys = jax.random.split(key, request.num_draft_tokens)
-        text, end, width = put_rows(state.text, tokens, start), start + num, self._window(request)
+    def _right(self, scores, at):
+        y, rows = self.texts[np.arange(len(at)), at], np.arange(len(at))
+        scores = np.asarray(scores, np.float64)
+        if not self.temperature:
+            return scores.argmax(axis=-1) == y
+        scores /= self.temperature
+        scores -= scores.max(axis=-1, keepdims=True)
+        log_q = scores[rows, y] - np.log(np.exp(scores).sum(axis=-1))
+        return np.log(self.draws[rows, at]) < log_q - self.log_p[rows, at]
 
-        def absorb(tokens, start, run_block):
-            cache = state.cache.rollback(start)
-            hidden, cache = forward(self.draft, tokens, cache, num=end - start, run_block=run_block)
-            last = jnp.maximum(end - start - 1, 0)[:, None, None]
-            return jnp.take_along_axis(hidden, last, axis=1), cache
-
-        def leave():
-            return *absorb(tokens, start, draft_runner(self.parallel)), state.exact
-
-        def repair():
-            first = state.exact if self.refill else start
-            recent = window(text, first, width if self.refill else tokens.shape[1])
-            return *absorb(recent, first, run_exact), end
-
-        room = end - state.exact + tokens.shape[1] <= width
-        whole = (num == tokens.shape[1]) & (room if self.refill else True)
-        hidden, cache, exact = lax.cond(whole.all(), leave, repair)
-        proposal, cache = self._draft(hidden, cache, num > 0, request, keys)
-        state = State(cache=cache.rollback(end), text=text, exact=exact)
-        return proposal, state, base_cache
+    def run(self):
+        """Steps of every prompt, and those whose whole draft was accepted."""
+        steps, whole = np.zeros_like(self.length), np.zeros_like(self.length)
+        while (self.length < self.limit).any():
+            num, active = self.step()
+            steps += active
+            whole += active & (num == self.gamma)
+        return steps.tolist(), whole.tolist()
 
 
-def make_drafter(draft, parallel, calibrate):
-    """The drafter of an arm."""
-    if calibrate in ("refill", "mismatch"):
-        return MismatchDrafter(draft, parallel=parallel, refill=calibrate == "refill")
-    return es.LayerParallelDrafter(draft, parallel=parallel, calibrate=calibrate != "never")
-
-
-def measure(args, prompts, arms, known):
-    """Yield the record of each arm when it is done; `known` are the records of others."""
-    whole = {
-        (a["temperature"], a["parallel"]): sum(a["accepted_whole"])
-        for a in known
-        if a["calibrate"] == "always"
-    }
+def measure(args, prompts, missing):
+    """Yield the record of each arm when it is done."""
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
-    drafts = {
-        size: es.load_model(args.draft, mesh, group_size=size) for size in {1, args.group_size}
-    }
-    with tqdm(total=len(prompts) * (len(arms) + 1), unit="prompt") as progress:
-        expected = acceptance.answer(es.Decoder(base), 0.0, prompts, args, progress)[0]
-        for temperature, size, parallel, calibrate in arms:
-            if calibrate in ("refill", "mismatch") and not whole[temperature, parallel]:
-                continue  # it calibrates every step as well
-            drafter = make_drafter(drafts[size], parallel, calibrate)
-            decoder = es.Decoder(base, drafter, num_draft_tokens=args.num_draft_tokens)
-            tokens, stats = acceptance.answer(decoder, temperature, prompts, args, progress)
-            if calibrate == "always":
-                whole[temperature, parallel] = sum(s.accepted_per_depth[-1] for s in stats)
-            same = sum(a == b for a, b in zip(tokens, expected, strict=True))
-            yield {
-                "temperature": temperature,
-                "group_size": size,
-                "parallel": parallel,
-                "calibrate": calibrate,
-                "emitted": [s.emitted for s in stats],
-                "steps": [s.steps for s in stats],
-                "accepted_whole": [s.accepted_per_depth[-1] for s in stats],
-                "tokens_per_step": round(acceptance.pool(stats).tokens_per_step, 4),
-                "identical": None if temperature else same,
-            }
-            jax.clear_caches()
+    texts = {t: write_texts(base, prompts, args, t) for t in {t for t, *_ in missing}}
+    del base
+    drafts = {s: es.load_model(args.draft, mesh, group_size=s) for s in {1, args.group_size}}
+    for temperature, size, parallel, calibrate in tqdm(missing, unit="arm"):
+        how = (args, temperature, parallel, calibrate)
+        steps, whole = Arm(drafts[size], prompts, *texts[temperature], *how).run()
+        yield {
+            "temperature": temperature,
+            "group_size": size,
+            "parallel": parallel,
+            "calibrate": calibrate,
+            "emitted": [args.max_new_tokens] * len(prompts),
+            "steps": steps,
+            "accepted_whole": whole,
+            "tokens_per_step": round(args.max_new_tokens * len(prompts) / sum(steps), 4),
+        }
 
 
 def format_results(header, arms):
@@ -145,19 +178,15 @@ def format_results(header, arms):
     o, lines = header["options"], []
     for temperature, found in itertools.groupby(arms, lambda arm: arm["temperature"]):
         found = list(found)
-        usual = next(
-            (a for a in found if _way(a) == (o["group_size"], "attention", "always")), None
-        )
+        usual = next(a for a in found if _way(a)[1:] == ("attention", "always") and _way(a)[0] > 1)
         lines += ["", f"{o['base']} + {o['draft']}, temperature {temperature:g}:", ""]
-        lines += ["| group size | at once | calibrated | tokens per step | more than attention, "
-                  "always | steps accepted whole | identical |", "|" + " --- |" * 7]  # fmt: skip
+        titles = "group size | at once | calibrated | tokens per step | ratio | accepted whole"
+        lines += [f"| {titles} |", "|" + " --- |" * 6]
         for arm in found:
             whole = sum(arm["accepted_whole"]) / sum(arm["steps"])
-            more = ""
-            if usual is not None:
-                more = "{:+.2f} ({:+.2f}, {:+.2f})".format(*compare(arm, usual)["difference"])
-            cells = [*map(str, _way(arm)), f"{arm['tokens_per_step']:.2f}", more, f"{whole:.0%}"]
-            lines.append(f"| {' | '.join(cells)} | {arm['identical']} of {len(arm['steps'])} |")
+            ratio = "{:.3f} ({:.3f}, {:.3f})".format(*compare(arm, usual)["ratio"])
+            cells = [*map(str, _way(arm)), f"{arm['tokens_per_step']:.2f}", ratio, f"{whole:.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -189,8 +218,7 @@ def main(argv=None):
     ways = [(1, "attention", "always")]
     ways += [(args.group_size, *way) for way in itertools.product(PARALLEL, CALIBRATION)]
     missing = [(t, *way) for t in args.temperatures for way in ways if (t, *way) not in done]
-    prompts = [ids for found in sets.values() for ids in found]
-    for record in measure(args, prompts, missing, list(arms)):
+    for record in measure(args, [ids for found in sets.values() for ids in found], missing):
         append(args.out, record)
         arms.append(record)
     print(format_results(header, arms))
