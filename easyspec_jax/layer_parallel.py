@@ -14,6 +14,7 @@ weights or cache entries.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -26,7 +27,7 @@ from easyspec_jax.model import Model, RunBlock, Step, attention, mlp, run_layer
 from easyspec_jax.sharding import psum
 from easyspec_jax.weights import Block
 
-PARALLEL = ("attention", "layer")
+PARALLEL = ("attention", "indirect", "layer")
 
 
 def make_partition(num_layers: int, group_size: int | Sequence[int]) -> tuple[int, ...]:
@@ -118,6 +119,19 @@ def run_fuzzy(
     return x, kv
 
 
+def run_indirect(
+    model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
+) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    """One block with its attentions at once and then its MLPs at once, each reading x plus the
+    attentions up to its own: two collectives, whatever the size.
+    """
+    if len(block.mlp) == 1:
+        return run_layer(model, block, x, kv, step)
+    deltas, kv = _attend_at_once(model, block, x, kv, step)
+    read = list(itertools.accumulate(deltas[: len(block.mlp)], initial=x))[1:]
+    return read[-1] + _mlps_at_once(model, block, read), kv
+
+
 def run_whole_layers(
     model: Model, block: Block, x: jax.Array, kv: tuple[LayerKV, ...], step: Step
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
@@ -128,9 +142,13 @@ def run_whole_layers(
         return run_layer(model, block, x, kv, step)
     deltas, kv = _attend_at_once(model, block, x, kv, step)
     deltas = deltas[: len(block.mlp)]
-    pairs = zip(block.mlp, deltas, strict=True)
-    added = sum((mlp(model, w, x + delta) for w, delta in pairs), jnp.zeros_like(x))
-    return x + sum(deltas) + psum(added, model.layout.mlp), kv
+    return x + sum(deltas) + _mlps_at_once(model, block, [x + delta for delta in deltas]), kv
+
+
+def _mlps_at_once(model, block, read):
+    """What all MLPs of a group add together, each to the input it reads ([B, T, D])."""
+    added = (mlp(model, w, x) for w, x in zip(block.mlp, read, strict=True))
+    return psum(sum(added), model.layout.mlp)
 
 
 def _attend_at_once(model, block, x, kv, step):
@@ -154,16 +172,18 @@ def _attend_at_once(model, block, x, kv, step):
 
 
 def draft_runner(parallel: str) -> RunBlock:
-    """How a layer-parallel draft runs its blocks: "attention" (EasySpec) or "layer" (its ablation).
+    """How a layer-parallel draft runs its blocks: "attention" (EasySpec), "indirect" (MLPs at once
+    too, behind the attentions) or "layer" (EasySpec's ablation).
 
     Raises:
       ValueError: any other word.
     """
-    if parallel not in PARALLEL:
+    runners = dict(zip(PARALLEL, (run_fuzzy, run_indirect, run_whole_layers), strict=True))
+    if parallel not in runners:
         raise ValueError(
             f"parallel must be one of {', '.join(map(repr, PARALLEL))}, got {parallel!r}"
         )
-    return run_fuzzy if parallel == "attention" else run_whole_layers
+    return runners[parallel]
 
 
 def _attention_axes(model: Model) -> tuple[str, ...]:

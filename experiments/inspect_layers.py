@@ -78,7 +78,7 @@ def fuzzy_pass(model: Model, text: Text, parallel: str, exact: KVCache, calibrat
     """One pass over the text in the model's groups; every position sees its own, fuzzy entry.
 
     Args:
-      parallel: "attention" (EasySpec) or "layer" (whole layers at once), as for a drafter.
+      parallel: one of `PARALLEL`, as for a drafter.
       exact: the cache of `exact_pass` on the same text.
       calibrate: True: of all positions before its own each sees exact entries, as the first
         parallel pass behind a calibration does. False: exact ones of the prompt, fuzzy ones of the

@@ -111,10 +111,12 @@ def run(
                 x = x + delta
                 x = x + _mlp(config, layer, x)
         else:
-            # so does every MLP, with its own attention added; what all of them add is summed
+            # so does every MLP, with its own attention added, or all up to its own ("indirect");
+            # what all of them add is summed
+            seen = [deltas[0 if parallel == "indirect" else j : j + 1] for j in range(size)]
             x = x + sum(
-                delta + _mlp(config, layer, x + delta)
-                for layer, delta in zip(layers, deltas, strict=True)
+                delta + _mlp(config, layer, x + sum(before))
+                for layer, delta, before in zip(layers, deltas, seen, strict=True)
             )
         keys += [k for _, k, _ in out]
         values += [v for _, _, v in out]

@@ -110,6 +110,7 @@ def test_without_calibration_errors_stay():
         ((1, 1), GROUPS, 5, False, "attention"),
         ((2, 4), (3,), 2, False, "attention"),  # two slots, one layer of padding
         ((4, 2), GROUPS, 3, True, "layer"),
+        ((2, 4), (3,), 3, True, "indirect"),
     ],
 )
 def test_greedy_equals_autoregression_for_every_way_to_draft(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import easyspec_jax as es
-from easyspec_jax.layer_parallel import run_fuzzy, run_whole_layers
+from easyspec_jax.layer_parallel import PARALLEL, run_fuzzy, run_whole_layers
 from easyspec_jax.model import Step, rotate
 from easyspec_jax.sharding import zeros
 from easyspec_jax.tuner import stale_passes
@@ -166,13 +166,13 @@ def test_what_is_measured_is_nothing_for_groups_of_one_and_grows():
     assert (found["texts"], found["positions"]) == (2, 12) and set(found["stale"]) == {"1", "2"}
     assert [len(found["stale"]["1"][part]) for part in ("hidden", "queries", "keys")] == [2] * 3
     assert json.loads(json.dumps(found)) == found
-    one, three = found["groups"][:4], found["groups"][4:]
+    one, three = found["groups"][:6], found["groups"][6:]
     assert [(g["parallel"], g["calibrate"]) for g in one] == list(
-        itertools.product(("attention", "layer"), (True, False))
+        itertools.product(PARALLEL, (True, False))
     )
     assert all(abs(g["kl"]) < 1e-6 and g["argmax_agreement"] == 1 for g in one)
     np.testing.assert_allclose([g["hidden"] for g in one], 1, atol=1e-5)
-    assert len(three) == 4 and all(g["partition"] == [1, 1, 1] for g in three)
+    assert len(three) == 6 and all(g["partition"] == [1, 1, 1] for g in three)
 
 
 def test_sequences_are_enumerated_by_the_chain_rule():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -13,7 +14,13 @@ from hf_models import random_tensors, tiny_config, write_hf_folder
 
 import convert
 import easyspec_jax as es
-from easyspec_jax.layer_parallel import draft_runner, run_exact, run_fuzzy, run_whole_layers
+from easyspec_jax.layer_parallel import (
+    draft_runner,
+    run_exact,
+    run_fuzzy,
+    run_indirect,
+    run_whole_layers,
+)
 from easyspec_jax.program.collectives import Collective, read_collectives
 
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
@@ -162,10 +169,10 @@ def test_impossible_partitions_are_refused(group_size, sentence):
 
 def test_ways_to_run_in_parallel_go_by_name():
     assert draft_runner("attention") is run_fuzzy
+    assert draft_runner("indirect") is run_indirect
     assert draft_runner("layer") is run_whole_layers
-    with pytest.raises(
-        ValueError, match="parallel must be one of 'attention', 'layer', got 'layers'"
-    ):
+    sentence = "parallel must be one of 'attention', 'indirect', 'layer', got 'layers'"
+    with pytest.raises(ValueError, match=sentence):
         draft_runner("layers")
 
 
@@ -182,7 +189,12 @@ def test_an_exact_pass_is_the_ordinary_model_whatever_the_grouping(case, load):
 
 @pytest.mark.parametrize(
     ("case", "parallel"),
-    [*((case, "attention") for case in CASES), *((CASES[i], "layer") for i in (0, 3))],
+    [
+        *((case, "attention") for case in CASES),
+        *((CASES[i], "layer") for i in (0, 3)),
+        # several slots and padding, and layers of a group on the same devices
+        *((CASES[i], "indirect") for i in (0, 3, 5, 9)),
+    ],
     ids=str,
 )
 def test_a_parallel_pass_behind_an_exact_one_equals_the_reference(case, parallel, load):
@@ -196,14 +208,13 @@ def test_a_parallel_pass_behind_an_exact_one_equals_the_reference(case, parallel
 
 def test_the_ways_to_run_a_group_differ():
     # else the comparisons above could not tell them apart
-    exact, fuzzy, whole = (
-        plain("llama", *how)[1].logits for how in [(), (GROUPS,), (GROUPS, "layer")]
-    )
-    for a, b in [(exact, fuzzy), (exact, whole), (fuzzy, whole)]:
+    ways = [(), (GROUPS,), (GROUPS, "indirect"), (GROUPS, "layer")]
+    found = [plain("llama", *how)[1].logits for how in ways]
+    for a, b in itertools.combinations(found, 2):
         assert np.abs(a - b).max() > 0.1
 
 
-@pytest.mark.parametrize("runner", [run_fuzzy, run_whole_layers])
+@pytest.mark.parametrize("runner", [run_fuzzy, run_indirect, run_whole_layers])
 def test_groups_of_one_layer_are_the_ordinary_model(runner, load):
     model = load("qwen3", (4, 2), 1)
     cache = reference.empty_cache(model, 2, 12)
@@ -288,7 +299,7 @@ def smallest_weight(model) -> int:
     return 8 * min(sizes)
 
 
-@pytest.mark.parametrize("runner", [run_exact, run_fuzzy, run_whole_layers])
+@pytest.mark.parametrize("runner", [run_exact, run_fuzzy, run_indirect, run_whole_layers])
 def test_only_activations_travel(runner, load):
     model = load("llama", (2, 4), GROUPS)  # two layers of a group on each device
     found = collectives(model, TOKENS[:1, :1], runner)
@@ -298,6 +309,7 @@ def test_only_activations_travel(runner, load):
     per_group = {
         run_exact: lambda size: 2 * size,
         run_fuzzy: lambda size: 1 + size,  # all attentions at once, then every MLP
+        run_indirect: lambda size: 2,  # all attentions, then all MLPs
         run_whole_layers: lambda size: 2,
     }[runner]
     embedding = 1

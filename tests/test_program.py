@@ -24,11 +24,11 @@ LAYER = es.LayoutRules(heads=("tensor",), group="layer")
 NARROW = es.LayoutRules(heads=("tensor",), group="layer", mlp=("tensor",), vocab=())
 
 
-def pair(shape, layout, **options):
+def pair(shape, layout, parallel="attention", **options):
     mesh = es.make_mesh(*shape)
     draft = es.abstract_model(DRAFT, mesh, group_size=GROUPS, layout=layout)
-    base = es.abstract_model(BASE, mesh)
-    return es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=GAMMA, **options)
+    drafter = es.LayerParallelDrafter(draft, parallel=parallel)
+    return es.Decoder(es.abstract_model(BASE, mesh), drafter, num_draft_tokens=GAMMA, **options)
 
 
 def by_block(found, phase):
@@ -112,6 +112,17 @@ def test_the_number_is_that_of_the_formula(group_size):
     counts = collections.Counter(one.part for one in found if one.phase == "draft")
     assert sum(counts[part] for part in inner) == 6 * (1 + 1 / group_size)
     assert sum(one.part in inner for one in found if one.phase == "calibrate") == 2 * 6
+
+
+def test_a_group_with_mlps_at_once_costs_two_collectives_whatever_its_size():
+    """L / group_size * 2: calibration alone sums each MLP by itself."""
+    decoder = pair((4, 2), LAYER, "indirect")
+    found = collectives(decoder)
+    check_nothing_large_moves(decoder, found)
+    fuzzy = by_block(found, "draft")
+    alone, group = sums(2, 1), sums(1, 1, layers=4) + sums(1, 1)
+    assert [fuzzy[f"block_{i}"] for i in range(4)] == [alone, group, group, alone]
+    assert by_block(found, "calibrate")["block_1"] == sums(8, GAMMA + 1)
 
 
 @pytest.mark.slow

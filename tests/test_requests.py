@@ -259,7 +259,7 @@ def test_bad_decoders_are_refused():
             es.Decoder(base, drafter, min_draft_probability=least)
     with pytest.raises(ValueError, match="candidates must be one of 'sampled', 'best', got 'lik"):
         es.LayerParallelDrafter(draft, candidates="likely")
-    with pytest.raises(ValueError, match="parallel must be one of 'attention', 'layer', got 'mlp'"):
+    with pytest.raises(ValueError, match=r"parallel must be one of 'attention', .*, got 'mlp'"):
         es.LayerParallelDrafter(draft, parallel="mlp")
     with pytest.raises(ValueError, match="different meshes"):
         es.Decoder(model((4, 2)), drafter)

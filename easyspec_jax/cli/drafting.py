@@ -23,6 +23,7 @@ from easyspec_jax.cli.options import (
     given,
     numbers,
 )
+from easyspec_jax.layer_parallel import PARALLEL
 from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
 
@@ -62,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "draft_layout": dict(choices=tuple(LAYOUTS), help=f"the draft's: {_LAYOUT}"),
     "draft_mlp": dict(choices=tuple(MLPS), help="devices that share the draft's MLPs"),
     "no_calibrate": _FLAG | dict(help="leave the draft's cache fuzzy"),
-    "parallel": dict(choices=("attention", "layer"), help="what runs at once (default attention)"),
+    "parallel": dict(choices=PARALLEL, help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
     "middle": dict(metavar="MODEL", help="a model between base and draft"),

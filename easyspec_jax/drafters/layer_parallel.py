@@ -31,8 +31,9 @@ class LayerParallelDrafter(Drafter):
       draft: loaded with `group_size` (or a partition).
       calibrate: run the pass over newly committed tokens exactly (EasySpec); False runs it in
         groups too.
-      parallel: "attention" (EasySpec: MLPs in order) or "layer" (whole layers at once, the paper's
-        ablation).
+      parallel: "attention" (EasySpec: MLPs in order), "indirect" (MLPs at once too, each behind the
+        attentions up to its own: two collectives a group) or "layer" (whole layers at once, the
+        paper's ablation, which costs as much and is accepted no more often).
       candidates: at temperature > 0, "sampled" draws draft tokens from q (in a tree without
         replacement), "best" takes the likeliest; both are lossless, and sampled ones were accepted
         more often wherever the draft is good.

@@ -117,7 +117,7 @@ class Pass:
     heads: int  # tokens of all texts whose logits are wanted
     batch: int
     entries: int  # S, that every text's cache has room for
-    run: str = "exact"  # or "attention", "layer": as a layer-parallel drafter runs groups
+    run: str = "exact"  # or one of layer_parallel.PARALLEL
     best: int = 1  # tokens that are looked for behind each of `heads`
     keeps: bool = False  # whether entries of a tree's path are moved together afterwards
 
@@ -164,7 +164,8 @@ class Pass:
             together[Piece(kernels=-self.device.shared_kernels)] += size - 1
         together += self._sum(axes, arrays=slots * layout.group_devices)
         mlps = Work({work: size * n for work, n in mlp.items()})
-        sums = mlp_sum if self.run == "layer" else Work({w: size * n for w, n in mlp_sum.items()})
+        in_order = Work({work: size * n for work, n in mlp_sum.items()})
+        sums = in_order if self.run == "attention" else mlp_sum
         return together + mlps + sums
 
     def _attention(self, weights: Any, *, spread: bool) -> Work:
