@@ -147,8 +147,9 @@ def run_whole_layers(
 
 def _mlps_at_once(model, block, read):
     """What all MLPs of a group add together, each to the input it reads ([B, T, D])."""
-    added = (mlp(model, w, x) for w, x in zip(block.mlp, read, strict=True))
-    return psum(sum(added), model.layout.mlp)
+    pairs = zip(block.mlp, read, strict=True)
+    added = sum((mlp(model, w, x) for w, x in pairs), jnp.zeros_like(read[0]))
+    return psum(added, model.layout.mlp)
 
 
 def _attend_at_once(model, block, x, kv, step):

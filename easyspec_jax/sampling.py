@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ class Scores(struct.PyTreeNode, kw_only=True):
         """The likeliest id of each row, i32[B, m]; the first of equals."""
         return self.largest(1)[1][..., 0] if self.axes else argmax(self.whole())
 
-    def _winners(self, k: int, *, total: bool = False):
+    def _winners(self, k: int, *, total: bool = False) -> tuple[jax.Array, jax.Array, Any]:
         """The k largest, their ids and, if asked for, the logsumexp of each row, f32[B, m]."""
         if not self.axes:
             scores = self.whole()

@@ -337,7 +337,7 @@ class MeshJit:
 
     def __init__(self, run: Callable, **options: Any):
         self._run, self._options = run, options
-        self._jitted = {(): jax.jit(run, **options)}
+        self._jitted: dict[tuple, Any] = {(): jax.jit(run, **options)}
         functools.update_wrapper(self, run)
 
     def using(self, options: tuple[tuple[str, Any], ...]) -> Any:

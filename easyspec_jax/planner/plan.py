@@ -182,7 +182,9 @@ class Planner:
         if not num_draft_tokens:
             return Decoder(base)
         draft = _shapes(self.draft, mesh, self.device.dtype, where.group_size, where.rules)
-        counts = {"num_draft_tokens": num_draft_tokens, "tree_width": tree_width}
+        counts: dict[str, Any] = {
+            "num_draft_tokens": num_draft_tokens, "tree_width": tree_width
+        }  # fmt: skip
         return Decoder(base, LayerParallelDrafter(draft), **counts)
 
     def price(

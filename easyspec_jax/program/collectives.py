@@ -53,7 +53,7 @@ def collectives(decoder: Decoder, batch: int = 1, max_len: int = 512) -> list[Co
     inputs = make_inputs(decoder.base.config, prompts, min(max_len, context) - 1)
     lowered = loop.run_loop.lower(decoder.base, decoder.drafter, *decoder.planned(inputs))
     options = compile_options(decoder.base.layout.mesh)
-    return read_collectives(lowered.compile(compiler_options=options).as_text())
+    return read_collectives(lowered.compile(compiler_options=options).as_text() or "")
 
 
 def read_collectives(text: str) -> list[Collective]:

@@ -21,6 +21,7 @@ from gpu.kernels import step_launches
 import easyspec_jax as es
 from easyspec_jax import loop
 from easyspec_jax.request import Inputs, make_inputs
+from easyspec_jax.sampling import Scores
 from easyspec_jax.sharding import replicate
 from easyspec_jax.verify import Proposal
 
@@ -108,6 +109,7 @@ class AgreeingDrafter(es.LayerParallelDrafter):
     def verify(self, base, base_cache, root, proposal, state):
         """The base's pass over all nodes, whose logits then agree or disagree as drawn."""
         scores, cache, aux = super().verify(base, base_cache, root, proposal, state)
+        scores = Scores.of(scores).whole()
         u = draws(self.seed, base_cache.length, proposal.tokens.shape[1])
         return agree(scores, proposal, u < self.acceptance), cache, aux
 
