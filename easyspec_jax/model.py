@@ -127,12 +127,12 @@ def product(model: Model, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def normed(model: Model, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two factors of `rms_norm`(x): an array like x for a product, and what to multiply the
-    product by, [B, T, 1]: the norm of a row is then summed up while its product is.
+    product by, [B, T, 1]. On GPUs the second is the scale: that saves a kernel.
     """
-    wide = x.astype(wide_type(x.dtype))
-    scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + model.config.norm_eps)
-    if x.dtype == jnp.float16:  # x * weight may be too large for it
-        return (wide * scale).astype(x.dtype) * weight[None, None], jnp.ones_like(scale)
+    wide, eps = x.astype(wide_type(x.dtype)), model.config.norm_eps
+    if not model.layout.for_gpu or x.dtype == jnp.float16:  # x * weight may be too large for it
+        return rms_norm(x, weight, eps), jnp.ones((1, 1, 1), wide.dtype)
+    scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return x * weight[None, None], scale
 
 

@@ -16,10 +16,13 @@ from ceiling import bandwidth, copy_bandwidth, streamed_bytes, top_gap
 from gpu.setup import WARM, Arm, Suite, spread
 
 import easyspec_jax as es
+from easyspec_jax import model
 from easyspec_jax.cli.demo import divergence
 from easyspec_jax.loop import DecodeState
 from easyspec_jax.memory import device_bytes
+from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.profile import time_phase
+from easyspec_jax.program.report import read_program
 
 TIE = 1e-4  # in float32, logits closer than this may change places between passes of two widths
 
@@ -241,8 +244,51 @@ def verification(suite: Suite) -> dict[str, Any]:
     return {"base": p.base, "ms_by_tokens": times}
 
 
+# Each a choice that only a clock can make: how one row is multiplied, what stands in CUDA graphs.
+# The option beside the dot changes nothing: it makes a program of its own, traced anew.
+ANSWERS: dict[str, tuple[bool, es.CompileOptions]] = {
+    "as it is": (True, es.CompileOptions()),
+    "dot": (
+        False, es.CompileOptions(more={"xla_gpu_enable_highest_priority_async_stream": True})
+    ),
+    "graphs of the loop": (True, es.CompileOptions("loop")),
+}  # fmt: skip
+
+
+def questions(suite: Suite) -> dict[str, Any]:
+    """Milliseconds of a step of each model alone by ANSWERS, in turns; and what was predicted of
+    the program as it is.
+    """
+    found: dict[str, Any] = {}
+    for name in suite.preset.models:
+        if not suite.time_for(f"questions of {name}"):
+            continue
+        decoder, calls = suite.decoder(Arm(name), suite.model(name)), {}
+        for answer, (explicit, options) in ANSWERS.items():
+            model.EXPLICIT_GEMV = explicit
+            try:
+                chosen = options.on(suite.mesh)
+                calls[answer] = _phases(suite, decoder, ("step",), options=chosen)
+            finally:
+                model.EXPLICIT_GEMV = True
+        seen = _rounds(suite, calls)
+        ms = {answer: spread(1e3 * one["step"] for one in each) for answer, each in seen.items()}
+        kind = jax.devices()[0].device_kind.lower().split()
+        constants = next((d for word, d in PRESETS.items() if word in kind), None)
+        predicted = read_program(decoder, constants, max_len=suite.preset.new_tokens + 64).estimate
+        found[name] = {"ms": ms, "predicted": predicted}
+        shown = ", ".join(f"{answer} {one['median']:.3f}" for answer, one in ms.items())
+        said = f"; predicted {1e3 * predicted['step']:.3f}" if predicted else ""
+        suite.say(f"{name}, ms a step: {shown}{said}")
+    return found
+
+
 def _phases(
-    suite: Suite, decoder: es.Decoder, names: tuple[str, ...], repeats: int | None = None
+    suite: Suite,
+    decoder: es.Decoder,
+    names: tuple[str, ...],
+    repeats: int | None = None,
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> Callable[[], dict[str, float]]:
     """A call that times these phases of a step, each `repeats` times in a loop that is compiled and
     warm; it holds the models.
@@ -255,7 +301,7 @@ def _phases(
         seconds = {}
         for name in names:
             args = (name, decoder.base, decoder.drafter, request, held.pop())
-            seconds[name], state = time_phase(*args, repeats=repeats)
+            seconds[name], state = time_phase(*args, repeats=repeats, options=options)
             held.append(state)
         return seconds
 
@@ -330,4 +376,5 @@ PARTS: dict[str, Callable[[Suite], dict[str, Any]]] = {
     "draft": draft_step,
     "verification": verification,
     "host_gap": host_gap,
+    "questions": questions,
 }

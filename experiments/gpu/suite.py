@@ -5,7 +5,7 @@
 It needs jax, flax and numpy alone. Models are random, of the shapes of Llama 3.2 1B, 3.2 3B and 3
 8B; the rate at which the base agrees with its draft is set (`AgreeingDrafter`), so speeds are those
 of a pair with that acceptance, and the text means nothing. Parts (`parts.py`): correctness,
-autoregression, loop, compile, kernels, draft, verification, host_gap.
+autoregression, loop, compile, kernels, draft, verification, host_gap, questions.
 
 A part that fails is recorded with its message and the others still run; what the budget leaves no
 time for is named under "skipped". Each part is printed as JSON when it ends, and the last line of
