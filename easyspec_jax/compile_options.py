@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,14 +52,19 @@ class CompileOptions:
     """
 
     graphs: str = "default"
-    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if self.graphs not in LEVELS:
             names = ", ".join(map(repr, LEVELS))
             raise ValueError(f"graphs must be one of {names}, got {self.graphs!r}")
-        if not isinstance(self.more, Mapping) or not all(isinstance(k, str) for k in self.more):
-            raise ValueError(f"more must map names of XLA options to values, got {self.more!r}")
+        pairs = self.more.items() if isinstance(self.more, Mapping) else [(None, None)]
+        sound = all(isinstance(k, str) and isinstance(v, str | int | float) for k, v in pairs)
+        if not sound:
+            raise ValueError(
+                f"more must map names of XLA options to texts or numbers, got {self.more!r}"
+            )
+        object.__setattr__(self, "more", types.MappingProxyType(dict(self.more)))
 
     def on(self, mesh: Mesh) -> tuple[tuple[str, Any], ...]:
         """What to compile with for the devices of a mesh, in the order of names; what this jaxlib
@@ -69,7 +75,7 @@ class CompileOptions:
         return tuple((name, wanted[name]) for name in sorted(wanted) if _known(name, wanted[name]))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)
 def _known(name: str, value: Any) -> bool:
     """Whether this jaxlib has the option, with such a value."""
     try:

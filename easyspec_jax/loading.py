@@ -181,7 +181,8 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
             for layer in jax.device_get(separate(block)):
                 name = layer_name(len(parts))
                 parts[name] = checkpoint.save_part(folder, name, layer)
-        top = jax.device_get(weights.separate_top(model.params, model.layout))
+        separate = jax.jit(functools.partial(weights.separate_top, layout=model.layout))
+        top = jax.device_get(separate(model.params.replace(blocks=())))
         parts[TOP_PART] = checkpoint.save_part(folder, TOP_PART, top)
         metadata = checkpoint.make_metadata(model.dtype.name, tokenizer, parts)
         write_object(folder / METADATA_FILE, metadata)

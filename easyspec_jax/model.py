@@ -93,10 +93,6 @@ class Placement(struct.PyTreeNode, kw_only=True):
         return jax.vmap(put)(before, self.ancestors, self.origin)
 
 
-# One row times a matrix on a GPU as multiply and sum: one kernel, where a product of more than 10M
-# weights is split and then added up by a second. Which is faster no clock has said yet.
-EXPLICIT_GEMV = True
-
 RunBlock = Callable[
     [Model, Block, jax.Array, tuple[LayerKV, ...], Step], tuple[jax.Array, tuple[LayerKV, ...]]
 ]
@@ -120,7 +116,7 @@ def product(model: Model, x: jax.Array, w: jax.Array) -> jax.Array:
     if not model.layout.for_gpu:
         return jnp.einsum("bti,io->bto", x, w.reshape(inputs, -1), preferred_element_type=wide)
     w = w.reshape(-1, inputs)
-    if x.shape[:2] == (1, 1) and EXPLICIT_GEMV:
+    if x.shape[:2] == (1, 1) and model.layout.explicit_gemv:
         return jnp.sum(x[0].astype(wide) * w.astype(wide), axis=-1)[None, None]
     return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=wide)
 

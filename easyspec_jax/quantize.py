@@ -15,7 +15,8 @@ from jax import lax
 
 from easyspec_jax.config import is_integer
 from easyspec_jax.model import Model, wide_type
-from easyspec_jax.weights import arranged_dims
+from easyspec_jax.sharding import Layout
+from easyspec_jax.weights import arranged_dims, pad_mlp
 
 BITS = (4, 8)
 # Letter of a matrix's inputs: a group never leaves its head in `wo`.
@@ -51,9 +52,10 @@ def quantize_weights(model: Model, *, bits: int = 4, group_size: int = 128) -> M
         # From the end, as a stacked slot has one more axis.
         present = {name: of.index(INPUTS[name]) - len(of) for name, of in dims.items()}
         matrices = {name: getattr(part, name) for name in present}
+        layout = model.layout if hasattr(part, "w_down") else None
         return part.replace(
             **{
-                name: _rounded(w, present[name], bits, group_size)
+                name: _rounded(w, present[name], bits, group_size, layout)
                 for name, w in matrices.items()
                 if w is not None
             }
@@ -71,7 +73,15 @@ def quantize_weights(model: Model, *, bits: int = 4, group_size: int = 128) -> M
     return model.replace(params=params if params.embed is None else rounded(params))
 
 
-def _rounded(w: jax.Array, axis: int, bits: int, group_size: int) -> jax.Array:
+def _rounded(
+    w: jax.Array, axis: int, bits: int, group_size: int, layout: Layout | None
+) -> jax.Array:
+    """w rounded; `layout`: of an MLP, whose inputs may be padded."""
+    if layout is not None and layout.mlp_padding and w.ndim == 2:  # w_down: groups of true inputs
+        pad = functools.partial(pad_mlp, axis=axis % 2, layout=layout)
+        strip = jax.jit(functools.partial(pad, back=True), out_shardings=w.sharding)
+        rounded = _rounded(strip(w), axis, bits, group_size, None)
+        return jax.jit(pad, out_shardings=w.sharding)(rounded)
     size = w.shape[axis]
     group = max(d for d in range(1, min(group_size, size) + 1) if size % d == 0)
     return _run(w, axis, bits, group, w.sharding)

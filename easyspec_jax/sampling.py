@@ -178,14 +178,17 @@ class Scores(struct.PyTreeNode, kw_only=True):
         # One sum of a few numbers; ids are exact in float32 up to 2^24.
         found = [top, (first + index).astype(wide)]
         if total:
-            found.append(jax.nn.logsumexp(own.astype(jnp.float32), axis=-1, keepdims=True))
+            sums = jax.nn.logsumexp(own.astype(jnp.float32), axis=-1, keepdims=True)
+            found.append(sums.astype(wide))
         with jax.named_scope("logits"):
-            found = _of_all_devices(jnp.concatenate(found, axis=-1).astype(wide), self.axes)
+            found = _of_all_devices(jnp.concatenate(found, axis=-1), self.axes)
         found, sums = found[..., : 2 * top.shape[-1]], found[..., -1]
         tops, ids = (
             jnp.moveaxis(x, 0, -2).reshape(*own.shape[:-1], -1)
             for x in jnp.split(found, 2, axis=-1)
         )
+        spare = [(0, 0)] * (tops.ndim - 1) + [(0, max(k - tops.shape[-1], 0))]  # ids it lacks
+        tops, ids = jnp.pad(tops, spare, constant_values=-jnp.inf), jnp.pad(ids, spare)
         top, at = lax.top_k(tops, k)
         ids = jnp.take_along_axis(ids, at, axis=-1).astype(jnp.int32)
         return top, ids, jax.nn.logsumexp(sums.astype(jnp.float32), axis=0) if total else None

@@ -139,6 +139,9 @@ class Layout:
     group: str | None = None  # carries the layers of a group; None: they share the devices
     # Weights and caches are arranged as GPUs read them best: outputs first, keys beside values.
     for_gpu: bool = False
+    # There, one row times a matrix as multiply and sum: one kernel, where a product of more than
+    # 10M weights is split and then added up by a second. Which is faster no clock has said yet.
+    explicit_gemv: bool = True
     # Zero columns of an MLP behind each device's own: products of other sizes copy their weights.
     mlp_padding: int = 0
 
@@ -342,11 +345,10 @@ class MeshJit:
 
     def using(self, options: tuple[tuple[str, Any], ...]) -> Any:
         """Jitted with these options of the compiler, which must be known to it."""
-        if options not in self._jitted:
-            self._jitted[options] = jax.jit(
-                self._run, **self._options, compiler_options=dict(options)
-            )
-        return self._jitted[options]
+        key = tuple((name, type(value), value) for name, value in options)  # 1 is not True
+        if key not in self._jitted:
+            self._jitted[key] = jax.jit(self._run, **self._options, compiler_options=dict(options))
+        return self._jitted[key]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._jitted[()](*args, **kwargs)

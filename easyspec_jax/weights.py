@@ -245,8 +245,8 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
 
 def _arrange_mlp(layer: dict[str, Any], layout: Layout) -> Mlp:
     w_gate_up = jnp.stack((layer["w_gate"], layer["w_up"]), axis=1)
-    w_down = _padded(layer["w_down"], 0, layout)
-    matrices = {"w_gate_up": _padded(w_gate_up, 2, layout), "w_down": w_down}
+    w_down = pad_mlp(layer["w_down"], 0, layout)
+    matrices = {"w_gate_up": pad_mlp(w_gate_up, 2, layout), "w_down": w_down}
     return Mlp(norm=layer["mlp_norm"], **_ordered(matrices, layout))
 
 
@@ -288,12 +288,12 @@ def separate_block(block: Block, layout: Layout) -> list[dict[str, Any]]:
 
 def _separate_mlp(w: Mlp, layout: Layout) -> dict[str, Any]:
     found = _ordered({"w_gate_up": w.w_gate_up, "w_down": w.w_down}, layout, back=True)
-    gate_up = _padded(found["w_gate_up"], 2, layout, back=True)
-    w_down = _padded(found["w_down"], 0, layout, back=True)
+    gate_up = pad_mlp(found["w_gate_up"], 2, layout, back=True)
+    w_down = pad_mlp(found["w_down"], 0, layout, back=True)
     return {"mlp_norm": w.norm, "w_gate": gate_up[:, 0], "w_up": gate_up[:, 1], "w_down": w_down}
 
 
-def _padded(x: Any, axis: int, layout: Layout, *, back: bool = False) -> Any:
+def pad_mlp(x: Any, axis: int, layout: Layout, *, back: bool = False) -> Any:
     """An array with zeros behind every device's share of an axis of F; or `back` without."""
     if not layout.mlp_padding:
         return x

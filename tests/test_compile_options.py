@@ -54,6 +54,7 @@ def test_what_the_compiler_does_not_know_is_left_out_with_one_line(caplog):
     [
         ({"graphs": "some"}, "graphs must be one of 'default', 'loop', 'collectives', 'all'"),
         ({"more": ["xla_gpu_graph_min_graph_size"]}, "more must map names of XLA options"),
+        ({"more": {"xla_gpu_enable_command_buffer": ["FUSION"]}}, "to texts or numbers"),
         ({"more": {1: 2}}, "more must map names of XLA options"),
     ],
     ids=str,

@@ -127,7 +127,7 @@ def test_broken_sampling_is_noticed(monkeypatch, broken):
     if broken == "no residual":
         mutate(monkeypatch, es.verify, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
     elif broken == "q of another temperature":
-        mutate(monkeypatch, es.tree, "_ranks", "log_q + jax", "3 * log_q + jax")
+        mutate(monkeypatch, es.tree, "_best", "log_q + jax", "3 * log_q + jax")
     else:
         monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)
     assert sequence_surprise(decoder, PLAIN) > 5

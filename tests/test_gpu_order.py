@@ -17,6 +17,7 @@ CONFIG = es.ModelConfig(
     vocab_size=64, embed_dim=24, mlp_dim=48, num_layers=5, num_heads=8, num_kv_heads=2,
     head_dim=4, max_len=96, qkv_bias=True, qk_norm=True,
 )  # fmt: skip
+NARROW = es.ModelConfig(**{**vars(CONFIG), "num_layers": 1})
 TIED = es.ModelConfig(**{**vars(CONFIG), "tie_embeddings": True})
 
 
@@ -60,6 +61,16 @@ def test_a_checkpoint_has_one_order(pretend, shape, size):
         for m in both(pretend, shape, group_size=size)
     )
     jax.tree.map(np.testing.assert_array_equal, cpu, gpu)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=str)
+def test_padding_changes_no_rounded_weight(pretend, shape):
+    """48 inputs of an MLP, or 6 on each device, are padded to 64: groups are of the true ones."""
+    cpu, gpu = (es.quantize_weights(m, group_size=12) for m in both(pretend, shape, NARROW))
+    assert gpu.layout.mlp_padding and not cpu.layout.mlp_padding
+    for a, b in zip(cpu.params.blocks, gpu.params.blocks, strict=True):
+        for x, y in zip(separate_block(a, cpu.layout), separate_block(b, gpu.layout), strict=True):
+            jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
 @pytest.mark.slow

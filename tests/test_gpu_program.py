@@ -172,6 +172,15 @@ def test_a_draw_is_few_launches_and_sorts_nothing():
     assert not re.search(r" (sort|topk)\(", texts["hlo"])
 
 
+def test_a_dot_in_place_of_a_multiply_and_sum_is_another_program():
+    config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=2)
+    base = es.abstract_model(config, target.make_mesh("h200"), dtype="bfloat16")
+    base = base.replace(layout=dataclasses.replace(base.layout, explicit_gemv=False))
+    with jax.default_matmul_precision("default"), jax.enable_x64(False):
+        found = read_program(es.Decoder(base)).phases["verify"]
+    assert found.per_layer >= program("8B").phases["verify"].per_layer + 2
+
+
 def test_no_logits_travel():
     """Of the greedy choice only a few numbers of each device."""
     exchanges = [one for p in program("70B + 8B, 4 x 2").phases.values() for one in p.exchanges]

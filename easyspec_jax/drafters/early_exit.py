@@ -33,7 +33,7 @@ from easyspec_jax.model import (
     wide_type,
 )
 from easyspec_jax.request import Request
-from easyspec_jax.sampling import argmax
+from easyspec_jax.sampling import Scores, argmax
 from easyspec_jax.sharding import shape_of
 from easyspec_jax.stats import Tally
 from easyspec_jax.verify import Proposal, Verdict
@@ -202,12 +202,14 @@ class EarlyExitDrafter(Drafter):
 
         def draw(count, x, tree):
             scores = score(self.base, x).fit(request.vocab_size)
+            if not request.filters.greedy:  # all are needed: they travel once
+                scores = Scores.of(scores.whole())
             least = request.min_probability
             tree = trees.grow(tree, count, scores, request.filters, keys[count], least)
             # Only the next token is stopped, never one that was drawn: that would bias the text.
             stopped = tree.stopped | (tree.newest == request.eos_ids[None]).any(axis=1)
             if self.adaptive:
-                stopped = stopped | (confidences(scores.whole())[:, 0] < threshold)
+                stopped = stopped | (jnp.exp(scores.likeliest(1)[2][:, 0, 0]) < threshold)
             return tree.replace(stopped=stopped)
 
         def extend(draft):

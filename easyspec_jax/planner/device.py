@@ -135,7 +135,7 @@ def _interpolated(points: tuple[tuple[int, float, float], ...], rows: float) -> 
 
 
 # Kernels of a layer and of a pass (what commits a step among them) as XLA compiles them for H200;
-# `tests/test_plan.py` holds them against kept programs.
+# `tests/test_plan_programs.py` holds them against kept ones.
 _PROGRAM: dict[str, Any] = {
     **{"attention_kernels": 9, "mlp_kernels": 4, "pass_kernels": 14},
     **{"rows_kernels": 1, "group_kernels": 1, "shared_kernels": 2},

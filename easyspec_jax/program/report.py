@@ -181,11 +181,13 @@ def read_program(
       texts: gets the "hlo" and "thunks" of the loop.
 
     Raises:
-      ValueError: caches that hold no more than a step's draft.
+      ValueError: caches that hold no more than a step's draft, or less than a chunk.
     """
     base, least = decoder.base, decoder.num_nodes + 3
     if max_len < least:
         raise ValueError(f"caches must hold at least {least} tokens here, got max_len {max_len}")
+    if any(chunk > max_len for chunk in prefill):
+        raise ValueError(f"prefill must be at most max_len {max_len}, got {max(prefill)}")
     inputs = make_inputs(base.config, np.zeros((batch, 1), np.int32), 1, sampling)
     request, state = decoder.planned(inputs, max_len)
     chunk = min(PREFILL_CHUNKS[-1], max_len)

@@ -231,7 +231,9 @@ class Suite:
         compiled = lowered.compile()
         end = time.perf_counter()
         caches = (state.cache, state.draft) if arm.draft else (state.cache,)
-        entries = tuple(int(np.prod(cache.blocks[0][0].arrays[0].shape)) for cache in caches)
+        pairs = [cache.blocks[0][0].arrays for cache in caches]
+        keys = [int(np.prod(arrays[0].shape)) * len(arrays) // 2 for arrays in pairs]
+        entries = tuple(n for one in keys for n in (one, 2 * one))  # alone, and beside the values
         launches = step_launches(compiled.as_text(), entries)
         self.say(f"compiled {arm}: {middle - start:.1f} s in Python, {end - middle:.1f} s by XLA")
         return Program(compiled, middle - start, end - middle, launches)
