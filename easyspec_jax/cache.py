@@ -19,8 +19,8 @@ from jax import lax
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.sharding import Layout, Placed, shape_of
 
-# Keys and values of a layer for GPUs are one array where one update then writes both; the XLA of
-# newer versions would copy both out of it before they are read.
+# Keys and values of a layer for GPUs are one array where one update then writes both, as programs
+# of jax 0.10.2 say; those of 0.12.0.1 first copy both out of it.
 ONE_ARRAY = jax.__version_info__ < (0, 11)
 
 

@@ -151,7 +151,6 @@ class Decoder(Engine):
         """
         prompts = np.zeros((batch, prompt_len), np.int32)
         inputs = make_inputs(self.base.config, prompts, max_new_tokens, sampling)
-        how = {"repeats": repeats, "options": self.compile_options.on(self.base.layout.mesh)}
         if not is_integer(repeats) or repeats < 1:
             raise ValueError(f"repeats must be a whole number above 0, got {repeats!r}")
         jax.block_until_ready(self.prefill(inputs))
@@ -159,4 +158,4 @@ class Decoder(Engine):
         start = time.perf_counter()
         state = jax.block_until_ready(self.absorb(request, state, inputs.longest))
         times = {"prefill": time.perf_counter() - start}
-        return times | phase_seconds(self.base, self.drafter, request, state, **how)
+        return times | phase_seconds(self, request, state, repeats=repeats)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from easyspec_jax import loop
-from easyspec_jax.drafter import Drafter
-from easyspec_jax.model import Model
+from easyspec_jax.engine import Engine
 from easyspec_jax.request import Request
 from easyspec_jax.sharding import mesh_jit
 from easyspec_jax.verify import accept_path
@@ -76,48 +74,31 @@ def _repeat(base, drafter, request, state, *, timed, repeats):
 
 
 def time_phase(
-    timed: str,
-    base: Model,
-    drafter: Drafter,
-    request: Request,
-    state: loop.DecodeState,
-    *,
-    repeats: int,
-    options: tuple[tuple[str, Any], ...] = (),
+    timed: str, engine: Engine, request: Request, state: loop.DecodeState, *, repeats: int
 ) -> tuple[float, loop.DecodeState]:
     """Mean seconds of one of `TIMED`, run `repeats` times in a compiled loop that has run once
     before, and the state it leaves; nothing but this phase is compiled.
 
     Args:
-      state: with room for a step; donated.
-      options: of the compiler.
+      engine: whose base, drafter and compiler options are taken.
+      state: prefilled, with room for a step; donated.
     """
-    run = functools.partial(_repeat.using(options), timed=timed, repeats=repeats)
-    state = jax.block_until_ready(run(base, drafter, request, state))
+    run = functools.partial(engine.compiled(_repeat), timed=timed, repeats=repeats)
+    state = jax.block_until_ready(run(engine.base, engine.drafter, request, state))
     start = time.perf_counter()
-    state = jax.block_until_ready(run(base, drafter, request, state))
+    state = jax.block_until_ready(run(engine.base, engine.drafter, request, state))
     return (time.perf_counter() - start) / repeats, state
 
 
 def phase_seconds(
-    base: Model,
-    drafter: Drafter,
-    request: Request,
-    state: loop.DecodeState,
-    *,
-    repeats: int,
-    options: tuple[tuple[str, Any], ...] = (),
+    engine: Engine, request: Request, state: loop.DecodeState, *, repeats: int
 ) -> dict[str, float]:
-    """Mean seconds of a whole step and of its phases: calibrate, draft, verify, commit (the rest).
-
-    Args:
-      state: prefilled, with room for a step; donated.
-      repeats: runs in each compiled loop.
-      options: of the compiler.
+    """Mean seconds of a whole step and of its phases: calibrate, draft, verify, commit (the rest);
+    arguments as for `time_phase`.
     """
-    times, how = {}, {"repeats": repeats, "options": options}
+    times = {}
     for timed in TIMED if request.num_draft_tokens else ("step", "verify"):
-        times[timed], state = time_phase(timed, base, drafter, request, state, **how)
+        times[timed], state = time_phase(timed, engine, request, state, repeats=repeats)
     propose, calibrate = times.pop("propose", 0.0), times.pop("calibrate", 0.0)
     rest = times["step"] - propose - times["verify"]
     return times | {

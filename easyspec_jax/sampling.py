@@ -126,10 +126,10 @@ class Scores(struct.PyTreeNode, kw_only=True):
     """
 
     share: jax.Array  # f[B, m, V' / devices], V' ids of the model they are from
-    axes: tuple[str, ...] = struct.field(
-        pytree_node=False, default=()
-    )  # of the mesh, that split V'
-    vocab_size: int = struct.field(pytree_node=False)  # V: less than V' is cut, more is never drawn
+    # of the mesh, that split V'
+    axes: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    # V: ids at or beyond it are cut, those that the model lacks are never drawn
+    vocab_size: int = struct.field(pytree_node=False)
 
     @classmethod
     def of(cls, scores: jax.Array | Scores) -> Scores:

@@ -49,7 +49,7 @@ class Arm:
 
     def time(self, repeats: int) -> None:
         """Time a step."""
-        run = (self.decoder.base, self.decoder.drafter, self.request, self.state)
+        run = (self.decoder, self.request, self.state)
         seconds, self.state = time_phase("step", *run, repeats=repeats)
         self.seconds.append(seconds)
 

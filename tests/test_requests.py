@@ -307,8 +307,8 @@ def test_a_timed_step_leaves_its_row_where_it_was():
     """One that has reached its limit may do less: 2 x 4 steps of up to 4 tokens, room for 5."""
     decoder = self_drafting()
     run = started(decoder, [PROMPTS[0]], 5)
-    length, pair = int(run.state.length[0]), (decoder.base, decoder.drafter)
-    _, state = time_phase("step", *pair, run.request, run.state, repeats=4)
+    length = int(run.state.length[0])
+    _, state = time_phase("step", decoder, run.request, run.state, repeats=4)
     assert (int(state.length[0]), bool(state.done[0])) == (length, False)
     assert int(state.counters.steps[0]) == 8
 

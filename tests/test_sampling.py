@@ -9,9 +9,11 @@ import pytest
 from decoders import surprise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import PartitionSpec as P
 from mutation import mutate
 
-from easyspec_jax import Sampling, verify
+from easyspec_jax import Sampling, make_mesh, verify
 from easyspec_jax.sampling import Scores, make_filters, probabilities, sample
 from easyspec_jax.verify import Proposal, accept_path
 
@@ -42,11 +44,16 @@ def sorted_filter(logits, s: Sampling):
     top_k=st.sampled_from([0, 1, 3, 17, 1000]),
     top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    gpu=st.booleans(),
 )
-def test_filters_equal_sorting(seed, temperature, top_k, top_p, min_p):
+def test_filters_equal_sorting(seed, temperature, top_k, top_p, min_p, gpu):
+    """Also as GPUs find thresholds, several bits at a time."""
     logits = np.random.default_rng(seed).normal(size=(37,)).astype(np.float32) * 3
     s = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    p = np.asarray(probabilities(jnp.asarray(logits)[None], make_filters(s)))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        if gpu:
+            patch.setattr(lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+        p = np.asarray(probabilities(jnp.asarray(logits)[None], make_filters(s)))[0]
     np.testing.assert_allclose(p, sorted_filter(logits, s), atol=2e-6)
 
 
@@ -68,6 +75,38 @@ def test_logits_of_another_vocabulary_are_cut_or_padded_with_the_impossible():
     scores = jnp.asarray([[[1.0, 2.0]]], jnp.float32)
     assert Scores.of(scores).fit(3).whole().tolist() == [[[1.0, 2.0, -np.inf]]]
     assert Scores.of(scores).fit(1).whole().tolist() == [[[1.0]]]
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+@pytest.mark.parametrize("vocab", [5, 16, 40], ids=["cut", "all", "padded"])
+def test_the_likeliest_of_shares_are_those_of_all(vocab, k):
+    """16 ids on 8 devices, many of them equal; of a cut vocabulary some devices have none left."""
+    k, mesh, axes = min(k, vocab), make_mesh(4, 2), ("layer", "tensor")
+    scores = np.random.default_rng(k).integers(4, size=(2, 6, 16)).astype(np.float32)
+
+    def found(share):
+        mine = Scores(share=share, axes=axes, vocab_size=16).fit(vocab)
+        return *mine.likeliest(k), mine.argmax()
+
+    got = jax.jit(
+        jax.shard_map(found, mesh=mesh, in_specs=P(None, None, axes), out_specs=P())
+    )(scores)  # fmt: skip
+    whole = Scores.of(jnp.asarray(scores)).fit(vocab)
+    want = (*whole.likeliest(k), whole.argmax())
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_wider_tree_than_a_vocabulary_has_impossible_nodes():
+    """Of 16 ids on 8 devices the 20 likeliest: the rest is minus infinity."""
+
+    def found(share):
+        return Scores(share=share, axes=("layer", "tensor"), vocab_size=64).largest(20)[0]
+
+    spec = P(None, None, ("layer", "tensor"))
+    run = jax.shard_map(found, mesh=make_mesh(4, 2), in_specs=spec, out_specs=P())
+    top = np.asarray(jax.jit(run)(jnp.ones((1, 1, 16), jnp.float32)))[0, 0]
+    assert (top[:16] == 1).all() and (top[16:] == -np.inf).all()
 
 
 def test_sample_never_draws_a_zero():

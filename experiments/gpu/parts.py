@@ -264,8 +264,8 @@ def questions(suite: Suite) -> dict[str, Any]:
         decoder = suite.decoder(Arm(name), base)
         for answer, (explicit, options) in ANSWERS.items():
             layout = dataclasses.replace(base.layout, explicit_gemv=explicit)
-            other = suite.decoder(Arm(name), base.replace(layout=layout))
-            calls[answer] = _phases(suite, other, ("step",), options=options.on(suite.mesh))
+            other = es.Decoder(base.replace(layout=layout), compile_options=options)
+            calls[answer] = _phases(suite, other, ("step",))
         seen = _rounds(suite, calls)
         ms = {answer: spread(1e3 * one["step"] for one in each) for answer, each in seen.items()}
         kind = jax.devices()[0].device_kind.lower().split()
@@ -279,11 +279,7 @@ def questions(suite: Suite) -> dict[str, Any]:
 
 
 def _phases(
-    suite: Suite,
-    decoder: es.Decoder,
-    names: tuple[str, ...],
-    repeats: int | None = None,
-    options: tuple[tuple[str, Any], ...] = (),
+    suite: Suite, decoder: es.Decoder, names: tuple[str, ...], repeats: int | None = None
 ) -> Callable[[], dict[str, float]]:
     """A call that times these phases of a step, each `repeats` times in a loop that is compiled and
     warm; it holds the models.
@@ -295,8 +291,7 @@ def _phases(
     def measure():
         seconds = {}
         for name in names:
-            args = (name, decoder.base, decoder.drafter, request, held.pop())
-            seconds[name], state = time_phase(*args, repeats=repeats, options=options)
+            seconds[name], state = time_phase(name, decoder, request, held.pop(), repeats=repeats)
             held.append(state)
         return seconds
 
