@@ -203,13 +203,20 @@ def attention(
     by_head = lambda y: y.transpose(2, 0, 1, 3, 4).reshape(k_heads * batch, -1, h)  # noqa: E731
     new = (by_head(k), by_head(v))
     kv = kv.write(*(new if entries is None else entries(new)), step.start)
-    scores = jnp.einsum("xmh,xsh->xms", by_head(q), kv.k, preferred_element_type=step.cos.dtype)
-    scores = scores.reshape(k_heads, batch, t, groups, -1) * (h**-0.5)
-    scores = jnp.where(step.mask[None, :, :, None, :], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    out = jnp.einsum("xms,xsh->xmh", weights.reshape(k_heads * batch, -1, weights.shape[-1]), kv.v)
-    out = out.reshape(k_heads, batch, t, groups, h).transpose(1, 2, 0, 3, 4)
+    out = _attend(by_head(q), kv, step).reshape(k_heads, batch, t, groups, h)
+    out = out.transpose(1, 2, 0, 3, 4)
     return product(model, out.reshape(batch, t, -1), w.wo).astype(x.dtype), kv
+
+
+def _attend(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:
+    """What queries [K * B, T * G, H] find in a cache, the same shape."""
+    batch, t = step.mask.shape[:2]
+    scores = jnp.einsum("xmh,xsh->xms", q, kv.k, preferred_element_type=step.cos.dtype)
+    by_token = scores.reshape(-1, batch, t, q.shape[1] // t, scores.shape[-1]) * q.shape[-1] ** -0.5
+    least = jnp.finfo(scores.dtype).min
+    by_token = jnp.where(step.mask[None, :, :, None, :], by_token, least)
+    weights = jax.nn.softmax(by_token, axis=-1).astype(q.dtype)
+    return jnp.einsum("xms,xsh->xmh", weights.reshape(scores.shape), kv.v)
 
 
 def mlp(model: Model, w: Mlp, x: jax.Array) -> jax.Array:
