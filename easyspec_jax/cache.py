@@ -1,9 +1,10 @@
 """The functional KV cache: written in place when donated, rolled back by resetting a length.
 
 Keys and values are [K * B, S, H] (kv heads major, so that a split over kv heads is a split of the
-first axis): the layout in which XLA updates and reads them without copies or transposes. Entries
-at or beyond `length` are scratch: attention masks by position, so they are never read before they
-are written again.
+first axis), on CPUs keys [K * B, H, S]: the layouts in which XLA updates and reads them without
+copies or transposes, and in which Eigen multiplies scores of several rows. Entries at or beyond
+`length` are scratch: attention masks by position, so they are never read before they are written
+again.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ class LayerKV(struct.PyTreeNode):
     the mesh axis "layer", which is then the first axis of every array.
     """
 
-    # Two arrays [K * B, S, H]; or one of both, [2, K * B, S, H]
+    # Keys and values, or one array of both; the first axis holds kv heads and rows, K * B
     arrays: tuple[Any, ...]
+    # Dimension letters of each: E keys and values
+    letters: tuple[str, ...] = struct.field(pytree_node=False)
 
     @property
     def k(self) -> Any:
         """Keys, [K * B, S, H]; not of a stacked slot for GPUs."""
-        return self.arrays[0] if len(self.arrays) == 2 else self.arrays[0][0]
+        keys = self.arrays[0] if len(self.arrays) == 2 else self.arrays[0][0]
+        return keys.swapaxes(-1, -2) if self.letters[0] == "KHS" else keys
 
     @property
     def v(self) -> Any:
@@ -47,39 +51,40 @@ class LayerKV(struct.PyTreeNode):
         i32[B].
         """
         new = (k, v) if len(self.arrays) == 2 else (jnp.concatenate((k, v)),)
-        return self._each(lambda x, i: _write(x, new[i], start))
+        return self._each(lambda x, axis, i: _write(x, new[i].swapaxes(1, axis), start, axis))
 
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
         """Entries start[b] + index[b, j] of row b are copied to start[b] + j (index: i32[B, J]);
         not for a stacked slot.
         """
-        return self._each(lambda x, _: _keep(x, start, index))
+        return self._each(lambda x, axis, _: _keep(x, start, index, axis))
 
-    def _each(self, fn: Callable[[jax.Array, int], jax.Array]) -> LayerKV:
-        """With `fn` of every array as [heads, S, H], and its index."""
-        flat = (x.reshape(-1, *x.shape[-2:]) for x in self.arrays)
-        pairs = zip(self.arrays, flat, strict=True)
-        return LayerKV(tuple(fn(y, i).reshape(x.shape) for i, (x, y) in enumerate(pairs)))
+    def _each(self, fn: Callable[[jax.Array, int, int], jax.Array]) -> LayerKV:
+        """With `fn` of every array as [heads, S, H] or [heads, H, S], its axis of S, its index."""
+        arrays = []
+        for i, (x, letters) in enumerate(zip(self.arrays, self.letters, strict=True)):
+            flat = x.reshape(-1, *x.shape[-2:])
+            arrays.append(fn(flat, 2 if letters.endswith("S") else 1, i).reshape(x.shape))
+        return self.replace(arrays=tuple(arrays))
 
 
-def _write(cache, new, start):
+def _write(cache, new, start, axis):
     if start.shape[0] == 1:
-        zero = jnp.zeros_like(start[0])
-        return lax.dynamic_update_slice(cache, new, (zero, start[0], zero))
+        return lax.dynamic_update_slice_in_dim(cache, new, start[0], axis)
     starts = jnp.tile(start, cache.shape[0] // start.shape[0])
-    return jax.vmap(lambda c, n, s: lax.dynamic_update_slice(c, n, (s, jnp.zeros_like(s))))(
-        cache, new, starts
-    )
+    put = lambda c, n, s: lax.dynamic_update_slice_in_dim(c, n, s, axis - 1)  # noqa: E731
+    return jax.vmap(put)(cache, new, starts)
 
 
-def _keep(cache, start, index):
+def _keep(cache, start, index, axis):
     source = start[:, None] + index
     if start.shape[0] == 1:
-        kept = jnp.take(cache, source[0], axis=1, mode="clip")
+        kept = jnp.take(cache, source[0], axis=axis, mode="clip")
     else:
         source = jnp.tile(source, (cache.shape[0] // start.shape[0], 1))
-        kept = jnp.take_along_axis(cache, source[..., None], axis=1, mode="clip")
-    return _write(cache, kept, start)
+        source = jnp.expand_dims(source, 3 - axis)
+        kept = jnp.take_along_axis(cache, source, axis=axis, mode="clip")
+    return _write(cache, kept, start, axis)
 
 
 class KVCache(Placed, struct.PyTreeNode, kw_only=True):
@@ -95,7 +100,7 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
     @property
     def max_len(self) -> int:
         """S, the capacity in tokens."""
-        return self.blocks[0][0].arrays[0].shape[-2]
+        return self.blocks[0][0].v.shape[-2]
 
     def rollback(self, length: jax.Array) -> KVCache:
         """Forget every entry at or beyond `length` (i32[B]); nothing is copied."""
@@ -137,9 +142,11 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
 
 def _entry(layout: Layout, size: int, array: Callable[[str], Any]) -> LayerKV:
     """What `array` makes of the dimension letters of each array of a block's slot."""
-    letters = ("EKSH",) if layout.for_gpu and ONE_ARRAY else ("KSH", "KSH")
+    letters = ("KHS", "KSH")
+    if layout.for_gpu:
+        letters = ("EKSH",) if ONE_ARRAY else ("KSH", "KSH")
     lead = "L" if layout.stacks(size) else ""
-    return LayerKV(tuple(array(lead + one) for one in letters))
+    return LayerKV(tuple(array(lead + one) for one in letters), letters=letters)
 
 
 def abstract_cache(
@@ -151,13 +158,13 @@ def abstract_cache(
     dtype: Any,
 ) -> KVCache:
     """Shapes and shardings of an empty cache, as ShapeDtypeStructs."""
-    shape = (config.num_kv_heads * batch, max_len, config.head_dim)
+    sizes = {"L": layout.group_devices, "E": 2, "S": max_len, "H": config.head_dim}
+    sizes["K"] = config.num_kv_heads * batch
 
     def slots(size: int) -> tuple[LayerKV, ...]:
         def array(letters: str) -> Any:
-            lead = {"L": layout.group_devices, "E": 2}
-            sizes = tuple(lead[letter] for letter in letters if letter in lead)
-            return shape_of((*sizes, *shape), dtype, sharding=layout.named(letters))
+            shape = tuple(sizes[letter] for letter in letters)
+            return shape_of(shape, dtype, sharding=layout.named(letters))
 
         return (_entry(layout, size, array),) * layout.num_slots(size)
 

@@ -70,9 +70,12 @@ class Engine:
             raise ValueError(f"compile_options must be CompileOptions, got {compile_options!r}")
         self.compile_options = compile_options
 
-    def compiled(self, function: Any) -> Callable:
-        """A function of `loop` as this engine compiles it."""
-        options = self.compile_options.on(self.base.layout.mesh)
+    def compiled(self, function: Any, rows: int | None = None) -> Callable:
+        """A function of `loop` as this engine compiles it, for passes of so many tokens of a text;
+        None: as many as a step verifies.
+        """
+        rows = self.num_nodes + 1 if rows is None else rows
+        options = self.compile_options.on(self.base.layout.mesh, rows)
         return function.using(options) if options else function
 
     @property
@@ -148,7 +151,7 @@ class Engine:
             # The last piece moves back where it would not fit: absorbing again changes nothing.
             first = self._put(np.int32(min(at, size - chunk)))
             arguments = (self.base, self.drafter, request, state, first)
-            state = self.compiled(loop.prefill_chunk)(*arguments, chunk=chunk)
+            state = self.compiled(loop.prefill_chunk, chunk)(*arguments, chunk=chunk)
         return state
 
     def prefill(self, inputs: Inputs) -> tuple[Request, loop.DecodeState]:

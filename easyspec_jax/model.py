@@ -211,7 +211,8 @@ def attention(
 def _attend(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:
     """What queries [K * B, T * G, H] find in a cache, the same shape."""
     batch, t = step.mask.shape[:2]
-    scores = jnp.einsum("xmh,xsh->xms", q, kv.k, preferred_element_type=step.cos.dtype)
+    keys, order = (kv.arrays[0], "hs") if kv.letters[0] == "KHS" else (kv.k, "sh")
+    scores = jnp.einsum(f"xmh,x{order}->xms", q, keys, preferred_element_type=step.cos.dtype)
     by_token = scores.reshape(-1, batch, t, q.shape[1] // t, scores.shape[-1]) * q.shape[-1] ** -0.5
     least = jnp.finfo(scores.dtype).min
     by_token = jnp.where(step.mask[None, :, :, None, :], by_token, least)

@@ -139,12 +139,19 @@ def lowered_loop(decoder, inputs, size=None):
 
 def compiled_text(lowered) -> str:
     """Optimised HLO, as it is outside of the tests."""
-    return lowered.compile(compiler_options=EMITTERS).as_text()
+    options = dict(es.CompileOptions().on(es.make_mesh(1, 1), 4))
+    return lowered.compile(compiler_options=options | EMITTERS).as_text()
 
 
 def compilations() -> tuple[int, int, int]:
     """How many programs this process has of the loop, of a step, and of a piece of a prefill."""
     return tuple(run.num_compiled() for run in (loop.run_loop, loop.run_step, loop.prefill_chunk))
+
+
+def entries(cache) -> list[np.ndarray]:
+    """Keys and values of every slot of a cache, [..., S, H]."""
+    slots = (kv for block in cache.blocks for kv in block)
+    return [np.asarray(x) for kv in slots for x in (kv.k, kv.v)]
 
 
 def spy_on_prefills(monkeypatch) -> list[int]:

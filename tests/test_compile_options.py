@@ -19,11 +19,16 @@ from easyspec_jax.sharding import mesh_jit
 UNKNOWN = {"xla_of_the_day_after_tomorrow": True}
 
 
-def test_the_default_asks_for_nothing_anywhere(monkeypatch):
+FEW = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def test_the_default_asks_for_another_library_where_a_cpu_multiplies_a_few_rows(monkeypatch):
     mesh = es.make_mesh(1, 1)
-    for gpus in (False, True):
-        monkeypatch.setattr(options, "has_gpus", lambda mesh, gpus=gpus: gpus)
-        assert es.CompileOptions().on(mesh) == ()
+    asked = {rows: dict(es.CompileOptions().on(mesh, rows)) for rows in (1, 2, 32, 33)}
+    assert asked == {1: {}, 2: FEW, 32: FEW, 33: {}}
+    monkeypatch.setattr(options, "has_gpus", lambda mesh: True)
+    monkeypatch.setattr(options, "_on_cpu", lambda mesh: False)
+    assert all(es.CompileOptions().on(mesh, rows) == () for rows in (1, 2, 33))
 
 
 def test_levels_are_for_gpus_alone(monkeypatch):
@@ -79,7 +84,7 @@ def test_options_reach_the_compiler_and_change_no_token():
         found = other.generate([[5, 3]], max_new_tokens=8).tokens
     wanted = {"xla_cpu_enable_fast_min_max": False}
     found_options = [how["compiler_options"] for how in asked if "compiler_options" in how]
-    assert found_options == [wanted] * 2  # prefill and loop
+    assert found_options == [FEW | wanted, wanted]  # prefill of 16 tokens, and the loop
     assert found == plain.generate([[5, 3]], max_new_tokens=8).tokens
 
 

@@ -15,6 +15,7 @@ from decoders import (
     all_logits,
     autoregressive,
     compilations,
+    entries,
     joined,
     model,
     started,
@@ -197,9 +198,9 @@ def test_base_cache_equals_fresh_prefill(make):
     es.Decoder(decoder.base).stream(PROMPTS[0] + new, max_new_tokens=1, session=again)
     length = int(session._state.cache.length[0])
     assert length == len(PROMPTS[0]) + NEW - 1
-    both = (jax.tree.leaves(s._state.cache.blocks) for s in (session, again))
+    both = (entries(s._state.cache) for s in (session, again))
     for a, b in zip(*both, strict=True):
-        a, b = (np.asarray(x)[..., :length, :] for x in (a, b))
+        a, b = (x[..., :length, :] for x in (a, b))
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 

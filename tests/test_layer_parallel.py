@@ -272,7 +272,7 @@ def test_each_device_holds_its_own_layers_of_a_group(shape, load):
                     want = layers[first + j]["wo"][heads] if j < size else 0.0
                     assert shard.index[0] == slice(row, row + 1)
                     np.testing.assert_array_equal(shard.data[0], want)
-            assert all(kv.k.sharding.spec[0] == "layer" for kv in slots)
+            assert all(kv.arrays[0].sharding.spec[0] == "layer" for kv in slots)
         first += size
 
 

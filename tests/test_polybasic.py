@@ -12,6 +12,7 @@ from decoders import (
     PROMPTS,
     SMALL,
     compilations,
+    entries,
     fresh_cache,
     joined,
     model,
@@ -154,8 +155,7 @@ def check_middle_cache(decoder, state):
     stage, middle = state.draft.stage, decoder.drafter.middle
     batch, size = stage.tokens.shape
     _, want = jax.jit(es.model.forward)(middle, stage.tokens, fresh_cache(middle, batch, size))
-    for got, expected in zip(jax.tree.leaves(stage.cache.blocks), jax.tree.leaves(want.blocks),
-                             strict=True):  # fmt: skip
+    for got, expected in zip(entries(stage.cache), entries(want), strict=True):
         rows = (x.reshape(-1, batch, *x.shape[1:]).swapaxes(0, 1) for x in (got, expected))
         for row, fresh, length in zip(*rows, stage.cache.length.tolist(), strict=True):
             np.testing.assert_allclose(row[:, :length], fresh[:, :length], rtol=0, atol=1e-10)

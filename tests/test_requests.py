@@ -27,6 +27,7 @@ from decoders import (
 import easyspec_jax as es
 from easyspec_jax import loop, memory
 from easyspec_jax.distributed import check_agreement
+from easyspec_jax.engine import Engine
 from easyspec_jax.profile import time_phase
 from easyspec_jax.request import make_inputs
 from easyspec_jax.stats import Counters, count
@@ -168,7 +169,7 @@ def cache_traffic(decoder, batch) -> collections.Counter:
     """Operations of the compiled loop whose result is as large as a device's part of an entry."""
     inputs = make_inputs(CONFIG, [[1, 2, 3]] * batch, 40)
     lowered, state = lowered_loop(decoder, inputs, 4096)  # only a cache entry has this shape
-    entry = state.cache.blocks[0][0].k
+    entry = state.cache.blocks[0][0].v
     part = entry.sharding.shard_shape(entry.shape)
     shape = re.compile(r"= f64\[([\d,]+)\]\S* (\S+?)\(")
     return collections.Counter(
@@ -184,13 +185,17 @@ def cache_traffic(decoder, batch) -> collections.Counter:
 )
 def test_caches_are_donated(mesh_shape, monkeypatch):
     seen = []
-    run = loop.run_loop
+    compiled = Engine.compiled
 
-    def spy(base, drafter, request, state):
-        seen.append(state)
-        return run(base, drafter, request, state)
+    def spied(engine, function, *rows):
+        def run(*args, **how):
+            if function is loop.run_loop:
+                seen.append(args[-1])
+            return compiled(engine, function, *rows)(*args, **how)
 
-    monkeypatch.setattr(loop, "run_loop", spy)
+        return run
+
+    monkeypatch.setattr(Engine, "compiled", spied)
     width = 4 if mesh_shape == (4, 2) else 1
     self_drafting(mesh_shape, width=width).generate(PROMPTS, max_new_tokens=NEW)
     caches = jax.tree.leaves((seen[0].cache.blocks, seen[0].draft.blocks))

@@ -10,6 +10,7 @@ import pytest
 from decoders import PROMPTS, autoregressive, joined, self_drafting
 
 import easyspec_jax as es
+from easyspec_jax.sharding import MeshJit
 
 
 def together(*works) -> None:
@@ -105,7 +106,8 @@ def test_a_step_that_fails_costs_the_session_only_its_caches(monkeypatch):
     turn = decoder.stream(PROMPTS[0], max_new_tokens=12, session=session)
     next(turn)
     with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
-        broken.setattr("easyspec_jax.loop.run_step", interrupted)
+        broken.setattr(MeshJit, "__call__", interrupted)
+        broken.setattr(MeshJit, "using", lambda self, options: interrupted)
         next(turn)
     assert session.drafter_report == {}
     want = autoregressive().generate([PROMPTS[0]], max_new_tokens=12).tokens[0]

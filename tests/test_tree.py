@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import all_logits, fresh_cache, model, self_drafting, started, surprise
+from decoders import all_logits, entries, fresh_cache, model, self_drafting, started, surprise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutation import BROKEN_RULES, mutate, repeat_siblings
@@ -278,11 +278,9 @@ def test_a_pass_over_a_tree_equals_passes_over_its_paths(batch):
         )
         if i == 5:  # the path that was kept
             fresh = absorbed(base, jnp.asarray(text, jnp.int32), (len(text[0]),))
-            for got, want in zip(*map(jax.tree.leaves, (kept, fresh)), strict=True):
-                if got.ndim == 3:
-                    got = np.asarray(got).reshape(-1, batch, *got.shape[1:])[:, b]
-                    end = len(text[0])
-                    np.testing.assert_allclose(got[:, :end], want[:, :end], atol=1e-9)
+            for got, want in zip(entries(kept), entries(fresh), strict=True):
+                got, end = got.reshape(-1, batch, *got.shape[1:])[:, b], len(text[0])
+                np.testing.assert_allclose(got[:, :end], want[:, :end], atol=1e-9)
 
 
 def test_a_draft_that_stopped_early_is_verified_in_a_smaller_pass():

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from easyspec_jax.compile_options import CompileOptions
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode import Decoder
 from easyspec_jax.loading import random_model
@@ -74,6 +75,12 @@ def _best(run: Callable[..., Any], *args: Any, repeats: int = 3) -> float:
     return min(times)
 
 
+def _jitted(rows: int) -> Callable[[Callable], Callable]:
+    """`jax.jit`, compiled as a program on one device that multiplies so many rows."""
+    options = dict(CompileOptions().on(make_mesh(1, 1), rows))
+    return functools.partial(jax.jit, compiler_options=options or None)
+
+
 def product_costs(rows: int, dtype: Any, num_bytes: int) -> tuple[float, float]:
     """Seconds per weight byte of multiplying `rows` rows, and seconds of a product beside them:
     from large and small matrices of `num_bytes` in all.
@@ -85,14 +92,16 @@ def product_costs(rows: int, dtype: Any, num_bytes: int) -> tuple[float, float]:
 
 
 def product_seconds(rows: int, inner: int, outer: int, dtype: Any, num_bytes: int) -> float:
-    """Seconds of a product of `rows` rows with one of many matrices, `num_bytes` in all."""
+    """Seconds of a product of `rows` rows with one of many matrices, `num_bytes` in all, as a step
+    that verifies so many compiles it.
+    """
     count = max(num_bytes // (2 * inner * outer * dtype.itemsize), 1)
     weights = [
         (jnp.full((inner, outer), 1e-3, dtype), jnp.full((outer, inner), 1e-3, dtype))
         for _ in range(count)
     ]
 
-    @jax.jit
+    @_jitted(rows)
     def run(weights, x):
         def turn(_, x):
             for up, down in weights:
@@ -130,14 +139,15 @@ def _small_step(device: Device, layers: int, dtype: Any) -> tuple[float, float]:
 
 def score_seconds(dtype: Any) -> float:
     """Seconds per attention score: the products on both sides of the softmax and itself."""
-    keys = jnp.full((_HEADS, _ENTRIES, _HEAD_DIM), 0.1, dtype)
+    keys = jnp.full((_HEADS, _HEAD_DIM, _ENTRIES), 0.1, dtype)
+    values = jnp.full((_HEADS, _ENTRIES, _HEAD_DIM), 0.1, dtype)
 
-    @jax.jit
+    @_jitted(4)
     def run(queries):
         def turn(_, queries):
-            scores = jnp.einsum("xmh,xsh->xms", queries, keys, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("xmh,xhs->xms", queries, keys, preferred_element_type=jnp.float32)
             weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-            return jnp.einsum("xms,xsh->xmh", weights, keys)
+            return jnp.einsum("xms,xsh->xmh", weights, values)
 
         return lax.fori_loop(0, 100, turn, queries)
 
