@@ -100,7 +100,7 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
     @property
     def max_len(self) -> int:
         """S, the capacity in tokens."""
-        return self.blocks[0][0].v.shape[-2]
+        return self.blocks[0][0].arrays[-1].shape[-2]
 
     def rollback(self, length: jax.Array) -> KVCache:
         """Forget every entry at or beyond `length` (i32[B]); nothing is copied."""
