@@ -333,7 +333,7 @@ def compare(split: Split, num_devices: int, rates: Sequence[float]) -> list[dict
                 "num_devices": num_devices,
                 "acceptance": rate,
                 "autoregression": min(c.token_seconds for c in turns if not c.num_draft_tokens),
-                "turns": turns[0].as_dict(),
+                "turns": {k: v for k, v in turns[0].as_dict().items() if k != "phases"},
                 "turns_chain": min(c.token_seconds for c in turns if c.tree_width == 1),
                 **{rule: one.as_dict() for rule, one in ahead.items()},
                 "gain": best and turns[0].token_seconds / best,

@@ -173,30 +173,29 @@ def test_what_devices_do_not_divide_is_filled_up():
 def test_what_does_not_fit_is_no_choice(monkeypatch):
     monkeypatch.setattr(ahead, "COUNTS", [(2, 1, 0), (2, 1, 4)])
     monkeypatch.setattr(ahead, "GAMMAS", (2,))
-    roomy = split(kernel=1.0, collective=1.0, dtype="float32")
-    large = dataclasses.replace(BASE, mlp_dim=4096)
-    roomy = dataclasses.replace(roomy, planner=dataclasses.replace(roomy.planner, base=large))
+    roomy = split(kernel=1.0, collective=1.0, dtype="float32").planner
+    wide_base = {"base": dataclasses.replace(BASE, mlp_dim=4096)}
+    wide_draft = {"draft": dataclasses.replace(DRAFT, mlp_dim=4096)}
 
-    def within(memory):
-        device = dataclasses.replace(roomy.planner.device, memory=memory)
-        planner = dataclasses.replace(roomy.planner, device=device)
-        return dataclasses.replace(roomy, planner=planner)
+    def within(memory, models):
+        device = dataclasses.replace(roomy.device, memory=memory)
+        return ahead.Split(planner=dataclasses.replace(roomy, device=device, **models))
 
-    def needs(where, other):
-        return ahead._needs(roomy.planner, where, 2, other)
-
-    where = ahead._on(roomy.planner, 1)[1]
-    base, draft = needs(where, "draft"), needs(ALONE, "base")
-    assert base > draft
-    assert within(base).fits(1, ALONE, (2, 1, 0)) and not within(base - 1).fits(1, ALONE, (2, 1, 0))
-    assert within(base - 1).fits(2, ALONE, (2, 1, 0))
-    assert not within(draft - 1).fits(4, ALONE, (2, 1, 0))
-    assert not within(draft).fits(4, ALONE, (2, 1, 64))  # rows of a set have logits
+    where = ahead._on(roomy, 1)[1]
+    base = ahead._needs(dataclasses.replace(roomy, **wide_base), where, 2, "draft")
+    draft = ahead._needs(dataclasses.replace(roomy, **wide_draft), ALONE, 2, "base")
+    assert min(base, draft) > 2 * ahead._needs(roomy, ALONE, 128, "base")
+    assert within(base, wide_base).fits(1, ALONE, (2, 1, 0))
+    assert not within(base - 1, wide_base).fits(1, ALONE, (2, 1, 0))
+    assert within(base - 1, wide_base).fits(2, ALONE, (2, 1, 0))
+    assert within(draft, wide_draft).fits(1, ALONE, (2, 1, 0))
+    assert not within(draft - 1, wide_draft).fits(1, ALONE, (2, 1, 0))
+    assert not within(draft, wide_draft).fits(1, ALONE, (2, 1, 64))  # a set has 128 nodes
     # Taking turns fits on both devices, and no split: the base does not stand on one of them.
-    (record,) = ahead.compare(within(base - 1), 2, [0.8])
+    (record,) = ahead.compare(within(base - 1, wide_base), 2, [0.8])
     assert record["gain"] is None and "pearl" not in record and "static" not in record
     planner = dataclasses.replace(
-        within(base).planner,
+        within(base, wide_base).planner,
         draft=dataclasses.replace(DRAFT, num_layers=1),
         acceptance=Acceptance(rate=0.7, stale_loss=0.0),
     )
@@ -212,9 +211,9 @@ def test_what_does_not_fit_is_no_choice(monkeypatch):
     )
     assert (record["pearl"]["base_devices"], record["pearl"]["draft_devices"]) == (1, 1)
     with pytest.raises(ValueError, match="the base needs"):
-        ahead.compare(within(1), 2, [0.8])
+        ahead.compare(within(1, {}), 2, [0.8])
     with pytest.raises(ValueError, match="for one text, got a batch of 2"):
-        ahead.Split(planner=dataclasses.replace(roomy.planner, batch=2))
+        ahead.Split(planner=dataclasses.replace(roomy, batch=2))
 
 
 def test_the_command_writes_a_record_for_each_rate(monkeypatch, tmp_path, capsys):
