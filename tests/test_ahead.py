@@ -216,6 +216,14 @@ def test_what_does_not_fit_is_no_choice(monkeypatch):
         ahead.Split(planner=dataclasses.replace(roomy, batch=2))
 
 
+def test_the_fastest_is_found(monkeypatch):
+    monkeypatch.setattr(ahead, "COUNTS", [(1, 1, 0), (2, 1, 0), (6, 1, 0)])
+    one = split(kernel=1.0, logit=1.0)
+    every = [one.price(1, ALONE, counts, [0.5])[0] for counts in ahead.COUNTS]
+    assert one.fastest(2, [0.5]) == [{"pearl": min(every, key=lambda one: one.token_seconds)}]
+    assert len({one.token_seconds for one in every}) == 3
+
+
 def test_the_command_writes_a_record_for_each_rate(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ahead, "COUNTS", [(2, 1, 0), (2, 1, 4)])
     monkeypatch.setattr(ahead, "GAMMAS", (2,))
