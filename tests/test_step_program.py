@@ -199,7 +199,7 @@ condition:
 
 
 def test_graphs_and_what_stands_outside_of_them_are_counted_per_step():
-    found = thunks.count(thunks.parse(THUNKS), [4])
+    found = thunks.count(thunks.parse(THUNKS), [(4, False)])
     assert found.graphs == 1 + 1 + 4 and found.inside == 2 + 2 + 4
     # the loop's own condition, the inner loop's fourth kernels, one at the end
     assert found.outside == {"CustomKernel": 1 + 4 + 1, "AllReduce": 2, "Copy": 1}
