@@ -68,6 +68,18 @@ class LayerKV(struct.PyTreeNode):
         return self.replace(arrays=tuple(arrays))
 
 
+def run_if(wanted: jax.Array, fn: Callable[..., tuple], *carry: Any) -> tuple:
+    """fn(*carry), which is a tuple like `carry`, where `wanted` (bool[]), else `carry`.
+
+    A loop of at most one turn writes caches in place; a `cond` or `switch` copies them.
+    """
+
+    def body(state):
+        return jnp.bool_(False), *fn(*state[1:])
+
+    return lax.while_loop(lambda state: state[0], body, (wanted, *carry))[1:]
+
+
 def _write(cache, new, start, axis):
     if start.shape[0] == 1:
         return lax.dynamic_update_slice_in_dim(cache, new, start[0], axis)

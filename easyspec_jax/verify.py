@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from easyspec_jax.cache import KVCache
+from easyspec_jax.cache import KVCache, run_if
 from easyspec_jax.model import Model, Placement, forward, score, wide_type
 from easyspec_jax.sampling import Filters, Scores, probabilities, sample
 
@@ -86,10 +86,9 @@ def verify_in_one_pass(
         hidden, cache = forward(base, tokens, cache, placement=placement)
         return score(base, hidden), cache
 
-    def run_first(levels, state):
-        _, share, cache = state
+    def run_first(levels, share, cache):
         some, cache = run(proposal.first(levels), cache)
-        return jnp.bool_(False), lax.dynamic_update_slice(share, some.share, (0, 0, 0)), cache
+        return lax.dynamic_update_slice(share, some.share, (0, 0, 0)), cache
 
     if proposal.levels is None:
         return *run(proposal, base_cache), None
@@ -100,10 +99,9 @@ def verify_in_one_pass(
     if axes:
         share = lax.pcast(share, axes, to="varying")
     for levels in verification_sizes(proposal.depth):
-        # A loop of at most one turn writes the cache in place; a `cond` or `switch` copies it.
         fits = (proposal.levels <= levels) & (proposal.levels > smaller)
         body = functools.partial(run_first, levels)
-        _, share, base_cache = lax.while_loop(lambda s: s[0], body, (fits, share, base_cache))
+        share, base_cache = run_if(fits, body, share, base_cache)
         smaller = levels
     return Scores(share=share, axes=axes, vocab_size=c.vocab_size), base_cache, None
 

@@ -172,6 +172,36 @@ def test_a_draw_is_few_launches_and_sorts_nothing():
     assert not re.search(r" (sort|topk)\(", texts["hlo"])
 
 
+def read_shallow(make_drafter, **options):
+    """The program of four layers of 8B and what drafts for them."""
+    config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=4)
+    base = es.abstract_model(config, target.make_mesh("h200"), dtype="bfloat16")
+    with jax.default_matmul_precision("default"), jax.enable_x64(False):
+        return read_program(es.Decoder(base, make_drafter(base), **options))
+
+
+def test_an_early_exit_copies_no_cache_and_asks_only_whether_to_draw():
+    found = read_shallow(lambda base: es.EarlyExitDrafter(base, exits=(1, 2, 3)))
+    assert found.total("copies") == 0 == found.graphs.conditionals
+    conditionals = {name: p.conditionals for name, p in found.phases.items() if p.conditionals}
+    assert conditionals == {"draft": 1}  # inside of a graph: the head behind the last token
+    assert found.phases["verify"].per_layer <= 13
+    # of two exits behind the first, in each of four levels, and in verification; three windows
+    assert found.graphs.host_syncs <= 1 + 5 + 4 * 2 * 2 + 2 * 2 + 2 + 2
+
+
+def test_a_chain_of_models_copies_no_cache():
+    def make(base):
+        config = dataclasses.replace(read_config(CONFIGS / "llama3.2-1b.json")[0], num_layers=3)
+        draft = es.abstract_model(config, base.layout.mesh, dtype="bfloat16", group_size=3)
+        return es.PolybasicDrafter(base, es.LayerParallelDrafter(draft))
+
+    found = read_shallow(make)
+    assert found.total("copies") == found.total("conditionals") == 0
+    assert found.phases["verify"].per_layer <= 15
+    assert found.graphs.host_syncs == 1 + 3 * 2  # two kinds of catching up, and the buffer's loop
+
+
 def test_a_dot_in_place_of_a_multiply_and_sum_is_another_program():
     config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=2)
     base = es.abstract_model(config, target.make_mesh("h200"), dtype="bfloat16")

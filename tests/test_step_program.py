@@ -199,7 +199,7 @@ condition:
 
 
 def test_graphs_and_what_stands_outside_of_them_are_counted_per_step():
-    found = thunks.count(thunks.parse(THUNKS), [4])
+    found = thunks.count(thunks.parse(THUNKS), [(4, False)])
     assert found.graphs == 1 + 1 + 4 and found.inside == 2 + 2 + 4
     # the loop's own condition, the inner loop's fourth kernels, one at the end
     assert found.outside == {"CustomKernel": 1 + 4 + 1, "AllReduce": 2, "Copy": 1}
@@ -207,6 +207,17 @@ def test_graphs_and_what_stands_outside_of_them_are_counted_per_step():
     assert found.launched_outside == 9
     unknown = thunks.count(thunks.parse(THUNKS))
     assert unknown.host_syncs == 2 + 2  # the inner loop asks before its one turn and behind it
+
+
+def test_a_loop_without_a_condition_of_its_own_keeps_its_body():
+    """The compiler then writes both labels on a line; and a loop of no turns is asked once."""
+    text = THUNKS.replace("condition:\n      body:", "condition:\n        No thunks.      body:")
+    assert text != THUNKS
+    sequence = thunks.parse(text)
+    (inner,) = (one for top in sequence for one in top.all() if one.kind == "While")
+    assert inner.parts["body"] and not inner.parts["condition"]
+    found = thunks.count(sequence, [(0, True)])
+    assert (found.graphs, found.host_syncs) == (1 + 1, 2 + 1)
 
 
 def test_a_loop_in_a_graph_launches_nothing():

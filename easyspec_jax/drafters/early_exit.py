@@ -18,13 +18,12 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax import tree as trees
-from easyspec_jax.cache import KVCache
+from easyspec_jax.cache import KVCache, run_if
 from easyspec_jax.config import is_integer
 from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.drafters.exit_statistics import ExitStatistics, choose_exit
 from easyspec_jax.model import (
     Model,
-    Step,
     embed,
     logits,
     make_step,
@@ -214,11 +213,13 @@ class EarlyExitDrafter(Drafter):
 
         def extend(draft):
             cache = draft.cache.rollback(origin + draft.count)
-            x, hidden, cache = self._run_to_exit(draft.tree.newest, cache, state.exit)
+            hidden, cache = self._run_to_exit(
+                draft.tree.newest, draft.hidden, draft.count, cache, state.exit
+            )
+            x = hidden[state.exit, :, draft.count][:, None]
             more = (draft.count < limit) & ~draft.tree.stopped[0]
             keep = lambda count, x, tree: tree  # noqa: E731
             tree = lax.cond(more, draw, keep, draft.count, x, draft.tree)
-            hidden = lax.dynamic_update_slice_in_dim(draft.hidden, hidden, draft.count, axis=2)
             count = draft.count + 1
             return Draft(tree=tree, count=count, more=more, hidden=hidden, cache=cache)
 
@@ -238,31 +239,27 @@ class EarlyExitDrafter(Drafter):
         return draft.tree.proposal(drafted), state, draft.cache.rollback(origin)
 
     def _run_to_exit(
-        self, tokens: jax.Array, cache: KVCache, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """The residual stream of one token at exit `at` ([1, 1, D]) and at all exits up to it
-        ([X, 1, 1, D]; what it is behind `at` means nothing), and the cache with its layers written.
+        self, tokens: jax.Array, hidden: jax.Array, count: jax.Array, cache: KVCache, at: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """`hidden` (as in `Draft`) with the residual stream of one token, number `count`, at all
+        exits up to `at`, and the cache with the layers up to there written.
         """
-        step = make_step(self.base, cache, 1)
-        x, found, blocks, begin = embed(self.base, tokens), [], (), 0
-        for i, end in enumerate(self.exits):
-            x, new = self._segment(at >= i, x, cache, begin, end, step)
-            found, blocks, begin = [*found, x], blocks + new, end
-        return x, jnp.stack(found), cache.replace(blocks=blocks + cache.blocks[begin:])
+        step, ends = make_step(self.base, cache, 1), self.exits
 
-    def _segment(
-        self,
-        wanted: jax.Array,
-        x: jax.Array,
-        cache: KVCache,
-        begin: int,
-        end: int,
-        step: Step,
-    ) -> tuple[jax.Array, tuple]:
-        """x behind the layers `begin` .. `end` - 1 and their caches, or both as they are."""
-        run = functools.partial(run_blocks, self.base, step=step, first=begin)
-        skip = lambda x, caches: (x, caches)  # noqa: E731
-        return lax.cond(wanted, run, skip, x, cache.blocks[begin:end])
+        def run(i, x, hidden, caches):
+            """Layers up to exit i, whose caches are the first of these, and on to `at`."""
+            begin = ends[i - 1] if i else 0
+            mine, rest = caches[: ends[i] - begin], caches[ends[i] - begin :]
+            x, mine = run_blocks(self.base, x, mine, step, first=begin)
+            place = (jnp.full_like(count, i), jnp.zeros_like(count), count, jnp.zeros_like(count))
+            hidden = lax.dynamic_update_slice(hidden, x[None], place)
+            if rest:
+                x, hidden, rest = run_if(at > i, functools.partial(run, i + 1), x, hidden, rest)
+            return x, hidden, mine + rest
+
+        x = embed(self.base, tokens)
+        _, hidden, blocks = run(0, x, hidden, cache.blocks[: ends[-1]])
+        return hidden, cache.replace(blocks=blocks + cache.blocks[ends[-1] :])
 
     def verify(
         self,
@@ -277,12 +274,11 @@ class EarlyExitDrafter(Drafter):
         """
         del base, root  # drafting ran them already
 
-        def run(levels, carry):
-            _, scores, found, cache = carry
+        def run(levels, scores, found, cache):
             some, new, cache = self._run_from_exit(cache, state, levels + 1)
             scores = lax.dynamic_update_slice(scores, some, (0, 0, 0))
             put = lambda old, new: lax.dynamic_update_slice(old, new, (0,) * old.ndim)  # noqa: E731
-            return jnp.bool_(False), scores, jax.tree.map(put, found, new), cache
+            return scores, jax.tree.map(put, found, new), cache
 
         c, n, x = self.base.config, proposal.depth + 1, len(self.exits) if self.adaptive else 0
         found = Verified(
@@ -293,12 +289,9 @@ class EarlyExitDrafter(Drafter):
         scores = jnp.zeros((1, n, c.vocab_size), wide_type(self.base.dtype))
         smaller, wanted = -1, state.drafted
         for levels in window_sizes(proposal.depth):
-            # A loop of at most one turn writes the cache in place.
             fits = (wanted <= levels) & (wanted > smaller)
             body = functools.partial(run, levels)
-            _, scores, found, base_cache = lax.while_loop(
-                lambda s: s[0], body, (fits, scores, found, base_cache)
-            )
+            scores, found, base_cache = run_if(fits, body, scores, found, base_cache)
             smaller = levels
         return scores, base_cache, found
 
@@ -315,7 +308,8 @@ class EarlyExitDrafter(Drafter):
         ends = (*self.exits[1:], self.base.config.num_layers)
         for i, (begin, end) in enumerate(zip(self.exits, ends, strict=True), start=1):
             if i < len(self.exits):
-                x, new = self._segment(state.exit < i, x, cache, begin, end, step)
+                segment = functools.partial(run_blocks, self.base, step=step, first=begin)
+                x, new = run_if(state.exit < i, segment, x, cache.blocks[begin:end])
                 streams.append(jnp.where(state.exit < i, x, hidden[i]))
             else:
                 x, new = run_blocks(self.base, x, cache.blocks[begin:], step, first=begin)

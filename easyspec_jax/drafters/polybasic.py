@@ -181,7 +181,8 @@ class PolybasicDrafter(Drafter):
         """Caches of the middle and of the inner drafter."""
         inner = self._inner(request)
         # A row whose buffer is full is run on with those that fill theirs: its scratch needs room.
-        size = max_len + inner.num_draft_tokens + 1
+        # GPUs copy all values in every pass, padded, where their number does not divide well.
+        size = -(-(max_len + inner.num_draft_tokens + 1) // 64) * 64
         row = shape_of((batch,), jnp.int32)
         counters = Counters.zeros(batch, inner.num_draft_tokens)
         stage = DecodeState(

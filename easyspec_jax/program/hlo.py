@@ -37,8 +37,8 @@ _VIEWS = frozenset(
 )
 _SAME = frozenset("bitcast copy reshape transpose convert opt-barrier copy-done".split())
 _SLICES = frozenset("slice dynamic-slice gather".split())
-MOVES = frozenset("copy copy-start transpose".split())
-_COPIES = frozenset("copy copy-start transpose convert select concatenate".split())
+MOVES = frozenset("copy copy-start transpose pad".split())
+_COPIES = MOVES | frozenset("convert select concatenate".split())
 
 
 @dataclasses.dataclass(frozen=True)

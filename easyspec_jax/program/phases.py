@@ -56,26 +56,46 @@ def by_phase(launches: Sequence[hlo.Launch], levels: int) -> dict[str, list[hlo.
         times, and of verifications compiled for several depths the deepest is taken: a step whose
         draft is not stopped early.
     """
-    forward = {one.loops[0].name for one in launches if one.loops and BLOCK.search(one.scope)}
-    verifications = [
-        one.loops[0].name
-        for one in launches
-        if one.loops and one.loops[0].trips is None and one.loops[0].name in forward
-        and place(one.scope)[0] == "verify"
-    ]  # fmt: skip
-    left_out = {*verifications} - {*verifications[-1:]}
+    unknown, forward = _unknown(launches, levels), _forward(launches)
     found = collections.defaultdict(list)
     for one in launches:
         outer = one.loops[0] if one.loops else None
-        if outer is not None and outer.name in left_out:
-            continue
         phase = place(one.scope if outer is None else outer.scope)[0]
         if outer is not None and outer.name in forward and "draft" in outer.scope.split("/"):
             phase = "draft"
-            if outer.trips is None:
-                one = dataclasses.replace(one, times=one.times * max(levels, 1))
-        found[phase].append(one)
+        times = one.times if outer is None else one.times * unknown.get(outer.name, 1)
+        if times:
+            found[phase].append(dataclasses.replace(one, times=times))
     return dict(found)
+
+
+def turns(launches: Sequence[hlo.Launch], levels: int) -> list[tuple[int, bool]]:
+    """Of each loop in a step, in order, how many turns `by_phase` counts, and whether only the data
+    say how many.
+    """
+    unknown = _unknown(launches, levels)
+    loops = [one.op for one in launches if one.op.kind == "while"]
+    return [
+        (unknown.get(op.name, 1), True) if op.trips is None else (op.trips, False) for op in loops
+    ]
+
+
+def _forward(launches: Iterable[hlo.Launch]) -> set[str]:
+    """Names of the loops in which layers run."""
+    return {one.loops[0].name for one in launches if one.loops and BLOCK.search(one.scope)}
+
+
+def _unknown(launches: Iterable[hlo.Launch], levels: int) -> dict[str, int]:
+    """Turns of the loops of unknown length, by name, that are not one."""
+    forward, found, verifications = _forward(launches), {}, []
+    for one in launches:
+        if one.op.kind != "while" or one.op.trips is not None or one.op.name not in forward:
+            continue
+        if "draft" in one.scope.split("/"):
+            found[one.op.name] = max(levels, 1)
+        elif place(one.scope)[0] == "verify":
+            verifications.append(one.op.name)
+    return found | dict.fromkeys(verifications[:-1], 0)
 
 
 def parts(

@@ -198,7 +198,7 @@ def read_program(
         texts |= {"hlo": compiled.hlo, "thunks": compiled.thunks}
     module = hlo.parse(compiled.hlo)
     reader = _Reader(module, decoder, constants, batch, max_len)
-    launches = hlo.step(module)
+    launches, levels = hlo.step(module), decoder.num_draft_tokens - 1
     program = StepProgram(
         device=base.layout.mesh.devices.flat[0].device_kind,
         mesh=dict(base.layout.mesh.shape),
@@ -206,7 +206,7 @@ def read_program(
         num_draft_tokens=decoder.num_draft_tokens,
         tree_width=decoder.tree_width,
         phases=reader.phases(launches),
-        graphs=_graphs(compiled.thunks, launches),
+        graphs=_graphs(compiled.thunks, phases.turns(launches, levels)),
         memory=compiled.memory,
         budget=budget,
         estimate={},
@@ -215,10 +215,9 @@ def read_program(
     return dataclasses.replace(program, estimate=estimate(program, constants))
 
 
-def _graphs(sequence: str, launches: Iterable[hlo.Launch]) -> thunks.Graphs | None:
-    """How a step of these launches is launched; None without a sequence of thunks."""
-    trips = [one.op.trips for one in launches if one.op.kind == "while"]
-    return thunks.count(thunks.parse(sequence), trips) if sequence else None
+def _graphs(sequence: str, turns: Sequence[tuple[int, bool]]) -> thunks.Graphs | None:
+    """How a step whose loops take so many turns is launched; None without a sequence of thunks."""
+    return thunks.count(thunks.parse(sequence), turns) if sequence else None
 
 
 def compile_program(lowered: Any, decoder: Decoder) -> Compiled:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 _LINE = re.compile(r"^(?P<indent> *)\d+: k(?P<kind>\w+)")
-_LABEL = re.compile(r"^ *(?P<label>condition|body|\w*branch\w*):")
+# An empty part shares its line with the next label.
+_LABEL = re.compile(r"^ *(No thunks\. *)?(?P<label>condition|body|\w*branch\w*):")
 GRAPH = "CommandBuffer"
 _WAITING = ("AsyncDone", "PartitionId", "ReplicaId")  # nothing that a device executes
 _CONTROL = ("While", "Conditional", "Sequential", "AsyncStart", *_WAITING)
@@ -71,12 +72,13 @@ def parse(text: str) -> list[Thunk]:
     return top.parts.get("", [])
 
 
-def count(thunks: Sequence[Thunk], trips: Sequence[int | None] = ()) -> Graphs:
+def count(thunks: Sequence[Thunk], turns: Sequence[tuple[int, bool]] = ()) -> Graphs:
     """How a step is launched: one turn of the largest loop.
 
     Args:
       thunks: of `parse`.
-      trips: of the loops in the step, in the program's order; None, or beyond the end: unknown.
+      turns: of each loop in the step, in the program's order, how many, and whether only the data
+        say so: then the host asks before each turn and behind the last. Beyond the end: one, asked.
 
     Raises:
       ValueError: there is no loop.
@@ -93,7 +95,7 @@ def count(thunks: Sequence[Thunk], trips: Sequence[int | None] = ()) -> Graphs:
     numbers: collections.Counter[str] = collections.Counter()
     kinds: collections.Counter[str] = collections.Counter()
     _count(loop.parts.get("condition", []), 1, iter(()), numbers, kinds)
-    _count(loop.parts.get("body", []), 1, iter(trips), numbers, kinds)
+    _count(loop.parts.get("body", []), 1, iter(turns), numbers, kinds)
     return Graphs(
         graphs=numbers["graphs"],
         inside=numbers["inside"],
@@ -106,7 +108,7 @@ def count(thunks: Sequence[Thunk], trips: Sequence[int | None] = ()) -> Graphs:
 def _count(
     thunks: Sequence[Thunk],
     times: int,
-    trips: Iterator[int | None],
+    turns: Iterator[tuple[int, bool]],
     numbers: collections.Counter[str],
     kinds: collections.Counter[str],
 ) -> None:
@@ -116,22 +118,22 @@ def _count(
             numbers["graphs"] += times
             numbers["inside"] += times * sum(t.kind not in _CONTROL for t in one.all())
             for _ in (t for t in one.all() if t.kind == "While"):
-                next(trips, None)
+                next(turns, None)
         elif one.kind == "While":
-            known = next(trips, None)
-            number = times if known is None else times * known
-            if known is None:
+            number, asked = next(turns, (1, True))
+            number *= times
+            if asked:
                 numbers["syncs"] += times + number
             _count(one.parts.get("condition", []), number, iter(()), numbers, kinds)
-            _count(one.parts.get("body", []), number, trips, numbers, kinds)
+            _count(one.parts.get("body", []), number, turns, numbers, kinds)
         elif one.kind == "Conditional":
             numbers["conditionals"] += times
             numbers["syncs"] += times
             branches = one.parts.values()
             largest = max(branches, key=lambda ts: sum(1 + sum(1 for _ in t.all()) for t in ts))
-            _count(largest, times, trips, numbers, kinds)
+            _count(largest, times, turns, numbers, kinds)
         elif one.kind in ("AsyncStart", "Sequential"):
-            _count([t for ts in one.parts.values() for t in ts], times, trips, numbers, kinds)
+            _count([t for ts in one.parts.values() for t in ts], times, turns, numbers, kinds)
         elif one.kind not in _WAITING:
             kinds[one.kind] += times
 
