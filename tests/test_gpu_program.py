@@ -1,7 +1,7 @@
 """The programs that GPUs would run, compiled without one: launches a layer, bytes against what must
 move, conditionals and copies, at the real width and a few layers.
 
-Needs jax's CUDA plugin: pip install 'jax[cuda12]'. Nothing is run.
+Needs jax's CUDA plugin: pip install -e '.[programs]'. Nothing is run.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _topology(config: str, number: int) -> list[Any]:
             platform="cuda", target_config=config, topology=f"1x1x{number}"
         )
     except NotImplementedError:
-        reason = "compiling for GPUs needs jax's CUDA plugin: pip install 'jax[cuda12]'"
+        reason = "compiling for GPUs needs jax's CUDA plugin: pip install jax-cuda12-plugin"
         if is_installed():
             reason = f"the CUDA plugin of jax has not begun: set {SETTING}=1 before jax is used"
         raise ValueError(reason) from None
