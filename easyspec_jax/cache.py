@@ -137,7 +137,8 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
 
 def _entry(layout: Layout, size: int, array: Callable[[str], Any]) -> LayerKV:
     """What `array` makes of the dimension letters of each array of a block's slot."""
-    letters = ("EKSH",) if layout.for_gpu and ONE_ARRAY else ("KSH", "KSH")
+    one = layout.for_gpu and ONE_ARRAY and layout.attention == "xla"
+    letters = ("EKSH",) if one else ("KSH", "KSH")
     lead = "L" if layout.stacks(size) else ""
     return LayerKV(tuple(array(lead + one) for one in letters))
 
