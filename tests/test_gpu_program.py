@@ -78,10 +78,10 @@ CASES = {
 CUDNN = {
     "8B": {"verify": Bound(11.5, 1.002)},
     "8B + 1B": {
-        "calibrate": Bound(13.5, 1.035), "draft": Bound(10.5, 1.005), "verify": Bound(13.5, 1.01)
+        "calibrate": Bound(13.0, 1.03), "draft": Bound(10.2, 1.005), "verify": Bound(13.5, 1.015)
     },
     "70B + 8B, 4 x 2": {
-        "calibrate": Bound(15.7, 1.06), "draft": Bound(9.2, 1.005), "verify": Bound(14.5, 1.035)
+        "calibrate": Bound(15.5, 1.06), "draft": Bound(9.4, 1.005), "verify": Bound(15.0, 1.035)
     },
 }  # fmt: skip
 COMMIT_LAUNCHES = 14
@@ -126,7 +126,6 @@ def test_little_moves_beside_weights_and_caches(name, phase):
 @pytest.mark.parametrize("name", CUDNN)
 def test_attention_as_one_kernel_is_less_of_both(name):
     found = program(name, "cudnn")
-    assert set(found.phases) == set(program(name).phases)
     for phase, bound in CUDNN[name].items():
         one, layers = found.phases[phase], found.phases[phase].layers
         assert one.per_layer <= bound.per_layer and 1 <= one.ratio <= bound.ratio
