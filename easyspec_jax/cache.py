@@ -156,7 +156,7 @@ def _entry(layout: Layout, size: int, array: Callable[[str], Any]) -> LayerKV:
     """What `array` makes of the dimension letters of each array of a block's slot."""
     letters = ("KHS", "KSH")
     if layout.for_gpu:
-        letters = ("EKSH",) if ONE_ARRAY else ("KSH", "KSH")
+        letters = ("EKSH",) if ONE_ARRAY and layout.attention == "xla" else ("KSH", "KSH")
     lead = "L" if layout.stacks(size) else ""
     return LayerKV(tuple(array(lead + one) for one in letters), letters=letters)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -28,6 +29,7 @@ from easyspec_jax.sharding import (
     TENSOR,
     Layout,
     LayoutRules,
+    attention_on,
     layout_rules,
     make_layout,
     make_mesh,
@@ -42,6 +44,7 @@ def load_model(
     group_size: int | Sequence[int] | str = 1,
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
+    attention: str = "xla",
     progress: bool | None = None,
 ) -> Model:
     """A checkpoint's model on `mesh`, restored straight onto its devices: no two of them, nor of
@@ -57,6 +60,8 @@ def load_model(
       layout: "tensor" splits everything over all devices; "grouped" puts the layers of a group side
         by side on the axis "layer" and splits heads over "tensor"; "replicated" splits nothing; or
         `LayoutRules`. Default: "tensor" for group_size 1, else "grouped".
+      attention: "cudnn" for one kernel of cuDNN where it has one: NVIDIA GPUs since A100, bfloat16
+        or float16, heads of 8, 16, .. 128 numbers; elsewhere, and by default, those of XLA.
       progress: show bars on standard error; None: if it is a terminal.
 
     Raises:
@@ -64,7 +69,7 @@ def load_model(
         devices hold; nothing is allocated then. Or a part's bytes are not those that were written.
       OSError: a file cannot be read, or a model not be fetched.
     """
-    options: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "layout": layout}
+    options: dict[str, Any] = dict(mesh=mesh, dtype=dtype, layout=layout, attention=attention)
     tuned = isinstance(group_size, str) and group_size == TUNED
     local = pathlib.Path(path)
     if local.exists() and not (local / METADATA_FILE).is_file():  # to be converted, for minutes
@@ -108,6 +113,7 @@ def abstract_model(
     group_size: int | Sequence[int] = 1,
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
+    attention: str = "xla",
 ) -> Model:
     """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
     `program.collectives.collectives`; arguments as in `load_model`.
@@ -119,8 +125,10 @@ def abstract_model(
     rules = layout_rules(layout, partition)
     if dtype is None:
         dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
-    placed = make_layout(config, mesh, rules)
-    params = _abstract_params(config, placed, partition, _float_type(dtype))
+    dtype = _float_type(dtype)
+    attention = attention_on(mesh, attention, config.head_dim, dtype)
+    placed = dataclasses.replace(make_layout(config, mesh, rules), attention=attention)
+    params = _abstract_params(config, placed, partition, dtype)
     return Model(params=params, config=config, layout=placed, partition=partition)
 
 
@@ -131,6 +139,7 @@ def random_model(
     group_size: int | Sequence[int] = 1,
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
+    attention: str = "xla",
     seed: int = 0,
 ) -> Model:
     """A model with random weights, the same for one seed on every mesh; other arguments as in
@@ -143,7 +152,10 @@ def random_model(
         make = _random_part(tuple(abstract.items()))
         return make(jax.random.fold_in(root, index))
 
-    return _build(config, part, mesh=mesh, group_size=group_size, dtype=dtype, layout=layout)
+    options = dict(
+        mesh=mesh, group_size=group_size, dtype=dtype, layout=layout, attention=attention
+    )
+    return _build(config, part, **options)
 
 
 def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -> None:

@@ -74,19 +74,30 @@ CASES = {
         },
     ),
 }  # fmt: skip
+# With one kernel of cuDNN for attention; keys and values are two arrays.
+CUDNN = {
+    "8B": {"verify": Bound(11.5, 1.002)},
+    "8B + 1B": {
+        "calibrate": Bound(13.0, 1.03), "draft": Bound(10.2, 1.005), "verify": Bound(13.5, 1.015)
+    },
+    "70B + 8B, 4 x 2": {
+        "calibrate": Bound(15.5, 1.06), "draft": Bound(9.4, 1.005), "verify": Bound(15.0, 1.035)
+    },
+}  # fmt: skip
 COMMIT_LAUNCHES = 14
 DRAW_LAUNCHES = 47  # temperature, top-k and top-p over 128256 tokens
 
 
 @functools.cache
-def program(name):
+def program(name, attention="xla"):
     case = CASES[name]
     mesh = target.make_mesh("h200", *case.mesh)
 
     def model(which, **options):
         config, layers = read_config(CONFIGS / f"{which[0]}.json")[0], which[1]
         config = dataclasses.replace(config, num_layers=layers)
-        return es.abstract_model(config, mesh, dtype="bfloat16", **options)
+        options |= {"dtype": "bfloat16", "attention": attention}
+        return es.abstract_model(config, mesh, **options)
 
     base, drafter = model(case.base), None
     if case.draft is not None:
@@ -110,6 +121,33 @@ def test_a_layer_is_few_launches(name, phase):
 def test_little_moves_beside_weights_and_caches(name, phase):
     found = program(name).phases[phase]
     assert 1 <= found.ratio <= CASES[name].phases[phase].ratio
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_attention_as_one_kernel_is_less_of_both(name):
+    found = program(name, "cudnn")
+    for phase, bound in CUDNN[name].items():
+        one, layers = found.phases[phase], found.phases[phase].layers
+        assert one.per_layer <= bound.per_layer and 1 <= one.ratio <= bound.ratio
+        assert one.parts["attention"].launches <= layers
+        assert not {"scores", "softmax", "values", "cache copy"} & set(one.parts)
+    assert found.total("conditionals") == found.total("copies") == 0
+    assert found.graphs.host_syncs == 1
+
+
+def test_all_layers_share_a_bias():
+    """Made of the mask once a pass: bfloat16, of each token and entry."""
+    config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=3)
+    mesh, texts = target.make_mesh("a100"), {}
+    base = es.abstract_model(config, mesh, attention="cudnn")
+    decoder = es.Decoder(base, es.PromptLookupDrafter(), num_draft_tokens=4)
+    with jax.default_matmul_precision("default"), jax.enable_x64(False):
+        read_program(decoder, batch=3, texts=texts)
+    calls = re.findall(r'custom-call\((.*)\), custom_call_target="__cudnn.fmha', texts["hlo"])
+    assert len(calls) == config.num_layers
+    (bias,) = {call.split(", ")[3] for call in calls}
+    heads = 3 * config.num_kv_heads
+    assert re.search(rf"{re.escape(bias)} = bf16\[{heads},1,5,2048\]", texts["hlo"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -236,6 +274,13 @@ def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path)
     assert (tmp_path / "hlo").read_text().startswith("HloModule jit_run_loop")
     assert "kCommandBuffer" in (tmp_path / "thunks").read_text()
     assert all(device.platform == "cpu" for device in jax.devices())
+
+
+def test_attention_is_an_option_of_the_command(easyspec, tmp_path):
+    shallow(tmp_path)
+    status, out, err = easyspec("program", tmp_path, "--attention", "cudnn", "--parts")
+    assert (status, err) == (0, "")
+    assert re.search(r"^attention +2 ", out, re.MULTILINE)
 
 
 def test_options_of_the_compiler_change_the_program(easyspec, tmp_path):

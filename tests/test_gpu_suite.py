@@ -353,4 +353,7 @@ def test_everything_runs_without_packages_that_only_checkpoints_need(tmp_path):
     assert len(parts["compile"]) == 5 and parts["kernels"]["tiny-base"]["launches"] > 0
     assert set(parts["draft"]["group_sizes"]) == {"1", "2"}
     assert set(parts["verification"]["ms_by_tokens"]) == {"1", "7"}
+    questions = parts["questions"]["tiny-base"]
+    assert set(questions["left_out"]) == {"cuDNN attention"}  # there is none on a CPU
+    assert {*questions["ms"], *questions["left_out"]} == set(gpu_parts.ANSWERS)
     assert "counted_ms" in parts["host_gap"]["tiny-base"]

@@ -19,6 +19,7 @@ from easyspec_jax.cli import drafting
 from easyspec_jax.cli.options import (
     COUNT,
     MODEL_HELP,
+    add_attention,
     add_dtype,
     add_machine,
     add_mesh,
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drafting.add_arguments(parser.add_argument_group("drafting").add_argument)
     add = parser.add_argument_group("machine").add_argument
     add_mesh(add)
+    add_attention(add)
     add_machine(add)
     add = parser.add_argument_group("text").add_argument
     add("--max-new-tokens", **COUNT, default=128, help="of the answer, at most (default 128)")

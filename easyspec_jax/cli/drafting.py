@@ -73,8 +73,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def _every_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Options that every model is loaded with."""
+    return given(args, "dtype", "attention")
+
+
 def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
-    options = {"group_size": args.group_size, "dtype": args.dtype, "layout": draft_layout(args)}
+    options = {"group_size": args.group_size, "layout": draft_layout(args), **_every_model(args)}
     draft, how = load(args.draft, **options), given(args, "parallel", "candidates")
     return es.LayerParallelDrafter(draft, calibrate=not args.no_calibrate, **how)
 
@@ -89,9 +94,9 @@ def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
 
 def _polybasic(args: argparse.Namespace, base: es.Model, load: Load):
     if args.middle is not None:
-        middle = load(args.middle, dtype=args.dtype)
+        middle = load(args.middle, **_every_model(args))
     elif isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
-        middle = load(args.base, dtype=args.dtype)  # a copy takes no more than this
+        middle = load(args.base, **_every_model(args))  # a copy takes no more than this
     else:
         middle = es.quantize_weights(base, bits=args.middle_bits)
     return es.PolybasicDrafter(middle, _layer_parallel(args, base, load), **given(args, "mu"))
@@ -225,7 +230,7 @@ def make_decoder(args: argparse.Namespace, load: Load) -> es.Decoder:
     Raises:
       ValueError: this drafter cannot draft for this base.
     """
-    base = load(args.base, dtype=args.dtype)
+    base = load(args.base, **_every_model(args))
     if args.drafter is None:
         return es.Decoder(base)
     options = given(args, "num_draft_tokens", "tree_width", "min_draft_probability")

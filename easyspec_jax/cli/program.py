@@ -17,6 +17,7 @@ from easyspec_jax.cli.options import (
     COUNTS,
     MODEL_HELP,
     PROBABILITY,
+    add_attention,
     add_batch,
     add_dtype,
     add_max_len,
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_batch(add)
     add_max_len(add, "tokens of each that caches hold, a step's draft among them")
     add_dtype(add)
+    add_attention(add)
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="of the likeliest (default: all)")
     add("--top-p", **PROBABILITY, default=1.0, help="of the likeliest, so much mass (default: all)")

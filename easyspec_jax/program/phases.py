@@ -32,8 +32,8 @@ _BEHIND = {
 }  # fmt: skip
 PARTS = (
     "embedding", "norm", "qkv", "rotation", "cache update", "cache copy", "scores", "softmax",
-    "values", "out", "gate, up", "silu", "down", "residual", "collective", "head", "logits",
-    "sampling", "rest",
+    "values", "attention", "out", "gate, up", "silu", "down", "residual", "collective", "head",
+    "logits", "sampling", "rest",
 )  # fmt: skip
 
 
@@ -118,6 +118,8 @@ def parts(
 
 
 def _part(module: hlo.Module, one: hlo.Launch, known: dict[str, str], entries: int) -> str:
+    if one.op.target.startswith("__cudnn$fmha"):
+        return "attention"
     if one.op.collective:
         return "logits" if place(one.scope)[1] == "logits" else "collective"
     inside = {op.kind for op in module.computations.get(module.fused(one.op), ())} | {one.op.kind}

@@ -23,6 +23,7 @@ from easyspec_jax.memory import device_bytes
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.profile import time_phase
 from easyspec_jax.program.report import read_program
+from easyspec_jax.sharding import attention_on
 
 TIE = 1e-4  # in float32, logits closer than this may change places between passes of two widths
 
@@ -244,11 +245,13 @@ def verification(suite: Suite) -> dict[str, Any]:
     return {"base": p.base, "ms_by_tokens": times}
 
 
-# Each a choice that only a clock can make: how one row is multiplied, what stands in CUDA graphs.
-ANSWERS: dict[str, tuple[bool, es.CompileOptions]] = {
-    "as it is": (True, es.CompileOptions()),
-    "dot": (False, es.CompileOptions()),
-    "graphs of the loop": (True, es.CompileOptions("loop")),
+# Each a choice that only a clock can make, by fields of the layout and options of the compiler: how
+# one row is multiplied, whose kernels attend, what stands in CUDA graphs.
+ANSWERS: dict[str, tuple[dict[str, Any], es.CompileOptions]] = {
+    "as it is": ({}, es.CompileOptions()),
+    "dot": ({"explicit_gemv": False}, es.CompileOptions()),
+    "cuDNN attention": ({"attention": "cudnn"}, es.CompileOptions()),
+    "graphs of the loop": ({}, es.CompileOptions("loop")),
 }
 
 
@@ -261,21 +264,44 @@ def questions(suite: Suite) -> dict[str, Any]:
         if not suite.time_for(f"questions of {name}"):
             continue
         base, calls = suite.model(name), {}
-        decoder = suite.decoder(Arm(name), base)
-        for answer, (explicit, options) in ANSWERS.items():
-            layout = dataclasses.replace(base.layout, explicit_gemv=explicit)
-            other = es.Decoder(base.replace(layout=layout), compile_options=options)
-            calls[answer] = _phases(suite, other, ("step",))
+        decoder, left_out = suite.decoder(Arm(name), base), {}
+        for answer, (fields, options) in ANSWERS.items():
+            call = _step(suite, base, fields, options)
+            if isinstance(call, str):
+                left_out[answer] = call
+                suite.say(f"{name}: {answer} left out, {call}")
+            else:
+                calls[answer] = call
         seen = _rounds(suite, calls)
         ms = {answer: spread(1e3 * one["step"] for one in each) for answer, each in seen.items()}
         kind = jax.devices()[0].device_kind.lower().split()
         constants = next((d for word, d in PRESETS.items() if word in kind), None)
         predicted = read_program(decoder, constants, max_len=suite.preset.new_tokens + 64).estimate
-        found[name] = {"ms": ms, "predicted": predicted}
+        found[name] = {"ms": ms, "predicted": predicted, "left_out": left_out}
         shown = ", ".join(f"{answer} {one['median']:.3f}" for answer, one in ms.items())
         said = f"; predicted {1e3 * predicted['step']:.3f}" if predicted else ""
         suite.say(f"{name}, ms a step: {shown}{said}")
     return found
+
+
+def _step(
+    suite: Suite, base: es.Model, fields: dict[str, Any], options: es.CompileOptions
+) -> Callable[[], dict[str, float]] | str:
+    """A call that times a step of a base with these fields of its layout; why not, where cuDNN does
+    not attend.
+    """
+    layout = dataclasses.replace(base.layout, **fields)
+    if layout.attention != attention_on(
+        layout.mesh, layout.attention, base.config.head_dim, base.dtype
+    ):
+        return "there is none for this device or type"
+    other = es.Decoder(base.replace(layout=layout), compile_options=options)
+    try:
+        return _phases(suite, other, ("step",))
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        if layout.attention == "xla":
+            raise
+        return str(error).strip().partition("\n")[0]  # it has no plan for one row, say
 
 
 def _phases(

@@ -23,6 +23,7 @@ import easyspec_jax as es
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.program import target
 from easyspec_jax.program.report import read_program
+from easyspec_jax.sharding import ATTENTION
 from easyspec_jax.sources import read_config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # scripts, no package
@@ -69,13 +70,14 @@ CASES = {
 }
 
 
-def decoder(case: Case, mesh: Any) -> es.Decoder:
+def decoder(case: Case, mesh: Any, attention: str = "xla") -> es.Decoder:
     """The case as shapes on a mesh of layer x tensor devices."""
+    every = {"dtype": "bfloat16", "attention": attention}
     config = lambda name: read_config(CONFIGS / f"{name}.json")[0]  # noqa: E731
-    base = es.abstract_model(config(case.base), mesh, dtype="bfloat16")
+    base = es.abstract_model(config(case.base), mesh, **every)
     if case.draft is None:
         return es.Decoder(base)
-    options = {"group_size": case.group_size, "dtype": "bfloat16", "layout": case.layout}
+    options = {"group_size": case.group_size, "layout": case.layout, **every}
     drafter = es.LayerParallelDrafter(es.abstract_model(config(case.draft), mesh, **options))
     shape = {"num_draft_tokens": case.num_draft_tokens, "tree_width": case.tree_width}
     return es.Decoder(base, drafter, **shape)
@@ -90,6 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", choices=target.TARGETS, default="h200")
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     p.add_argument("--max-len", type=int, default=2048)
+    p.add_argument("--attention", choices=ATTENTION, default="xla")
     p.add_argument("--out", type=pathlib.Path, help="JSONL file to append the records to")
     return p.parse_args(argv)
 
@@ -100,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.cases:
         case, start = CASES[name], time.perf_counter()
         program = read_program(
-            decoder(case, target.make_mesh(args.device, case.layer, case.tensor)),
+            decoder(case, target.make_mesh(args.device, case.layer, case.tensor), args.attention),
             PRESETS[args.device],
             max_len=args.max_len,
             prefill=case.prefill,
@@ -112,7 +115,11 @@ def main(argv: list[str] | None = None) -> None:
             "case": name,
             "commit": code,
             "versions": versions("jax", "jaxlib", "jax-cuda12-plugin"),
-            "options": {"max_len": args.max_len, **dataclasses.asdict(case)},
+            "options": {
+                "max_len": args.max_len,
+                "attention": args.attention,
+                **dataclasses.asdict(case),
+            },
             "compile_seconds": round(seconds, 1),
         }
         line = append(args.out, head | program.as_dict())
