@@ -4,7 +4,7 @@
 
 Every case is one JSON line: the versions, the case, and all that `easyspec program --json` says of
 it. `--program` names the engine that is compiled, so that records of several stand beside each
-other. It needs jax's CUDA plugin and no GPU; nothing is run. The largest case takes a minute or two.
+other. It needs jax's CUDA plugin and no GPU; nothing is run. The largest cases take minutes.
 """
 
 from __future__ import annotations
