@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from convert.quantization_config import read_hf_config
+from convert.quantized import find_matrices
 from convert.tensors import DTYPES, Tensor, expected_tensors, row_ranges
 from convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.json_files import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,15 +35,19 @@ class FolderSource:
     def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
         """Open every shard; `stack` closes them."""
         self.folder = folder
-        self.config = config_from_hf(read_object(folder / "config.json"))
-        self.config_text = (folder / "config.json").read_text(encoding="utf-8")
+        path = folder / "config.json"
+        self.config, plain, scheme = read_hf_config(read_object(path))
+        self.config_text = path.read_text(encoding="utf-8")
+        if scheme is not None:
+            self.config_text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
         path = folder / "generation_config.json"
         self.generation_config = read_object(path) if path.exists() else {}
         self._slices: dict[str, Any] = {}
         shard_of: dict[str, pathlib.Path] = {}
         for shard, names in _shards(folder).items():
             path = folder / shard
-            file = stack.enter_context(_open_safetensors(path))
+            file, starts = _open_safetensors(path)
+            stack.enter_context(file)
             found = file.keys()
             absent = sorted((names or set()).difference(found))
             if absent:
@@ -49,16 +55,30 @@ class FolderSource:
             for name in found:
                 if shard_of.setdefault(name, path) != path:
                     raise ValueError(f"tensor {name} is in {shard_of[name]} and {path}.")
-                self._slices[name] = file.get_slice(name)
+                rows = file.get_slice(name)
+                if rows.get_dtype() == Float8Rows.dtype:
+                    rows = Float8Rows(path, starts[name], rows.get_shape())
+                self._slices[name] = rows
         self.tensors = {name: _header(rows) for name, rows in self._slices.items()}
-        self.dtype = _common_dtype(self.tensors, self.config)
+        self.note, self.matrices = "", {}  # by the names of weights: those stored as codes
+        if scheme is not None:
+            self.note = scheme.note
+            self.matrices, self.tensors = find_matrices(
+                scheme, self.config, self._slices, self.tensors
+            )
+        floats = {n: t for n, t in self.tensors.items() if n not in self.matrices}
+        self.dtype = _common_dtype(floats, self.config)
 
     def label(self, name: str) -> str:
-        """The name itself."""
-        return name
+        """The name itself; of a quantised matrix that of its codes."""
+        matrix = self.matrices.get(name)
+        return name if matrix is None else name.removesuffix("weight") + matrix.codes_name
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Consecutive slices along the first axis."""
+        if name in self.matrices:
+            yield from self.matrices[name].chunks()
+            return
         tensor = self.tensors[name]
         for rows in row_ranges(tensor.shape, DTYPES[tensor.dtype].itemsize):
             yield self._slices[name][rows]
@@ -90,8 +110,32 @@ def download(repo: str, revision: str | None, *files: str) -> pathlib.Path:
         ) from error
 
 
-def _open_safetensors(path: pathlib.Path) -> Any:
-    """The file, mapped and its header checked; reading a slice copies those rows alone.
+class Float8Rows:
+    """A float8 tensor of a safetensors file, to be sliced as the library's are: with numpy, which
+    lacks the type, the library cannot.
+    """
+
+    dtype = "F8_E4M3"
+
+    def __init__(self, path: pathlib.Path, start: int, shape: Sequence[int]):
+        self._where = {"filename": path, "offset": start, "shape": tuple(shape)}
+
+    def get_dtype(self) -> str:
+        """As the header has it."""
+        return self.dtype
+
+    def get_shape(self) -> list[int]:
+        """As the header has it."""
+        return list(self._where["shape"])
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        # mapped for as long as the slice lives: a map of every tensor would be many
+        return np.memmap(mode="r", dtype=np.dtype(ml_dtypes.float8_e4m3fn), **self._where)[index]
+
+
+def _open_safetensors(path: pathlib.Path) -> tuple[Any, dict[str, int]]:
+    """The file, mapped and its header checked, and where the bytes of its tensors begin; reading a
+    slice copies those rows alone.
 
     Raises:
       ValueError: it is not whole, or no safetensors file.
@@ -102,10 +146,11 @@ def _open_safetensors(path: pathlib.Path) -> Any:
         file = safetensors.safe_open(path, framework="numpy")
         with path.open("rb") as header:  # of a name that stands twice the library takes the last
             size = int.from_bytes(header.read(8), "little")
-            json.loads(header.read(size), object_pairs_hook=_unique)
+            about = json.loads(header.read(size), object_pairs_hook=_unique)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}.") from None
-    return file
+    about.pop("__metadata__", None)
+    return file, {name: 8 + size + about[name]["data_offsets"][0] for name in about}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -72,6 +72,8 @@ _REQUIRED = (
 class GgufSource:
     """`Source` over one GGUF file; the file is mapped, not read."""
 
+    note = ""
+
     def __init__(self, path: pathlib.Path):
         self.path = path
         reader = _open(path)

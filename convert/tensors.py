@@ -42,6 +42,7 @@ class Source(Protocol):
     config_text: str  # config.json, as it is copied
     generation_config: dict
     dtype: str  # a key of DTYPES: what the source stores
+    note: str  # what whoever converts it should know, or ""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -106,7 +107,7 @@ def check_tensors(source: Source) -> None:
             if n in found and found[n].dtype not in DTYPES
         ],
     }
-    parts = [f"tensors {what}: {_some(names)}" for what, names in problems.items() if names]
+    parts = [f"tensors {what}: {some(names)}" for what, names in problems.items() if names]
     if parts:
         raise ValueError(f"the weights do not fit the config; {'; '.join(parts)}.")
 
@@ -201,6 +202,7 @@ def _same_values(source: Source, one: str, other: str) -> bool:
         a, b = a[rows:], b[rows:]
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def some(names: list[str], limit: int = 8) -> str:
+    """Names as a sentence has them, the first of many."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

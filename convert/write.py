@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -36,7 +37,9 @@ from easyspec_jax.weights import Weight
 _LOCK = ".lock"  # in a folder that is being written
 
 
-def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, progress=True):
+def convert(
+    src, dst, *, dtype: str | None = None, revision: str | None = None, progress: bool | None = True
+):
     """Write the checkpoint folder `dst` and return its path.
 
     Args:
@@ -44,9 +47,10 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
         owner/name@revision).
       dst: the new folder; it may exist if it is empty, and is removed then, before all else.
       dtype: "float32", "bfloat16" or "float16"; None keeps that of the source, which for quantised
-        GGUF tensors is float32.
+        GGUF tensors is float32, and for a quantised folder that of what it stores as floats.
       revision: branch, tag or commit of a hub id.
-      progress: show a progress bar, one tick per layer.
+      progress: show a progress bar, one tick per layer, and say what was done with quantised
+        weights; None: the bar only on a terminal.
 
     Raises:
       ValueError: the source is not a model that can be converted; says why. Whatever the headers
@@ -62,12 +66,15 @@ def convert(src, dst, *, dtype: str | None = None, revision: str | None = None, 
         source = _open(src, revision, stack)
         tensors.check_tensors(source)
         tensors.check_tied_head(source)
+        if source.note and progress is not False:
+            print(f"{src}: {source.note}", file=sys.stderr, flush=True)
         temp = stack.enter_context(_temporary(dst))
         _write_texts(source, temp)
         tokenizer = tokenizer_hash(temp)  # may refuse, so it goes before the weights
         dtype = dtype or source.dtype
         parts = list(tensors.model_parts(source.config))
-        parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=not progress)
+        hidden = None if progress is None else not progress  # None: shown on a terminal alone
+        parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
         digests = {}
         for part, weights in parts:
             digests[part] = _write_part(source, temp, dtype, part, weights)

@@ -62,7 +62,6 @@ def find_checkpoint(model: str | os.PathLike, *, progress: bool | None = None) -
 
     from convert import convert
 
-    shown = sys.stderr.isatty() if progress is None else progress
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
         if not (folder / METADATA_FILE).is_file():  # else another has just made it
@@ -72,7 +71,7 @@ def find_checkpoint(model: str | os.PathLike, *, progress: bool | None = None) -
                 _say(f"converting {model}, once, to {folder}")
                 for old in sorted(folder.parent.glob(f"{glob.escape(folder.name[:-8])}????????")):
                     _say(f"{old} is of that source as it was before, and may be removed")
-            convert(model, folder, progress=shown)
+            convert(model, folder, progress=progress)
     return folder
 
 
@@ -93,14 +92,24 @@ def read_config(model: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
 
         return GgufSource(file).config, {}
     if file.is_file():
-        return config_from_hf(read_object(file)), {}
+        return _hf_config(file), {}
     folder = conversion(model)
     if (folder / METADATA_FILE).is_file():
         return read_metadata(folder)
     from convert.folder import download
 
     repo, revision = _hub_id(model)
-    return config_from_hf(read_object(download(repo, revision, "config.json") / "config.json")), {}
+    return _hf_config(download(repo, revision, "config.json") / "config.json"), {}
+
+
+def _hf_config(file: pathlib.Path) -> ModelConfig:
+    """The model of a config.json, as it is once it is converted."""
+    raw = read_object(file)
+    if raw.get("quantization_config") is None:  # nothing of `convert` is needed
+        return config_from_hf(raw)
+    from convert.quantization_config import read_hf_config
+
+    return read_hf_config(raw)[0]
 
 
 def conversion(model: str | os.PathLike) -> pathlib.Path:

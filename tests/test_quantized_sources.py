@@ -1,0 +1,495 @@
+"""Folders of quantised safetensors: read as the floats that their formats say, or refused.
+
+Every checkpoint is made here from codes, zero points and scales that are drawn, packed one by one
+as the definition of the format has it; what must come back is (code - zero point) * scale, one
+by one, in float32. Definitions: for fp8 the kernel that DeepSeek published with its weights and OCP
+OFP8 for the numbers; for compressed-tensors `pack_to_int32` and `dequantize` of that library; for
+gptq the slow path of AutoGPTQ's linear layer; for awq the gemm packing of AutoAWQ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hf_models import load_all, random_tensors, run, tiny_config, write_hf_folder, write_tensors
+
+import convert
+import easyspec_jax as es
+from convert.folder import FolderSource
+from convert.quantization_config import read_scheme
+from easyspec_jax import checkpoint, sources
+
+F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def pack(codes, bits: int) -> np.ndarray:
+    """Codes along a line in words of 32 bits, the first in the lowest bits."""
+    count = 32 // bits
+    words = [0] * -(-len(codes) // count)
+    for j, code in enumerate(codes):
+        words[j // count] |= int(code) << (bits * (j % count))
+    return np.array(words, np.uint32).view(np.int32)
+
+
+def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    return np.stack([pack(row, bits) for row in codes])
+
+
+def pack_awq(codes: np.ndarray) -> np.ndarray:
+    """[in, out] of 4 bits: nibble i of a word holds the column that stands at i in this order."""
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    return np.stack(
+        [pack([row[k + j] for k in range(0, len(row), 8) for j in order], 4) for row in codes]
+    )
+
+
+def e4m3(byte: int) -> float:
+    """The number that a byte is in OFP8 E4M3."""
+    sign, exponent, fraction = byte >> 7, byte >> 3 & 15, byte & 7
+    size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+    return -size if sign else size
+
+
+def dense(codes, zero_of, scale_of) -> np.ndarray:
+    """f32[out, in]: (code - zero point) * scale, one by one."""
+    out = np.empty(np.shape(codes), np.float32)
+    for o, i in np.ndindex(*out.shape):
+        out[o, i] = np.float32(codes[o][i] - int(zero_of(o, i))) * np.float32(scale_of(o, i))
+    return out
+
+
+def fp8(rng, shape, *, scales: Callable, index: Callable, name="weight_scale", dtype=np.float32):
+    """Bytes and scales of shape `scales(out, in)`, of which element o, i has that at `index`."""
+    codes = rng.integers(0, 256, shape, dtype=np.uint8)
+    codes[codes & 127 == 127] = 0  # not a number
+    scale = (rng.uniform(1, 2, scales(*shape)) / 2000).astype(dtype)
+    numbers = [[e4m3(int(code)) for code in row] for row in codes]
+    want = dense(numbers, lambda o, i: 0, lambda o, i: scale[index(o, i)])
+    return {"weight": codes.view(ml_dtypes.float8_e4m3fn), name: np.asarray(scale)}, want
+
+
+def whole(rng, shape, *, group: int | None, bits=8, packed=False, zeros="", tensor=False):
+    """Integers of compressed-tensors; `zeros`: "" without, "plain" or "packed"."""
+    half, (outputs, inputs) = 2 ** (bits - 1), shape
+    size = group or inputs
+    grid = (1, 1) if tensor else (outputs, inputs // size)
+    codes = rng.integers(-half, half, shape)
+    zero = rng.integers(-half, half, grid) if zeros else np.zeros(grid, int)
+    scale = (rng.uniform(1, 2, grid) / 4 / half).astype(BF16)
+    at = (lambda o, i: (0, 0)) if tensor else (lambda o, i: (o, i // size))
+    want = dense(codes, lambda o, i: zero[at(o, i)], lambda o, i: scale[at(o, i)])
+    stored = {"weight_scale": scale.reshape(-1) if tensor else scale}
+    if packed:
+        stored["weight_packed"] = pack_rows(codes + half, bits)
+        stored["weight_shape"] = np.array(shape, np.int64)
+    else:
+        stored["weight"] = codes.astype(np.int8)
+    if zeros == "plain":
+        stored["weight_zero_point"] = zero.astype(np.int8)
+    elif zeros:
+        stored["weight_zero_point"] = pack_rows((zero + half).T, bits).T.copy()
+    return stored, want
+
+
+def gptq(rng, shape, *, bits=4, group: int | None = 16, offset=1, order="even"):
+    """Codes along inputs, zero points along outputs, less `offset`; the group of every input is
+    said ("even"), drawn ("drawn") or left out ("").
+    """
+    outputs, inputs = shape
+    size, top = group or inputs, 2**bits
+    index = np.arange(inputs, dtype=np.int32) // size
+    if order == "drawn":
+        rng.shuffle(index)
+    codes = rng.integers(0, top, shape)
+    zero = rng.integers(0, top, (outputs, inputs // size))
+    scale = (rng.uniform(1, 2, zero.shape) / 2 / top).astype(F16)
+    want = dense(codes, lambda o, i: zero[o, index[i]], lambda o, i: scale[o, index[i]])
+    stored = {
+        "qweight": pack_rows(codes, bits).T.copy(),
+        "qzeros": pack_rows((zero.T - offset) % top, bits),
+        "scales": scale.T.copy(),
+    }
+    return stored | ({"g_idx": index} if order else {}), want
+
+
+def awq(rng, shape, *, group: int = 16):
+    codes = rng.integers(0, 16, shape)
+    zero = rng.integers(0, 16, (shape[0], shape[1] // group))
+    scale = (rng.uniform(1, 2, zero.shape) / 32).astype(F16)
+    want = dense(codes, lambda o, i: zero[o, i // group], lambda o, i: scale[o, i // group])
+    stored = {"qweight": pack_awq(codes.T), "qzeros": pack_awq(zero.T), "scales": scale.T.copy()}
+    return stored, want
+
+
+def compressed(layout: str, bits: int, strategy: str, group=None, symmetric=True, kind="int"):
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": symmetric}
+    weights |= {"group_size": group, "dynamic": False, "observer": "minmax", "actorder": None}
+    group_0 = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group_0},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+
+
+@dataclasses.dataclass
+class Case:
+    """A format: what config.json says, and how a matrix is made."""
+
+    config: dict
+    make: Callable
+    options: dict
+    dtype: np.dtype = BF16  # of what is stored as floats
+    hidden: int = 32
+    head: bool = False  # quantised as well
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "GEMM", "zero_point": True}
+CASES = {
+    # blocks that fit neither the outputs nor the inputs
+    "fp8 blocks": Case(
+        FP8 | {"weight_block_size": [20, 24], "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]},
+        fp8,
+        {
+            "scales": lambda o, i: (-(-o // 20), -(-i // 24)),
+            "index": lambda o, i: (o // 20, i // 24),
+            "name": "weight_scale_inv",
+        },
+    ),
+    "fp8 tensor": Case(
+        FP8 | {"ignored_layers": ["lm_head"]},
+        fp8,
+        {"scales": lambda o, i: (), "index": lambda o, i: ()},
+    ),
+    "fp8 channels": Case(
+        compressed("float-quantized", 8, "channel", kind="float"),
+        fp8,
+        {"scales": lambda o, i: (o, 1), "index": lambda o, i: (o, 0), "dtype": BF16},
+    ),
+    "int8 tensor": Case(
+        compressed("naive-quantized", 8, "tensor"), whole, {"group": None, "tensor": True}
+    ),
+    "int8 channels": Case(compressed("int-quantized", 8, "channel"), whole, {"group": None}),
+    "int8 groups": Case(
+        compressed("int-quantized", 8, "group", 16, symmetric=False),
+        whole,
+        {"group": 16, "zeros": "plain"},
+    ),
+    # words of eight codes that the inputs do not fill
+    "packed int4": Case(
+        compressed("pack-quantized", 4, "group", 4),
+        whole,
+        {"group": 4, "bits": 4, "packed": True},
+        hidden=36,
+    ),
+    "packed int4 with zeros": Case(
+        compressed("pack-quantized", 4, "group", 4, symmetric=False),
+        whole,
+        {"group": 4, "bits": 4, "packed": True, "zeros": "packed"},
+        hidden=36,
+    ),
+    "packed int8": Case(
+        compressed("pack-quantized", 8, "channel", symmetric=False),
+        whole,
+        {"group": None, "packed": True, "zeros": "plain"},
+    ),
+    "gptq": Case(GPTQ, gptq, {}, F16),
+    "gptq in order": Case(
+        GPTQ | {"desc_act": True, "checkpoint_format": "gptq", "lm_head": True},
+        gptq,
+        {"order": "drawn"},
+        F16,
+        head=True,
+    ),
+    "gptq_v2": Case(
+        GPTQ | {"bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
+        gptq,
+        {"bits": 8, "group": None, "offset": 0, "order": ""},
+        F16,
+    ),
+    "gptq of 8 bits": Case(GPTQ | {"bits": 8}, gptq, {"bits": 8}, F16),
+    "awq": Case(AWQ, awq, {}, F16),
+}
+
+
+def write(path: pathlib.Path, name: str, *, config=None, change=None) -> dict[str, np.ndarray]:
+    """Write the quantised folder of a case, its config and tensors changed; what its weights are
+    as floats. The head has 64 outputs, so that all is whole words.
+    """
+    case = CASES[name]
+    raw = tiny_config("llama", num_hidden_layers=1, hidden_size=case.hidden, vocab_size=64)
+    write_hf_folder(path, raw, dtype=case.dtype)
+    said = case.config | (config or {})
+    (path / "config.json").write_text(json.dumps(raw | {"quantization_config": said}))
+    rng, stored, floats = np.random.default_rng(0), {}, {}
+    for weight, array in random_tensors(raw, dtype=case.dtype).items():
+        floats[weight] = array.astype(np.float32)
+        kept = weight == "lm_head.weight" and not case.head
+        if kept or array.ndim == 1 or "embed" in weight:
+            stored[weight] = array
+            continue
+        parts, floats[weight] = case.make(rng, array.shape, **case.options)
+        stored |= {weight.removesuffix("weight") + part: value for part, value in parts.items()}
+    if change is not None:
+        change(stored)
+    write_tensors(path, stored)
+    return floats
+
+
+def float_folder(path: pathlib.Path, name: str, floats: dict[str, np.ndarray]) -> pathlib.Path:
+    raw = tiny_config("llama", num_hidden_layers=1, hidden_size=CASES[name].hidden, vocab_size=64)
+    write_hf_folder(path, raw)
+    write_tensors(path, floats)
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_what_their_format_says_to_the_last_bit(name, tmp_path, monkeypatch):
+    floats = write(tmp_path / "hf", name)
+    want = load_all(run(float_folder(tmp_path / "floats", name, floats), tmp_path / "a"), 1)
+    monkeypatch.setattr("convert.tensors.CHUNK_BYTES", 700)  # slices that end inside a word
+    out = run(tmp_path / "hf", tmp_path / "b", dtype="float32")
+    for key, array in load_all(out, 1).items():
+        np.testing.assert_array_equal(array, want[key], strict=True)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "packed int4 with zeros", "gptq in order", "awq"])
+def test_a_folder_loads_and_predicts_as_its_floats_do(name, tmp_path, monkeypatch, capsys):
+    """In the type of what it stores as floats, into which both are rounded alike."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    floats = write(tmp_path / "hf", name)
+    dtype = CASES[name].dtype.name
+    same = run(float_folder(tmp_path / "floats", name, floats), tmp_path / "same", dtype=dtype)
+    assert sources.read_config(tmp_path / "hf")[0].vocab_size == 64
+    model = es.load_model(tmp_path / "hf", es.make_mesh(1, 1))
+    said = capsys.readouterr().err
+    assert said.count("dequantised to floats") == 1
+    assert ("activations stay floats" in said) == name.startswith("fp8")
+    want = es.logits(es.load_model(same, es.make_mesh(1, 1), progress=False), [[5, 9, 33]])
+    stored = sources.find_checkpoint(tmp_path / "hf")
+    assert checkpoint.read_metadata(stored)[1]["dtype"] == dtype
+    np.testing.assert_array_equal(es.logits(model, [[5, 9, 33]]), want)
+
+
+@pytest.mark.slow  # torch takes seconds to be imported
+def test_blocks_are_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 127, (64, 96), dtype=np.uint8)
+    scale = rng.uniform(1, 2, (4, 4)).astype(np.float32)
+    stored = {f"{Q}.weight": codes.view(ml_dtypes.float8_e4m3fn), f"{Q}.weight_scale_inv": scale}
+    raw = tiny_config("llama", num_hidden_layers=1, hidden_size=96, num_attention_heads=8)
+    raw["quantization_config"] = FP8 | {"weight_block_size": [16, 24]}
+    write_hf_folder(tmp_path, raw)
+    write_tensors(tmp_path, stored)
+    with contextlib.ExitStack() as stack:
+        (got,) = FolderSource(tmp_path, stack).chunks(f"{Q}.weight")
+    want = Fp8Dequantize(None)._dequantize_one(
+        torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scale), torch.float32
+    )
+    np.testing.assert_array_equal(got, want.numpy(), strict=True)
+
+
+class Counted:
+    """A stored tensor that notes how many bytes a slice of it has."""
+
+    def __init__(self, stored, seen: list[int]):
+        self.stored, self.seen = stored, seen
+        self.get_shape, self.get_dtype = stored.get_shape, stored.get_dtype
+
+    def __getitem__(self, index):
+        found = self.stored[index]
+        self.seen.append(found.nbytes)
+        return found
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "packed int4", "gptq in order", "awq"])
+def test_only_slices_are_read(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.tensors.CHUNK_BYTES", 700)
+    write(tmp_path, name)
+    seen: list[int] = []
+    with contextlib.ExitStack() as stack:
+        source = FolderSource(tmp_path, stack)
+        for matrix in source.matrices.values():
+            stored = {part: Counted(rows, seen) for part, rows in matrix.stored.items()}
+            counted = dataclasses.replace(matrix, stored=stored)
+            assert max(chunk.nbytes for chunk in counted.chunks()) <= 700
+    assert 0 < max(seen) <= 700
+
+
+def test_biases_of_zeros_are_dropped_and_others_are_not(tmp_path):
+    bias = np.zeros(32, F16)
+    write(tmp_path / "a", "gptq", change=lambda stored: stored.update({f"{Q}.bias": bias}))
+    assert len(load_all(run(tmp_path / "a", tmp_path / "out"), 1)) == 12
+    write(tmp_path / "b", "gptq", change=lambda stored: stored.update({f"{Q}.bias": bias + 1}))
+    with pytest.raises(ValueError, match=r"not part of the model: .*q_proj\.bias"):
+        run(tmp_path / "b", tmp_path / "out2")
+
+
+def test_a_matrix_that_is_ignored_or_left_as_floats_is_read_as_such(tmp_path):
+    rows = np.full((32, 36), 0.5, BF16)
+
+    def plain(stored):
+        for part in ("weight_scale", "weight_packed", "weight_shape"):
+            del stored[f"{Q}.{part}"]
+        stored[f"{Q}.weight"] = rows
+
+    write(tmp_path / "hf", "packed int4", config={"ignore": ["re:.*q_proj"]}, change=plain)
+    out = load_all(run(tmp_path / "hf", tmp_path / "out"), 1)
+    assert (out["0.wq"] == 0.5).all() and out["0.wq"].dtype == BF16
+
+
+def without(key: str) -> Callable:
+    return lambda stored: stored.pop(key)
+
+
+def with_part(key: str, value) -> Callable:
+    return lambda stored: stored.update({key: value})
+
+
+WRONG_TENSORS = [
+    ("fp8 blocks", without(f"{Q}.weight_scale_inv"), r"missing: .*q_proj\.weight_scale"),
+    ("fp8 tensor", with_part(f"{Q}.input_scale", np.ones(1, BF16)), "quantised activations.*q_pro"),
+    ("fp8 tensor", with_part("model.layers.0.self_attn.k_scale", np.ones(1, BF16)), "cache.*k_sca"),
+    (
+        "fp8 blocks",
+        with_part(f"{Q}.weight_scale_inv", np.ones((2, 1), np.float32)),
+        r"wrong shape: .*q_proj\.weight_scale_inv \[2, 1\] instead of \[2, 2\]",
+    ),
+    ("fp8 channels", with_part(f"{Q}.weight_scale_inv", np.ones(1, BF16)), "not part of the model"),
+    (
+        "fp8 channels",
+        with_part(f"{Q}.weight", np.ones((32, 32), ml_dtypes.float8_e5m2)),
+        r"a type that is not read: .*q_proj\.weight \(F8_E5M2\)",
+    ),
+    (
+        "fp8 channels",
+        with_part("lm_head.weight", np.ones((64, 32), np.int8)),
+        r"leaves them out: lm_head",
+    ),
+    ("packed int4", without(f"{Q}.weight_shape"), r"missing: .*q_proj\.weight_shape"),
+    (
+        "packed int4",
+        with_part(f"{Q}.weight_shape", np.array([32, 40])),
+        r"weight_shape says \[32, 40\] instead of \[32, 36\]",
+    ),
+    ("packed int4", with_part(f"{Q}.weight_g_idx", np.zeros(36, np.int32)), "act-order.*weight_g_"),
+    ("packed int4", with_part(f"{Q}.weight", np.ones((32, 36), BF16)), "there twice.*q_proj.weigh"),
+    ("packed int4 with zeros", without(f"{Q}.weight_zero_point"), "missing: .*weight_zero_point"),
+    ("gptq", without(f"{Q}.qweight"), r"missing: .*q_proj\.weight.*not part .*q_proj\.qzeros"),
+    ("gptq", without(f"{Q}.scales"), r"missing: .*q_proj\.scales"),
+    ("gptq in order", without(f"{Q}.g_idx"), r"missing: .*q_proj\.g_idx"),
+    ("gptq", with_part(f"{Q}.g_idx", np.full(32, 2, np.int32)), "group that is none of its 2"),
+    (
+        "awq",
+        with_part(f"{Q}.qweight", np.ones((4, 32), np.int32)),
+        r"qweight \[4, 32\] instead of \[32, 4\]",
+    ),
+    ("awq", with_part("model.layers.0.spare", np.ones(4, F16)), "not part of the model: .*spare"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG_TENSORS)
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(name, change, message, tmp_path):
+    write(tmp_path / "hf", name, change=change)
+    with pytest.raises(ValueError, match=f"^the weights do not fit .*{message}.*\\.$"):
+        run(tmp_path / "hf", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path):
+    write(tmp_path / "hf", "gptq", config={"group_size": 12})
+    with pytest.raises(ValueError, match=r"not made of whole groups of 12 inputs: .*q_proj \(32\)"):
+        run(tmp_path / "hf", tmp_path / "out")
+
+
+def test_a_quantisation_of_nothing_is_refused(tmp_path):
+    raw = tiny_config("llama", quantization_config=AWQ)
+    with pytest.raises(ValueError, match="quantization_config of awq, but no matrix is quantised"):
+        run(write_hf_folder(tmp_path / "hf", raw), tmp_path / "out")
+
+
+def in_group(**changes) -> dict:
+    config = compressed("pack-quantized", 4, "group", 4)
+    return config | {"config_groups": {"group_0": config["config_groups"]["group_0"] | changes}}
+
+
+def in_weights(layout="pack-quantized", **changes) -> dict:
+    config = compressed(layout, 4, "group", 4)
+    group = config["config_groups"]["group_0"]
+    group |= {"weights": group["weights"] | changes}
+    return config
+
+
+WRONG_CONFIGS = [
+    ("gptq", "quant_method None is not supported; use one of fp8, compressed-tensors, gptq, awq"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
+    (FP8 | {"activation_scheme": "static"}, "activation_scheme 'static'"),
+    (FP8 | {"weight_block_size": [128]}, "weight_block_size must be two sizes"),
+    (FP8 | {"fmt": "e5m2", "kv_cache_scheme": "static"}, "fmt='e5m2', kv_cache_scheme='static'"),
+    (FP8 | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert must be a list"),
+    (compressed("nvfp4-pack-quantized", 4, "group", 16), "format 'nvfp4-pack-quantized'"),
+    (in_group(input_activations={"num_bits": 8, "dynamic": True}), "input_activations={'num_bits'"),
+    (in_group(targets=["Linear", "Embedding"]), "targets="),
+    (in_group(format="int-quantized"), "format='int-quantized'"),
+    (in_weights(actorder="group"), "actorder='group'"),
+    (in_weights(num_bits=3), "weights of 3 bits"),
+    (in_weights(layout="float-quantized"), "'int', in float-quantized are not read"),
+    (in_weights(strategy="block", group_size=None), "strategy 'block'"),
+    (in_weights(strategy="channel"), "strategy 'channel' with group_size 4"),
+    (in_weights(group_size=0), "group_size must be a size, not 0"),
+    (in_weights(gain=2), "gain=2"),
+    (in_group() | {"ignore": ["re:("]}, r"'re:\(' is no regular expression"),
+    (in_group() | {"config_groups": {}}, "config_groups must be one group"),
+    (in_group() | {"config_groups": {"W4A16": ["Linear"]}}, "says nothing of weights"),
+    (in_group() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+    (in_group() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme="),
+    (in_group() | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config="),
+    (GPTQ | {"bits": 3}, "bits 3 are not supported"),
+    (GPTQ | {"group_size": None}, "group_size must be a size, or -1"),
+    (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    (GPTQ | {"dynamic": {"-:.*down": {}}}, "dynamic="),
+    (GPTQ | {"desc_act": "yes"}, "desc_act must be true or false"),
+    (GPTQ | {"rotation": "hadamard"}, "gptq asks for what is not supported: rotation='hadamard'"),
+    (AWQ | {"bits": 8}, "bits 8 are not supported"),
+    (AWQ | {"version": "gemv"}, "version 'gemv'"),
+    (AWQ | {"zero_point": False}, "zero_point=False"),
+    (AWQ | {"backend": "llm-awq"}, "backend='llm-awq'"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), WRONG_CONFIGS)
+def test_configs_that_ask_for_more_are_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=f"quantization_config.*{message}.*\\.$"):
+        read_scheme(config)
+
+
+def test_a_config_alone_says_the_model_and_refuses_as_conversion_does(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config("qwen3", quantization_config=GPTQ)))
+    assert sources.read_config(path)[0].family == "qwen3"
+    path.write_text(json.dumps(tiny_config("qwen3", quantization_config=GPTQ | {"bits": 2})))
+    with pytest.raises(ValueError, match="bits 2 are not supported"):
+        sources.read_config(path)
+
+
+def test_a_quiet_conversion_says_nothing(tmp_path, capsys):
+    write(tmp_path / "hf", "awq")
+    convert.convert(tmp_path / "hf", tmp_path / "out", progress=False)
+    assert capsys.readouterr().err == ""
