@@ -106,9 +106,11 @@ def _fp8(config: dict[str, Any]) -> Scheme:
         block=(None, None) if block is None else (block[0], block[1]),
         per_output=block is None,
         ignored=_names(config, "modules_to_not_convert", "ignored_layers"),
-        note="fp8 weights are dequantised to floats; activations stay floats, though the config "
-        "would have them rounded to fp8",
+        note=f"fp8 weights are dequantised to floats; {_ROUNDED}",
     )
+
+
+_ROUNDED = "activations stay floats, though the config would have them rounded to fp8"
 
 
 def _compressed(config: dict[str, Any]) -> Scheme:
@@ -133,13 +135,19 @@ def _compressed(config: dict[str, Any]) -> Scheme:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise ValueError(f"{KEY}: the group {group!r} says nothing of weights.")
+    inputs = group.get("input_activations")
+    rounded = (
+        isinstance(inputs, dict)
+        and inputs.get("dynamic") is True
+        and (inputs.get("type") == weights.get("type") == "float")
+    )
     _check(
         "compressed-tensors",
         group,
         handled="weights",
         allowed={
             "targets": (["Linear"],),
-            "input_activations": (None,),
+            "input_activations": (inputs if rounded else None,),
             "output_activations": (None,),
             "format": (layout, None),
         },
@@ -153,7 +161,8 @@ def _compressed(config: dict[str, Any]) -> Scheme:
         block=_strategy(weights),
         needs_zeros=weights.get("symmetric", True) is False,
         ignored=_names(config, "ignore"),
-        note=f"weights of {bits} bits ({layout}) are dequantised to floats",
+        note=f"weights of {bits} bits ({layout}) are dequantised to floats"
+        + (f"; {_ROUNDED}" if rounded else ""),
     )
 
 

@@ -232,7 +232,11 @@ def _attend_cudnn(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:
         mask = jnp.tile(mask, (entries // batch, 1, 1, 1))
     by_token = q.reshape(entries, t, rows // t, h)
     k, v = kv.k[:, :, None], kv.v[:, :, None]
-    found = jax.nn.dot_product_attention(by_token, k, v, mask=mask, implementation="cudnn")
+    try:
+        found = jax.nn.dot_product_attention(by_token, k, v, mask=mask, implementation="cudnn")
+    except RuntimeError as error:  # the library is not there, or too old
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'attention="cudnn" needs cuDNN (nvidia-cudnn-cu12): {reason}') from error
     return found.reshape(q.shape)
 
 

@@ -107,7 +107,8 @@ def test_one_call_finds_what_the_sums_find(xla_for_cudnn, kind, t, batch):
     draw = np.random.default_rng(t).standard_normal
     q = jnp.asarray(draw((k_heads * batch, t * groups, h)), jnp.float32)
     shape = (k_heads * batch, entries, h)
-    kv = cache.LayerKV(tuple(jnp.asarray(draw(shape), jnp.float32) for _ in range(2)))
+    arrays = tuple(jnp.asarray(draw(shape), jnp.float32) for _ in range(2))
+    kv = cache.LayerKV(arrays, letters=("KSH", "KSH"))
     start = np.asarray([5, 0, 9][:batch], np.int32)
     angles = jnp.zeros((batch, t, 1, 1, h // 2), jnp.float32)
     mask = seen_entries(kind, start, t, entries)

@@ -236,7 +236,7 @@ def test_a_chain_of_models_copies_no_cache():
 
     found = read_shallow(make)
     assert found.total("copies") == found.total("conditionals") == 0
-    assert found.phases["verify"].per_layer <= 15
+    assert found.phases["verify"].per_layer <= (15 if ONE_ARRAY else 16)
     assert found.graphs.host_syncs == 1 + 3 * 2  # two kinds of catching up, and the buffer's loop
 
 

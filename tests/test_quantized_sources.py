@@ -437,6 +437,13 @@ def in_weights(layout="pack-quantized", **changes) -> dict:
     return config
 
 
+def test_inputs_rounded_to_fp8_as_they_come_are_told_of():
+    config = compressed("float-quantized", 8, "channel", kind="float")
+    inputs = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+    assert "activations stay floats" in read_scheme(config).note
+
+
 WRONG_CONFIGS = [
     ("gptq", "quant_method None is not supported; use one of fp8, compressed-tensors, gptq, awq"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),

@@ -34,7 +34,9 @@ from easyspec_jax.request import make_inputs
 
 _ROUNDS = {"all-reduce": 2}  # of a ring; all others go around once
 _STRATEGY = re.compile(r'"kernel_strategy":"KERNEL_STRATEGY_(\w+)"')
+# Lists of devices, or numbers of groups and of devices in each; by names of axes since jax 0.11.
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +347,10 @@ class _Reader:
     def _exchange(self, one: hlo.Launch) -> Exchange:
         strategy, groups = _STRATEGY.search(one.op.rest), _GROUP.search(one.op.rest)
         devices = math.prod(self.decoder.base.layout.mesh.shape.values())
-        if groups is not None:
+        if (axes := _AXES.search(one.op.rest)) is not None:
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+            devices = math.prod(int(sizes[name]) for name in re.findall(r"\w+", axes[2]))
+        elif groups is not None:
             devices = len(groups[1].split(",")) if groups[1] else int(groups[2] or devices)
         return Exchange(
             kind=one.op.collective,
