@@ -70,7 +70,7 @@ def read_scheme(config: Any) -> Scheme:
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{KEY}: {pattern!r} is no regular expression: {error}.") from None
     return scheme
 
@@ -136,11 +136,9 @@ def _compressed(config: dict[str, Any]) -> Scheme:
     if not isinstance(weights, dict):
         raise ValueError(f"{KEY}: the group {group!r} says nothing of weights.")
     inputs = group.get("input_activations")
-    rounded = (
-        isinstance(inputs, dict)
-        and inputs.get("dynamic") is True
-        and (inputs.get("type") == weights.get("type") == "float")
-    )
+    fp8 = {"type": "float", "num_bits": 8, "dynamic": True}
+    rounded = isinstance(inputs, dict) and fp8.items() <= inputs.items()
+    rounded = rounded and weights.get("type") == "float"
     _check(
         "compressed-tensors",
         group,
@@ -329,7 +327,7 @@ def _group_size(config: dict[str, Any]) -> int | None:
 
 
 def _size(value: Any) -> bool:
-    return is_integer(value) and value > 0
+    return is_integer(value) and 0 < value < 2**31
 
 
 def _names(config: dict[str, Any], *keys: str) -> tuple[str, ...]:

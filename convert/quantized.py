@@ -234,7 +234,9 @@ def find_matrices(
             what = f"are for {_REFUSED[last]}, which is not supported"
             problems.setdefault(what, []).append(name)
         elif last == "bias" and module in modules and name not in expected:
-            if len(headers[name].shape) == 1 and not np.any(stored[name][...]):
+            found = headers[name]
+            fits = found.shape == matrices[f"{module}.weight"].shape[:1] and found.dtype in DTYPES
+            if fits and not np.any(stored[name][...]):
                 del rest[name]  # some makers of gptq write one of zeros beside every matrix
     if not matrices:
         raise ValueError(f"config.json has a {KEY} of {scheme.method}, but no matrix is quantised.")

@@ -449,6 +449,8 @@ WRONG_CONFIGS = [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
     (FP8 | {"activation_scheme": "static"}, "activation_scheme 'static'"),
     (FP8 | {"weight_block_size": [128]}, "weight_block_size must be two sizes"),
+    (FP8 | {"weight_block_size": [10**30, 4]}, "weight_block_size must be two sizes"),
+    (FP8 | {"ignored_layers": ["re:a{9999999999999999}"]}, "is no regular expression"),
     (FP8 | {"fmt": "e5m2", "kv_cache_scheme": "static"}, "fmt='e5m2', kv_cache_scheme='static'"),
     (FP8 | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert must be a list"),
     (compressed("nvfp4-pack-quantized", 4, "group", 16), "format 'nvfp4-pack-quantized'"),

@@ -195,7 +195,7 @@ def read_program(
     chunk = min(PREFILL_CHUNKS[-1], max_len)
     budget = decode_budget(base, decoder.drafter, request, state, chunk=chunk)
     lowered = loop.run_loop.lower(base, decoder.drafter, request, state)
-    compiled = compile_program(lowered, decoder)
+    compiled = compile_program(lowered, decoder, decoder.num_nodes + 1)
     if texts is not None:
         texts |= {"hlo": compiled.hlo, "thunks": compiled.thunks}
     module = hlo.parse(compiled.hlo)
@@ -222,10 +222,12 @@ def _graphs(sequence: str, turns: Sequence[tuple[int, bool]]) -> thunks.Graphs |
     return thunks.count(thunks.parse(sequence), turns) if sequence else None
 
 
-def compile_program(lowered: Any, decoder: Decoder) -> Compiled:
-    """What the compiler makes of a lowered function of a decoder, for the devices of its mesh."""
+def compile_program(lowered: Any, decoder: Decoder, rows: int) -> Compiled:
+    """What the compiler makes of a lowered function of a decoder, for the devices of its mesh and
+    passes of so many tokens of a text.
+    """
     mesh = decoder.base.layout.mesh
-    more = dict(decoder.compile_options.on(mesh))
+    more = dict(decoder.compile_options.on(mesh, rows))
     with tempfile.TemporaryDirectory(prefix="easyspec-program-") as folder:
         on_gpu = mesh.devices.flat[0].platform != "cpu"
         options = compile_options(mesh, folder if on_gpu else None)
@@ -254,7 +256,7 @@ def _prefill(
     start = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     arguments = (decoder.base, decoder.drafter, request, state, start)
     lowered = loop.prefill_chunk.lower(*arguments, chunk=chunk)
-    module = hlo.parse(compile_program(lowered, decoder).hlo)
+    module = hlo.parse(compile_program(lowered, decoder, chunk).hlo)
     reader = _Reader(module, decoder, constants, batch, entries)
     layers = sum(m.config.num_layers for m in (decoder.base, *decoder.drafter.models()))
     least = floor.prefill_floor(decoder, batch, entries, chunk)
