@@ -119,6 +119,7 @@ def arguments(root, *more, draft="draft"):
     return [*argv, "--group-size", "2", "--tensor", "1", "--phases", "1", *more]
 
 
+@pytest.mark.slow
 def test_a_run_prints_and_keeps_what_it_measured(tiny, capsys):
     out = tiny / "out.jsonl"
     bench.main(arguments(tiny, "--arms", "autoregression,calibrated", "--out", str(out)))

@@ -47,8 +47,11 @@ def both(pretend, shape, config=CONFIG, **options):
 
 
 # On 2 x 4 devices share a kv head: keys and values stay apart from queries.
-@pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
+@pytest.mark.parametrize(
+    "config, shape",
+    [(CONFIG, (1, 1)), (TIED, (2, 4)), pytest.param(CONFIG, (2, 4), marks=pytest.mark.slow)],
+    ids=["head", "tied, split", "head, split"],
+)
 def test_both_orders_say_the_same(pretend, shape, config):
     cpu, gpu = both(pretend, shape, config)
     text = [[5, 3, 8, 1, 9]]

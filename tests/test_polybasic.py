@@ -110,6 +110,7 @@ def test_greedy_equals_autoregression_for_every_chain(middle, inner, mesh_shape,
         assert sum(out.stats.tried_per_depth) == out.stats.nodes_accepted
 
 
+@slow
 def test_the_base_as_its_own_middle_accepts_every_buffer_and_counters_add_up():
     out = chain("base").generate(PROMPTS, max_new_tokens=NEW)
     stats, report = out.stats, out.drafter_report

@@ -267,6 +267,7 @@ def test_weights_are_what_their_format_says_to_the_last_bit(name, tmp_path, monk
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp8 blocks", "packed int4 with zeros", "gptq in order", "awq"])
 def test_a_folder_loads_and_predicts_as_its_floats_do(name, tmp_path, monkeypatch, capsys):
     """In the type of what it stores as floats, into which both are rounded alike."""

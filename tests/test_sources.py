@@ -79,6 +79,7 @@ def test_a_model_is_loaded_from_anything_and_converted_once(
     assert sources.find_checkpoint(source) == made == sources.find_checkpoint(made)
 
 
+@slow
 def test_a_revision_of_a_hub_id_is_a_model_of_its_own(folder, cache, conversions, monkeypatch):
     asked = []
     monkeypatch.setattr("convert.write.download", lambda *args: asked.append(args) or folder)
@@ -219,6 +220,7 @@ def test_several_processes_convert_nothing(folder, cache, conversions, monkeypat
     assert conversions == []
 
 
+@slow
 def test_the_command_line_takes_a_folder_in_every_place(easyspec, cache):
     base = ("generate", "--base", "hf-base", "--draft", "hf-draft", "--tensor", 1, "hello")
     status, out, err = easyspec(*base, "--max-new-tokens", 8)

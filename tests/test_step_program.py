@@ -286,6 +286,7 @@ def test_a_step_s_floor_has_a_pass_of_each_phase(width):
     assert list(alone) == ["verify"]
 
 
+@pytest.mark.slow
 def test_a_program_for_the_cpu_is_read_as_well():
     """Phases, their runs, floors, an estimate from constants; CPUs have no graphs."""
     decoder = pair(es.make_mesh(2, 2), num_draft_tokens=4)

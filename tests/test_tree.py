@@ -137,7 +137,7 @@ def test_a_row_stops_below_the_least_probability():
     assert np.asarray(new.stopped).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_draft_is_the_beam_of_its_model(width):
     """What a model drafts, its own tree pass included: positions, ancestors, rows of a batch."""
     decoder, prompts = self_drafting((1, 1), 1, 4, width=width), [[1, 2, 3, 4, 5], [9, 8]]
