@@ -16,7 +16,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -147,9 +146,6 @@ def _temporary(dst: pathlib.Path) -> Iterator[pathlib.Path]:
         lock.acquire()
         new.rename(temp)  # only now others look at it
         yield temp
-    except KeyboardInterrupt:
-        time.sleep(0.5)  # a writer's thread may still be at work
-        raise
     finally:
         for folder in (new, temp):
             shutil.rmtree(folder, ignore_errors=True)

@@ -78,8 +78,13 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = pieces
+    threads = threading.enumerate()
     with context, _quiet:
-        ocp.save(path, arrays)
+        try:
+            ocp.save(path, arrays)
+        except BaseException:  # an interrupt too
+            _wait_for_others(threads)
+            raise
     return shown_digest(digest(arrays))
 
 
@@ -226,6 +231,16 @@ def check_whole(folder: pathlib.Path, config: ModelConfig, parts: dict[str, str]
             f"{folder} is incomplete or not of one piece: config.json has {config.num_layers} "
             f"layers and {len(stored - {TOP_PART})} are stored; convert the model again"
         )
+
+
+def _wait_for_others(threads: list[threading.Thread], seconds: float = 1.0) -> None:
+    """Until the threads that are not among these have ended: those of a writer that failed still
+    write, and complain, after it has raised. Those of pools never end, hence the limit.
+    """
+    until = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread not in threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def _let_go(error: Exception) -> None:

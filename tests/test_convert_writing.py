@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import shutil
@@ -163,6 +164,26 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_a_failed_writer_still_logs_is_not_shown(tmp_path, monkeypatch, caplog):
+    from orbax.checkpoint import v1
+
+    def complain():
+        time.sleep(0.2)
+        logging.getLogger("absl").error("a page")
+
+    writer = threading.Thread(target=complain)
+
+    def save(path, arrays):
+        writer.start()
+        raise OSError("no space")
+
+    monkeypatch.setattr(v1, "save", save)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save_part(tmp_path, checkpoint.layer_name(0), {})
+    writer.join()
+    assert not caplog.records
 
 
 def test_the_command_line(folder, tmp_path, capsys):
