@@ -23,9 +23,15 @@ from easyspec_jax.drafters.polybasic import PolybasicDrafter
 from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.layer_parallel import make_partition
-from easyspec_jax.loading import abstract_model, load_model, random_model, save_model
+from easyspec_jax.loading import (
+    abstract_model,
+    load_model,
+    quantize_model,
+    random_model,
+    save_model,
+)
 from easyspec_jax.model import Model
-from easyspec_jax.quantize import quantize_weights
+from easyspec_jax.quantized import Quantization
 from easyspec_jax.request import Request
 from easyspec_jax.scores import logits
 from easyspec_jax.session import Piece, Session
@@ -48,6 +54,7 @@ __all__ = [
     "PolybasicDrafter",
     "PromptLookupDrafter",
     "Proposal",
+    "Quantization",
     "Request",
     "RopeScaling",
     "Sampling",
@@ -62,7 +69,7 @@ __all__ = [
     "logits",
     "make_mesh",
     "make_partition",
-    "quantize_weights",
+    "quantize_model",
     "random_model",
     "save_model",
 ]

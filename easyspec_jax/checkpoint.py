@@ -33,10 +33,12 @@ from easyspec_jax.distributed import is_lost_peer
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.json_files import read_object
 from easyspec_jax.layer_parallel import make_partition
+from easyspec_jax.quantized import Quantization, Quantized
 
 FORMAT = 2
 # {"format": 2, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null,
-#  "parts": {name: digest}, "weights": `digest_of` all parts}
+#  "parts": {name: digest}, "weights": `digest_of` all parts,
+#  "quantization": `Quantization.stored`, where matrices are codes}
 METADATA_FILE = "easyspec.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights may be stored in
 # The part that holds `weights.TOP_WEIGHTS`; every other one holds one layer's `LAYER_WEIGHTS`.
@@ -47,6 +49,7 @@ TUNED = "tuned"  # as a group size: that of the partition file
 # Arrays are stored in pieces of at most this many bytes, and no piece holds two kv heads, so that a
 # process reads little more than its own share.
 PIECE = 4 * 2**20
+SCALES = ".scales"  # behind the name of a matrix that is stored as codes: its scales
 
 
 def layer_name(index: int) -> str:
@@ -68,7 +71,7 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, Any]) -> str:
 
     def pieces(keypath, value):
         del value
-        letters = dims[keypath[-1].key]
+        letters = dims[keypath[-1].key.removesuffix(SCALES)]
         heads = (letters.index("K"),) if "K" in letters else None
         return ocp.options.ArrayOptions.Saving.StorageOptions(
             chunk_byte_size=PIECE, shard_axes=heads
@@ -81,7 +84,7 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, Any]) -> str:
     threads = threading.enumerate()
     with context, _quiet:
         try:
-            ocp.save(path, arrays)
+            ocp.save(path, _flat(arrays))
         except BaseException:  # an interrupt too
             _wait_for_others(threads)
             raise
@@ -100,7 +103,7 @@ def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict
     ocp: Any = v1  # takes more kinds of paths than it declares
     try:
         with _quiet:
-            return ocp.load((folder / name).absolute(), abstract)
+            found = ocp.load((folder / name).absolute(), _flat(abstract))
     except Exception as error:  # Orbax has many kinds for a damaged folder
         _let_go(error)
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
@@ -112,6 +115,23 @@ def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict
         if "os_error_code" in str(error) and "NOT_FOUND" not in str(error):
             raise OSError(f"{folder / name} cannot be read: {str(error)[:300]}") from error
         raise ValueError(damaged(folder, name)) from error
+    return {
+        name: x.replace(codes=found[name], scales=found[name + SCALES])
+        if isinstance(x, Quantized)
+        else found[name]
+        for name, x in abstract.items()
+    }
+
+
+def _flat(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a part by the names that they are stored under."""
+    found: dict[str, Any] = {}
+    for name, x in arrays.items():
+        if isinstance(x, Quantized):
+            found |= {name: x.codes, name + SCALES: x.scales}
+        else:
+            found[name] = x
+    return found
 
 
 def damaged(folder: pathlib.Path, name: str) -> str:
@@ -126,7 +146,7 @@ def digest(arrays: dict[str, Any]) -> jax.Array:
     A sum over all numbers, their bits times an odd number of their place and stirred: one number
     of at most 32 bits that changes always shows, several but about once in 2**32.
     """
-    total = jnp.uint32(0)
+    total, arrays = jnp.uint32(0), _flat(arrays)
     for name in sorted(arrays):
         bits = _folded(_bits(arrays[name]))
         place = jnp.zeros(bits.shape, jnp.uint32)
@@ -149,10 +169,12 @@ def _bits(x: jax.Array) -> jax.Array:
     """The bits of numbers, u16 or u32, the high ones mixed into the low ones: those of a short type
     that is stored in a long one are all high.
     """
+    if x.dtype == jnp.int4:
+        x = x.astype(jnp.int8)
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     if x.dtype.itemsize == 8:
         bits = (bits ^ (bits >> 32)).astype(jnp.uint32)
-    return bits if x.dtype.itemsize == 2 else bits ^ (bits >> 16)
+    return bits if x.dtype.itemsize <= 2 else bits ^ (bits >> 16)
 
 
 def _folded(bits: jax.Array) -> jax.Array:
@@ -182,14 +204,26 @@ def digest_of(parts: dict[str, str]) -> str:
     return f"{zlib.crc32(json.dumps(sorted(parts.items())).encode()):08x}"
 
 
-def make_metadata(dtype: str, tokenizer: str | None, parts: dict[str, str]) -> dict[str, Any]:
+def make_metadata(
+    dtype: str,
+    tokenizer: str | None,
+    parts: dict[str, str],
+    quantization: Quantization | None = None,
+) -> dict[str, Any]:
     """What stands in a checkpoint's `METADATA_FILE`, and proves that its weights are whole.
 
     Args:
       parts: the digest of each.
     """
     metadata = {"format": FORMAT, "dtype": dtype, "tokenizer": tokenizer, "parts": parts}
-    return metadata | {"weights": digest_of(parts)}
+    codes = {} if quantization is None else {"quantization": quantization.stored}
+    return metadata | {"weights": digest_of(parts)} | codes
+
+
+def stored_quantization(metadata: dict[str, Any]) -> Quantization | None:
+    """How the matrices of a checkpoint are stored; None: as floats."""
+    codes = metadata.get("quantization")
+    return None if codes is None else Quantization(**codes)
 
 
 def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
@@ -213,6 +247,10 @@ def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]
     config = config_from_hf(read_object(folder / "config.json"))
     parts, tokenizer = metadata.get("parts"), metadata.get("tokenizer")
     sound = metadata.get("dtype") in DTYPES and isinstance(tokenizer, str | None)
+    try:
+        stored_quantization(metadata)
+    except (TypeError, ValueError):
+        sound = False
     if not sound or not isinstance(parts, dict) or metadata.get("weights") != digest_of(parts):
         raise ValueError(damaged(folder, METADATA_FILE))
     return config, metadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 import pathlib
@@ -24,17 +25,21 @@ from easyspec_jax.json_files import write_object
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
+from easyspec_jax.quantized import Form, Quantization, Quantized, dequantise
 from easyspec_jax.sharding import (
     LAYER,
     TENSOR,
     Layout,
     LayoutRules,
     attention_on,
+    has_gpus,
     layout_rules,
     make_layout,
     make_mesh,
 )
 from easyspec_jax.sources import find_checkpoint, read_config
+
+logger = logging.getLogger("easyspec_jax")
 
 
 def load_model(
@@ -45,6 +50,7 @@ def load_model(
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
     attention: str = "xla",
+    quantization: str | Quantization | None = None,
     progress: bool | None = None,
 ) -> Model:
     """A checkpoint's model on `mesh`, restored straight onto its devices: no two of them, nor of
@@ -62,14 +68,18 @@ def load_model(
         `LayoutRules`. Default: "tensor" for group_size 1, else "grouped".
       attention: "cudnn" for one kernel of cuDNN where it has one: NVIDIA GPUs since A100, bfloat16
         or float16, heads of 8, 16, .. 128 numbers; elsewhere, and by default, those of XLA.
+      quantization: "int8", "fp8" or "int4" (or a `Quantization`): matrices as codes and scales,
+        made of a checkpoint of floats. None: as the checkpoint has them.
       progress: show bars on standard error; None: if it is a terminal.
 
     Raises:
-      ValueError: no model there, a bad partition (or no "tuned" one) or layout, or more than the
-        devices hold; nothing is allocated then. Or a part's bytes are not those that were written.
+      ValueError: no model there, a bad partition (or no "tuned" one) or layout, codes of another
+        kind, or more than the devices hold; nothing is allocated then. Or a part's bytes are not
+        those that were written.
       OSError: a file cannot be read, or a model not be fetched.
     """
     options: dict[str, Any] = dict(mesh=mesh, dtype=dtype, layout=layout, attention=attention)
+    options["quantization"] = Quantization.of(quantization)
     tuned = isinstance(group_size, str) and group_size == TUNED
     local = pathlib.Path(path)
     if local.exists() and not (local / METADATA_FILE).is_file():  # to be converted, for minutes
@@ -77,6 +87,9 @@ def load_model(
         abstract_model(read_config(local)[0], group_size=groups, **options)
     folder = find_checkpoint(path, progress=progress).absolute()
     config, metadata = checkpoint.read_metadata(folder)
+    codes = checkpoint.stored_quantization(metadata)
+    if codes is not None:
+        options["quantization"] = _same(codes, options["quantization"], folder)
     if tuned:
         group_size = checkpoint.read_partition(folder, config.num_layers, metadata["weights"])
     checkpoint.check_whole(folder, config, metadata["parts"])
@@ -98,7 +111,7 @@ def load_model(
 
     with bar:
         options |= {"group_size": group_size, "stored": jnp.dtype(metadata["dtype"])}
-        model = _build(config, part, **options)
+        model = _build(config, part, stored_codes=codes, **options)
     # Only now: devices compute digests while the host reads on.
     for name, found in jax.device_get(digests).items():
         if checkpoint.shown_digest(found) != metadata["parts"][name]:
@@ -114,6 +127,7 @@ def abstract_model(
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
     attention: str = "xla",
+    quantization: str | Quantization | None = None,
 ) -> Model:
     """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
     `program.collectives.collectives`; arguments as in `load_model`.
@@ -128,8 +142,11 @@ def abstract_model(
     dtype = _float_type(dtype)
     attention = attention_on(mesh, attention, config.head_dim, dtype)
     placed = dataclasses.replace(make_layout(config, mesh, rules), attention=attention)
-    params = _abstract_params(config, placed, partition, dtype)
-    return Model(params=params, config=config, layout=placed, partition=partition)
+    codes = _kept(Quantization.of(quantization), config, mesh)
+    params = _abstract_params(config, placed, partition, dtype, codes)
+    return Model(
+        params=params, config=config, layout=placed, partition=partition, quantization=codes
+    )
 
 
 def random_model(
@@ -140,6 +157,7 @@ def random_model(
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
     attention: str = "xla",
+    quantization: str | Quantization | None = None,
     seed: int = 0,
 ) -> Model:
     """A model with random weights, the same for one seed on every mesh; other arguments as in
@@ -155,7 +173,35 @@ def random_model(
     options = dict(
         mesh=mesh, group_size=group_size, dtype=dtype, layout=layout, attention=attention
     )
-    return _build(config, part, **options)
+    return _build(config, part, quantization=quantization, **options)
+
+
+def quantize_model(model: Model, quantization: str | Quantization) -> Model:
+    """The model with its matrices rounded to codes, on the same devices and in the same groups.
+
+    Args:
+      model: loaded, not changed.
+      quantization: as in `load_model`.
+
+    Raises:
+      ValueError: no such kind, groups that do not divide a matrix's inputs, or a model that holds
+        codes already.
+    """
+    how = Quantization.of(quantization)
+    if model.quantization is not None:
+        raise ValueError("the model's matrices are codes already: load it from floats")
+    config, layout = model.config, model.layout
+    codes = _kept(how, config, layout.mesh)
+    blocks = []
+    for block in model.params.blocks:
+        arrange = _jit_arrange(len(block.mlp), config, layout, model.dtype, how, codes)
+        separate = jax.jit(functools.partial(weights.separate_block, layout=layout))
+        blocks.append(arrange(separate(block)))
+    separate = jax.jit(functools.partial(weights.separate_top, layout=layout))
+    top = separate(model.params.replace(blocks=()))
+    top = _jit_arrange_top(config, layout, model.dtype, how, codes)(top)
+    params = weights.Params(blocks=tuple(blocks), **top)
+    return model.replace(params=params, quantization=codes)
 
 
 def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -> None:
@@ -196,42 +242,97 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
         separate = jax.jit(functools.partial(weights.separate_top, layout=model.layout))
         top = jax.device_get(separate(model.params.replace(blocks=())))
         parts[TOP_PART] = checkpoint.save_part(folder, TOP_PART, top)
-        metadata = checkpoint.make_metadata(model.dtype.name, tokenizer, parts)
+        metadata = checkpoint.make_metadata(model.dtype.name, tokenizer, parts, model.quantization)
         write_object(folder / METADATA_FILE, metadata)
         os.rename(folder, target)
 
 
-def _build(config: ModelConfig, part: Callable, *, stored: Any = None, **options: Any) -> Model:
+def _build(
+    config: ModelConfig,
+    part: Callable,
+    *,
+    stored: Any = None,
+    stored_codes: Quantization | None = None,
+    quantization: str | Quantization | None = None,
+    **options: Any,
+) -> Model:
     """A model from `part(name, abstract arrays)`, which brings one part of a checkpoint; block by
     block.
 
     Args:
-      stored: type of the parts; None: the model's.
+      stored: type of the floats of the parts; None: the model's.
+      stored_codes: how the matrices of the parts are stored, where they are codes.
+      quantization: how the model's matrices are to be rounded.
       options: of `abstract_model`.
     """
-    model = abstract_model(config, **options)
-    placed, dtype = model.layout, model.dtype
-    layer = _abstract(weights.LAYER_WEIGHTS, config, stored or dtype, placed)
-    top = _abstract(weights.TOP_WEIGHTS, config, stored or dtype, placed)
+    how = Quantization.of(quantization)
+    model = abstract_model(config, quantization=how, **options)
+    placed, dtype, codes = model.layout, model.dtype, model.quantization
+    layer = _abstract(weights.LAYER_WEIGHTS, config, stored or dtype, placed, stored_codes)
+    top = _abstract(weights.TOP_WEIGHTS, config, stored or dtype, placed, stored_codes)
     reading = max(max(model.partition) * device_bytes(layer), device_bytes(top))
     check_memory(placed.mesh, {"weights": device_bytes(model.params), "reading": reading})
     blocks, first = [], 0
     for size in model.partition:
         layers = [part(layer_name(i), layer) for i in range(first, first + size)]
-        blocks.append(_jit_arrange(size, config, placed, dtype)(layers))
+        blocks.append(_jit_arrange(size, config, placed, dtype, how, codes)(layers))
         first += size
-    shardings = _named(_fields(weights.specs(config, placed, ())), placed.mesh)
-
-    def arrange_top(top):
-        return weights.arrange_top(_cast(top, dtype), placed)
-
-    arrange = jax.jit(arrange_top, out_shardings=shardings)
-    params = weights.Params(blocks=tuple(blocks), **arrange(part(TOP_PART, top)))
-    return model.replace(params=params)
+    arranged = _jit_arrange_top(config, placed, dtype, how, codes)(part(TOP_PART, top))
+    return model.replace(params=weights.Params(blocks=tuple(blocks), **arranged))
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+def _same(stored: Quantization, wanted: Quantization | None, folder: pathlib.Path) -> Quantization:
+    """What a checkpoint of codes is loaded as.
+
+    Raises:
+      ValueError: other codes are wanted.
+    """
+    if wanted is None:
+        return stored
+    if wanted.stored != stored.stored and wanted.stored != {
+        "kind": stored.kind,
+        "group_size": None,
+    }:
+        raise ValueError(
+            f"{folder} holds {stored} and cannot be loaded as {wanted}: convert the model again"
+        )
+    return dataclasses.replace(stored, keep_codes=wanted.keep_codes)
+
+
+def _kept(how: Quantization | None, config: ModelConfig, mesh: Mesh) -> Quantization | None:
+    """What devices hold of it: None where weights are rounded and kept as floats.
+
+    Raises:
+      ValueError: its groups do not divide the inputs of a matrix.
+    """
+    if how is None:
+        return None
+    for letters in set(weights.INPUTS.values()):
+        weights.form_of(letters, config, how)
+    keep = has_gpus(mesh) if how.keep_codes is None else how.keep_codes
+    if not keep:
+        logger.info("weights are rounded to %s and kept as floats, as CPUs multiply them", how.kind)
+    return how if keep else None
+
+
+def _made(
+    part: dict[str, Any],
+    config: ModelConfig,
+    dtype: Any,
+    how: Quantization | None,
+    codes: Quantization | None,
+) -> dict[str, Any]:
+    """A part of a checkpoint as a model has its numbers: floats of `dtype`, matrices rounded as
+    `how` says, and kept as codes where there are `codes`.
+    """
+    found = {}
+    for name, x in weights.quantised(part, config, how).items():
+        if isinstance(x, Quantized):
+            x = x if codes is not None else dequantise(x).astype(dtype)
+        else:
+            x = x.astype(dtype)
+        found[name] = x
+    return found
 
 
 def _float_type(dtype: Any) -> jnp.dtype:
@@ -247,28 +348,48 @@ def _float_type(dtype: Any) -> jnp.dtype:
 
 
 def _abstract(
-    table: Sequence[weights.Weight], config: ModelConfig, dtype: Any, layout: Layout
-) -> dict[str, jax.ShapeDtypeStruct]:
+    table: Sequence[weights.Weight],
+    config: ModelConfig,
+    dtype: Any,
+    layout: Layout,
+    codes: Quantization | None = None,
+) -> dict[str, Any]:
     """The arrays of a part as it is read, split as finely as `layout` and its mesh allow."""
-    found = {}
+
+    def quantised(part):
+        return weights.quantised(part, config, codes)
+
+    found: dict[str, Any] = {}
     for name, weight in weights.present(table, config).items():
         shape = weight.shape(config)
         finest = layout.finest(weight.dims, shape)
-        found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=finest)
+        whole = jax.ShapeDtypeStruct(shape, dtype, sharding=finest)
+        made: Any = jax.eval_shape(quantised, {name: whole})[name]
+        if isinstance(made, Quantized):
+            dims = weights.scale_dims(weight.dims, weight.inputs, Form("", made.group))
+            scales = layout.named(weights.read_dims(dims))
+            whole = made.replace(
+                codes=made.codes.update(sharding=finest), scales=made.scales.update(sharding=scales)
+            )
+        found[name] = whole
     return found
 
 
 def _abstract_params(
-    config: ModelConfig, layout: Layout, partition: tuple[int, ...], dtype: Any
+    config: ModelConfig,
+    layout: Layout,
+    partition: tuple[int, ...],
+    dtype: Any,
+    codes: Quantization | None,
 ) -> weights.Params:
     """Shapes and shardings of a model's weights, as ShapeDtypeStructs; nothing is allocated."""
-    layer = _abstract(weights.LAYER_WEIGHTS, config, dtype, layout)
+    layer = _abstract(weights.LAYER_WEIGHTS, config, dtype, layout, codes)
     arrange = functools.partial(weights.arrange_block, layout=layout)
     blocks = {size: jax.eval_shape(arrange, [layer] * size) for size in set(partition)}
-    top = _abstract(weights.TOP_WEIGHTS, config, dtype, layout)
+    top = _abstract(weights.TOP_WEIGHTS, config, dtype, layout, codes)
     top = jax.eval_shape(functools.partial(weights.arrange_top, layout=layout), top)
     shapes = weights.Params(blocks=tuple(blocks[size] for size in partition), **top)
-    shardings = _named(weights.specs(config, layout, partition), layout.mesh)
+    shardings = _named(weights.specs(config, layout, partition, codes), layout.mesh)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
@@ -276,20 +397,27 @@ def _abstract_params(
     )
 
 
-def _fields(params: weights.Params) -> dict[str, Any]:
-    """What stands outside the blocks."""
-    return {name: getattr(params, name) for name in ("embed", "final_norm", "lm_head")}
-
-
 @functools.cache
-def _jit_arrange(size, config, layout, dtype):
+def _jit_arrange(size, config, layout, dtype, how, codes):
     """One jitted `arrange_block` per block size, so that equal blocks compile once."""
-    (block,) = weights.specs(config, layout, (size,)).blocks
+    (block,) = weights.specs(config, layout, (size,), codes).blocks
 
     def arrange(layers):
-        return weights.arrange_block(_cast(layers, dtype), layout=layout)
+        layers = [_made(layer, config, dtype, how, codes) for layer in layers]
+        return weights.arrange_block(layers, layout=layout)
 
     return jax.jit(arrange, out_shardings=_named(block, layout.mesh))
+
+
+def _jit_arrange_top(config, layout, dtype, how, codes):
+    """A jitted `arrange_top`."""
+    specs = weights.specs(config, layout, (), codes)
+    fields = {name: getattr(specs, name) for name in ("embed", "final_norm", "lm_head")}
+
+    def arrange(top):
+        return weights.arrange_top(_made(top, config, dtype, how, codes), layout)
+
+    return jax.jit(arrange, out_shardings=_named(fields, layout.mesh))
 
 
 @functools.cache

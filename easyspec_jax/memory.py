@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 
@@ -24,6 +25,8 @@ def device_bytes(tree: Any) -> int:
         shape = (
             x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
         )
+        if x.dtype == jnp.int4:  # two to a byte on devices, one on a host
+            return -(-math.prod(shape) // 2)
         return math.prod(shape) * x.dtype.itemsize
 
     return sum(local(x) for x in jax.tree.leaves(tree))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,10 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from easyspec_jax import weights
+from easyspec_jax import quantized, weights
 from easyspec_jax.cache import KVCache, LayerKV, abstract_cache
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.quantized import Quantization, Quantized, look_up, wide_type
 from easyspec_jax.sampling import Scores
 from easyspec_jax.sharding import Layout, Placed, psum
 from easyspec_jax.weights import Attention, Block, Mlp, Params
@@ -35,13 +35,15 @@ class Model(Placed, struct.PyTreeNode, kw_only=True):
     layout: Layout = struct.field(pytree_node=False)
     # layers per block, in order; sums to L
     partition: tuple[int, ...] = struct.field(pytree_node=False)
+    # how its matrices are stored, where they are codes
+    quantization: Quantization | None = struct.field(pytree_node=False, default=None)
     # hash of the ordinary vocabulary
     tokenizer: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Type of the weights, of the activations and of the KV cache."""
-        return self.params.lm_head.dtype
+        """Type of the weights that are no codes, of the activations and of the KV cache."""
+        return self.params.final_norm.dtype
 
     def abstract_cache(self, batch: int, max_len: int) -> KVCache:
         """Shapes and shardings of its empty KV cache, as ShapeDtypeStructs."""
@@ -49,7 +51,8 @@ class Model(Placed, struct.PyTreeNode, kw_only=True):
 
     def specs(self) -> Model:
         """The PartitionSpec of every array."""
-        return self.replace(params=weights.specs(self.config, self.layout, self.partition))
+        params = weights.specs(self.config, self.layout, self.partition, self.quantization)
+        return self.replace(params=params)
 
     def own(self) -> Model:
         """This device's layer of every stacked slot."""
@@ -98,11 +101,6 @@ RunBlock = Callable[
 ]
 
 
-def wide_type(dtype: Any) -> jnp.dtype:
-    """The type for norms, softmax, angles and logits: float32, or float64 where the model is."""
-    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / RMS(x) * weight over the last axis, computed in at least float32."""
     wide = x.astype(wide_type(x.dtype))
@@ -110,15 +108,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def product(model: Model, x: jax.Array, w: jax.Array) -> jax.Array:
+def product(model: Model, x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
     """x [B, T, I] times a matrix of the model that has I inputs, in at least float32: [B, T, O]."""
-    inputs, wide = x.shape[-1], wide_type(x.dtype)
-    if not model.layout.for_gpu:
-        return jnp.einsum("bti,io->bto", x, w.reshape(inputs, -1), preferred_element_type=wide)
-    w = w.reshape(-1, inputs)
-    if x.shape[:2] == (1, 1) and model.layout.explicit_gemv:
-        return jnp.sum(x[0].astype(wide) * w.astype(wide), axis=-1)[None, None]
-    return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=wide)
+    layout = model.layout
+    return quantized.product(x, w, outputs_first=layout.for_gpu, explicit_gemv=layout.explicit_gemv)
 
 
 def normed(model: Model, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -335,7 +328,7 @@ def embed(model: Model, tokens: jax.Array) -> jax.Array:
     rows = table.shape[axis]
     local = tokens - lax.axis_index(layout.vocab) * rows if layout.vocab else tokens
     safe = jnp.clip(local, 0, rows - 1)
-    found = table[safe] if axis == 0 else jnp.moveaxis(table[:, safe], 0, -1)
+    found = look_up(table, safe, axis, model.dtype)
     mine = (local >= 0) & (local < rows)
     with jax.named_scope("embed"):
         return psum(jnp.where(mine[..., None], found, jnp.zeros((), found.dtype)), layout.vocab)

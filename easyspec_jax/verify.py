@@ -15,7 +15,8 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.cache import KVCache, run_if
-from easyspec_jax.model import Model, Placement, forward, score, wide_type
+from easyspec_jax.model import Model, Placement, forward, score
+from easyspec_jax.quantized import wide_type
 from easyspec_jax.sampling import Filters, Scores, probabilities, sample
 
 

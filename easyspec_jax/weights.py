@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.quantized import Form, Quantization, Quantized, quantise
 from easyspec_jax.sharding import Layout
 
 
@@ -52,6 +52,11 @@ class Weight:
             "H": config.head_dim,
         }
         return tuple(sizes[letter] for letter in self.dims)
+
+    @property
+    def inputs(self) -> str:
+        """Letters that a product sums over, or of what a row that is looked up holds; "": none."""
+        return "D" if self.dims == "VD" else self.dims[: self.num_inputs]
 
     def matrix(self, config: ModelConfig) -> tuple[int, int]:
         """Inputs and outputs of a matrix."""
@@ -122,6 +127,13 @@ OUTPUTS_FIRST = {
 }
 
 
+# Letters of those that are inputs of a matrix; groups that share a scale lie along the last.
+INPUTS = {
+    **{"wqkv": "D", "wkv": "D", "wo": "KGH", "w_gate_up": "D", "w_down": "F"},
+    **{"embed": "D", "lm_head": "D"},
+}
+
+
 def present(table: Iterable[Weight], config: ModelConfig) -> dict[str, Weight]:
     """The weights of a table that a model has, by name."""
     return {weight.name: weight for weight in table if weight.exists(config)}
@@ -141,7 +153,7 @@ def _ordered(part: dict[str, Any], layout: Layout, *, back: bool = False) -> dic
         if x is None or ours == theirs:
             return x
         ours, theirs = (theirs, ours) if back else (ours, theirs)
-        return jnp.transpose(x, [ours.index(letter) for letter in theirs])
+        return _each(lambda a: jnp.transpose(a, [ours.index(letter) for letter in theirs]), x)
 
     return {name: turn(name, x) for name, x in part.items()}
 
@@ -193,11 +205,66 @@ class Params(struct.PyTreeNode, kw_only=True):
     lm_head: Any  # [D, V]
 
 
-def specs(config: ModelConfig, layout: Layout, partition: tuple[int, ...]) -> Params:
+def form_of(
+    inputs: str, config: ModelConfig, quantization: Quantization | None, *, top: bool = False
+) -> Form | None:
+    """How a matrix of these inputs is stored; None: as floats, like what has none.
+
+    Raises:
+      ValueError: its groups do not divide them.
+    """
+    if quantization is None or not inputs:
+        return None
+    size = {"D": config.embed_dim, "F": config.mlp_dim, "H": config.head_dim}[inputs[-1]]
+    return quantization.form(size, in_head=inputs[-1] == "H", top=top)
+
+
+def scale_dims(dims: str, inputs: str, form: Form) -> str:
+    """Letters of the scales of a matrix; 1: one for all."""
+    if form.group is not None:
+        return dims
+    return "".join("1" if letter in inputs else letter for letter in dims)
+
+
+def quantised(
+    part: dict[str, Any], config: ModelConfig, quantization: Quantization | None
+) -> dict[str, Any]:
+    """The arrays of a part of a checkpoint with the matrices that are floats as codes.
+
+    Raises:
+      ValueError: groups do not divide the inputs of one.
+    """
+    found = {}
+    for table, top in ((LAYER_WEIGHTS, False), (TOP_WEIGHTS, True)):
+        for weight in table:
+            if weight.name not in part:
+                continue
+            w = part[weight.name]
+            form = form_of(weight.inputs, config, quantization, top=top)
+            if form is not None and not isinstance(w, Quantized):
+                w = quantise(w, tuple(map(weight.dims.index, weight.inputs)), form)
+            found[weight.name] = w
+    return found
+
+
+def specs(
+    config: ModelConfig,
+    layout: Layout,
+    partition: tuple[int, ...],
+    quantization: Quantization | None = None,
+) -> Params:
     """The PartitionSpec of every array of a model of these groups."""
 
-    def split(names: Iterable[str], lead: str = "") -> dict[str, PartitionSpec]:
-        return {name: layout.spec(lead + arranged_dims(name, layout)) for name in names}
+    def split(names: Iterable[str], lead: str = "", top: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name in names:
+            dims, inputs = lead + arranged_dims(name, layout), INPUTS.get(name, "")
+            found[name] = layout.spec(dims)
+            form = form_of(inputs, config, quantization, top=top)
+            if form is not None:
+                scales = layout.spec(scale_dims(dims, inputs, form))
+                found[name] = Quantized(found[name], scales, form.group)
+        return found
 
     def block(size: int) -> Block:
         names = ["norm", "wqkv", "wo"] + ["wkv"] * bool(layout.query)
@@ -210,8 +277,18 @@ def specs(config: ModelConfig, layout: Layout, partition: tuple[int, ...]) -> Pa
         mlp = Mlp(**split(("norm", "w_gate_up", "w_down")))
         return Block(attention=(attention,) * layout.num_slots(size), mlp=(mlp,) * size)
 
-    top = split(["final_norm", "lm_head"] + ["embed"] * (not config.tie_embeddings))
-    return Params(blocks=tuple(block(size) for size in partition), **top)
+    names = ["final_norm", "lm_head"] + ["embed"] * (not config.tie_embeddings)
+    return Params(blocks=tuple(block(size) for size in partition), **split(names, top=True))
+
+
+def read_dims(dims: str) -> str:
+    """Letters of scales as they are read: groups along F need not divide among devices."""
+    return dims.replace("F", "1")
+
+
+def _each(fn: Callable[..., Any], *parts: Any) -> Any:
+    """`fn` of arrays, or of codes and of scales: an operation on axes that both have."""
+    return jax.tree.map(fn, *parts)
 
 
 def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
@@ -222,14 +299,7 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
     stacked = layout.stacks(len(layers))
     if stacked:
         # From parts as they were read to whole layers: the compiler finds no short way by itself.
-        dims = {weight.name: weight.dims for weight in LAYER_WEIGHTS}
-        layers = [
-            {
-                name: lax.with_sharding_constraint(x, layout.named(dims[name]))
-                for name, x in layer.items()
-            }
-            for layer in layers
-        ]
+        layers = [{name: _placed(name, x, layout) for name, x in layer.items()} for layer in layers]
     attentions = [_arrange_attention(layer, layout) for layer in layers]
     if stacked:
         nothing = jax.tree.map(jnp.zeros_like, attentions[0])
@@ -243,8 +313,18 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
     )
 
 
+def _placed(name: str, x: Any, layout: Layout) -> Any:
+    """A weight of a layer on the devices that need its parts."""
+    weight = next(weight for weight in LAYER_WEIGHTS if weight.name == name)
+    where: Any = layout.named(weight.dims)
+    if isinstance(x, Quantized):
+        dims = scale_dims(weight.dims, weight.inputs, Form("", x.group))
+        where = x.replace(codes=where, scales=layout.named(read_dims(dims)))
+    return lax.with_sharding_constraint(x, where)
+
+
 def _arrange_mlp(layer: dict[str, Any], layout: Layout) -> Mlp:
-    w_gate_up = jnp.stack((layer["w_gate"], layer["w_up"]), axis=1)
+    w_gate_up = _each(lambda *a: jnp.stack(a, axis=1), layer["w_gate"], layer["w_up"])
     w_down = pad_mlp(layer["w_down"], 0, layout)
     matrices = {"w_gate_up": pad_mlp(w_gate_up, 2, layout), "w_down": w_down}
     return Mlp(norm=layer["mlp_norm"], **_ordered(matrices, layout))
@@ -257,10 +337,11 @@ def _arrange_attention(layer: dict[str, Any], layout: Layout) -> Attention:
     def fuse(q: str, k: str, v: str) -> tuple[Any, Any]:  # [..., K, G, H], [..., K, H] twice
         if q not in layer:
             return None, None
-        kv = [jnp.expand_dims(layer[name], -2) for name in (k, v)]
+        kv = [_each(lambda a: jnp.expand_dims(a, -2), layer[name]) for name in (k, v)]
+        join = lambda *a: jnp.concatenate(a, axis=-2)  # noqa: E731
         if apart:
-            return layer[q], jnp.concatenate(kv, axis=-2)
-        return jnp.concatenate((layer[q], *kv), axis=-2), None
+            return layer[q], _each(join, *kv)
+        return _each(join, layer[q], *kv), None
 
     wqkv, wkv = fuse("wq", "wk", "wv")
     bqkv, bkv = fuse("bq", "bk", "bv")
@@ -290,20 +371,43 @@ def _separate_mlp(w: Mlp, layout: Layout) -> dict[str, Any]:
     found = _ordered({"w_gate_up": w.w_gate_up, "w_down": w.w_down}, layout, back=True)
     gate_up = pad_mlp(found["w_gate_up"], 2, layout, back=True)
     w_down = pad_mlp(found["w_down"], 0, layout, back=True)
-    return {"mlp_norm": w.norm, "w_gate": gate_up[:, 0], "w_up": gate_up[:, 1], "w_down": w_down}
+    gate, up = (_each(lambda a, i=i: a[:, i], gate_up) for i in (0, 1))
+    return {"mlp_norm": w.norm, "w_gate": gate, "w_up": up, "w_down": w_down}
 
 
 def pad_mlp(x: Any, axis: int, layout: Layout, *, back: bool = False) -> Any:
-    """An array with zeros behind every device's share of an axis of F; or `back` without."""
-    if not layout.mlp_padding:
+    """A matrix with zeros behind every device's share of an axis of F; or `back` without.
+
+    Where inputs lie along the axis (0), groups that share a scale become as small as the shares
+    ask for, with the same scales.
+    """
+    if not isinstance(x, Quantized):
+        return _padded(x, axis, layout, layout.mlp_padding, back=back)
+    scales, group = x.scales, x.group if axis == 0 else 1
+    if group is not None:
+        padded = x.codes.shape[axis] // layout.devices_along(layout.mlp)
+        own = padded - layout.mlp_padding if back else padded
+        part = math.gcd(group, own, layout.mlp_padding)
+        if not back:
+            scales = jnp.repeat(scales, group // part, axis)
+        scales = _padded(scales, axis, layout, layout.mlp_padding // part, back=back)
+        if back:
+            scales = lax.slice_in_dim(scales, 0, None, group // part, axis)
+    codes = _padded(x.codes, axis, layout, layout.mlp_padding, back=back)
+    return x.replace(codes=codes, scales=scales)
+
+
+def _padded(x: Any, axis: int, layout: Layout, padding: int, *, back: bool) -> Any:
+    """An array with so many zeros behind each share; or `back` without."""
+    if not padding:
         return x
     n = layout.devices_along(layout.mlp)
     shares = x.reshape(*x.shape[:axis], n, -1, *x.shape[axis + 1 :])
     if back:
-        own = shares.shape[axis + 1] - layout.mlp_padding
+        own = shares.shape[axis + 1] - padding
         shares = lax.slice_in_dim(shares, 0, own, axis=axis + 1)
     else:
-        widths = [(0, layout.mlp_padding if i == axis + 1 else 0) for i in range(shares.ndim)]
+        widths = [(0, padding if i == axis + 1 else 0) for i in range(shares.ndim)]
         shares = jnp.pad(shares, widths)
     return shares.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
@@ -313,8 +417,12 @@ def _separate_attention(w: Attention, layout: Layout) -> dict[str, Any]:
 
     def split(heads, apart):
         """Queries [..., K, G, H], keys and values [..., K, H]."""
-        q, kv = (heads, apart) if apart is not None else (heads[..., :-2, :], heads[..., -2:, :])
-        return q, kv[..., 0, :], kv[..., 1, :]
+        q, kv = heads, apart
+        if apart is None:
+            q, kv = (
+                _each(lambda a, i=i: a[..., i, :], heads) for i in (slice(-2), slice(-2, None))
+            )
+        return q, *(_each(lambda a, i=i: a[..., i, :], kv) for i in (0, 1))
 
     layer = {"attn_norm": w.norm, "wo": w.wo, "q_norm": w.q_norm, "k_norm": w.k_norm}
     layer |= dict(zip(("wq", "wk", "wv"), split(w.wqkv, w.wkv), strict=True))
@@ -325,7 +433,7 @@ def _separate_attention(w: Attention, layout: Layout) -> dict[str, Any]:
 
 def arrange_top(top: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """What stands outside the layers, as fields of `Params`."""
-    head = top["lm_head"] if "lm_head" in top else top["embed"].T
+    head = top["lm_head"] if "lm_head" in top else _each(jnp.transpose, top["embed"])
     embed = top["embed"] if "lm_head" in top else None
     found = {"embed": embed, "final_norm": top["final_norm"], "lm_head": head}
     return _ordered(found, layout)
@@ -336,5 +444,5 @@ def separate_top(params: Params, layout: Layout) -> dict[str, Any]:
     top = _ordered({"lm_head": params.lm_head}, layout, back=True)
     top["final_norm"] = params.final_norm
     if params.embed is None:
-        return {"embed": top.pop("lm_head").T} | top
+        return {"embed": _each(jnp.transpose, top.pop("lm_head"))} | top
     return {"embed": params.embed} | top

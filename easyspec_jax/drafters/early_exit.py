@@ -29,8 +29,8 @@ from easyspec_jax.model import (
     make_step,
     run_blocks,
     score,
-    wide_type,
 )
+from easyspec_jax.quantized import wide_type
 from easyspec_jax.request import Request
 from easyspec_jax.sampling import Scores, argmax
 from easyspec_jax.sharding import shape_of

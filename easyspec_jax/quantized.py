@@ -1,0 +1,207 @@
+"""Matrices that are stored as codes and scales, and the one function that multiplies by a matrix.
+
+A code is a number of 4 or 8 bits; an output of the matrix has one scale, or one for each group of
+inputs that lie side by side. Codes are multiplied as they are read, so a step reads no more than
+what is stored: scales of outputs are multiplied in behind the sum, those of groups inside of it.
+Few rows are a multiply and a sum each, which XLA:GPU makes one kernel that reads the codes once for
+every eight rows; where there are many, the matrix is dequantised first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from easyspec_jax.config import is_integer
+
+# Codes of each kind, and the largest.
+KINDS = {"int8": (jnp.int8, 127), "int4": (jnp.int4, 7), "fp8": (jnp.float8_e4m3fn, 448)}
+INT4_GROUP = 128  # inputs, or the largest divisor of a matrix's inputs below
+# Rows that are multiplied by groups one by one: the codes are read once for each eight of them, and
+# of a matrix that is dequantised first, nine times as many bytes are moved.
+FEW_ROWS = 32
+
+
+class Form(NamedTuple):
+    """How one matrix is stored."""
+
+    kind: str  # of KINDS
+    group: int | None  # inputs that share a scale; None: all of an output
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How the matrices of a model are stored: those of attention and MLPs, embedding and head.
+
+    Norms and biases stay floats. A group never leaves its head in attention's output projection.
+
+    Args:
+      kind: "int8" and "fp8" (e4m3) have a scale for each output, "int4" one for each group;
+        embedding and head of "int4" are int8, a scale for each token.
+      group_size: inputs of a group, which must divide those of every matrix. None: as `kind` says;
+        for int4 128, or the largest divisor below.
+      keep_codes: whether devices hold codes. None: GPUs do. On CPUs, where XLA multiplies integers
+        20 times slower than floats, weights are rounded and kept in the model's own type.
+
+    Raises:
+      ValueError: no such kind, or a group size that is no whole number above 0.
+    """
+
+    kind: str
+    group_size: int | None = None
+    keep_codes: bool | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            known = " or ".join(f'"{kind}"' for kind in KINDS)
+            raise ValueError(f"quantization must be {known}, got {self.kind!r}")
+        if self.group_size is not None and (not is_integer(self.group_size) or self.group_size < 1):
+            raise ValueError(
+                f"group_size must be a whole number of inputs above 0, got {self.group_size!r}"
+            )
+
+    @staticmethod
+    def of(wanted: Quantization | str | None) -> Quantization | None:
+        """What an argument `quantization` means: a kind, or all of it."""
+        return wanted if isinstance(wanted, Quantization | None) else Quantization(wanted)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What tells it from others, as metadata of a checkpoint has it."""
+        return {"kind": self.kind, "group_size": self.group_size}
+
+    def form(self, size: int, *, in_head: bool = False, top: bool = False) -> Form:
+        """Of a matrix.
+
+        Args:
+          size: its inputs, those of one head where a group lies in one (`in_head`).
+          top: it is the embedding or the head.
+
+        Raises:
+          ValueError: groups do not divide the inputs.
+        """
+        if top and self.kind == "int4":
+            return Form("int8", None)
+        if self.group_size is None or top:
+            grouped = self.kind == "int4"
+            most = min(INT4_GROUP, size)
+            fitting = max(n for n in range(1, most + 1) if size % n == 0)
+            return Form(self.kind, fitting if grouped else None)
+        if in_head:
+            return Form(self.kind, math.gcd(size, self.group_size))
+        if size % self.group_size:
+            raise ValueError(
+                f"group_size {self.group_size} does not divide the {size} inputs of a matrix"
+            )
+        return Form(self.kind, self.group_size)
+
+
+class Quantized(struct.PyTreeNode):
+    """A matrix of codes, in the place of an array.
+
+    Its scales have the same axes: along an input axis as many as there are groups, or one for all;
+    along any other as many as there are codes.
+    """
+
+    codes: Any
+    scales: Any
+    group: int | None = struct.field(pytree_node=False, default=None)  # inputs, in a checkpoint
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.codes.shape
+
+
+def wide_type(dtype: Any) -> jnp.dtype:
+    """The type for norms, softmax, angles and logits: float32, or float64 where the model is."""
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def quantise(w: jax.Array, inputs: tuple[int, ...], form: Form) -> Quantized:
+    """A matrix rounded to the nearest codes, symmetrically: the largest magnitude that shares a
+    scale has the largest code.
+
+    Args:
+      w: floats, of any axes.
+      inputs: the axes that a product sums over; groups lie along the last of them.
+    """
+    dtype, largest_code = KINDS[form.kind]
+    wide = w.astype(wide_type(w.dtype))
+    blocks, axes, kind = wide, inputs, wide.dtype
+    if form.group is not None:
+        axis = inputs[-1]
+        count = w.shape[axis] // form.group
+        blocks = wide.reshape(*w.shape[:axis], count, form.group, *w.shape[axis + 1 :])
+        axes, kind = (axis + 1,), jnp.dtype(jnp.bfloat16)
+    scales = (jnp.max(jnp.abs(blocks), axis=axes, keepdims=True) / largest_code).astype(kind)
+    wide_scales = scales.astype(wide.dtype)
+    codes = blocks / jnp.where(wide_scales > 0, wide_scales, 1)
+    codes = jnp.clip(codes if form.kind == "fp8" else jnp.round(codes), -largest_code, largest_code)
+    if form.group is not None:
+        scales = jnp.squeeze(scales, axes)
+    return Quantized(codes.astype(dtype).reshape(w.shape), scales, form.group)
+
+
+def dequantise(w: Quantized) -> jax.Array:
+    """code * scale, in at least float32."""
+    wide = wide_type(w.scales.dtype)
+    scales = w.scales.astype(wide)
+    for axis, (all_of_it, groups) in enumerate(zip(w.codes.shape, scales.shape, strict=True)):
+        if 1 < groups < all_of_it:
+            scales = jnp.repeat(scales, all_of_it // groups, axis)
+    return w.codes.astype(wide) * scales
+
+
+def product(
+    x: jax.Array, w: jax.Array | Quantized, *, outputs_first: bool, explicit_gemv: bool = False
+) -> jax.Array:
+    """x [B, T, I] times a matrix, plain or of codes, in at least float32: [B, T, O].
+
+    Args:
+      w: axes of inputs, which come to I, and of outputs, which come to O.
+      outputs_first: whether these come first.
+      explicit_gemv: one row is multiplied and summed.
+    """
+    wide = wide_type(x.dtype)
+    if isinstance(w, Quantized):
+        if not outputs_first:
+            return product(x.astype(wide), dequantise(w).astype(wide), outputs_first=False)
+        scales = w.scales.reshape(math.prod(w.shape) // x.shape[-1], -1)
+        if scales.shape[1] == 1:
+            codes = w.codes.astype(x.dtype)
+            out = product(x, codes, outputs_first=True, explicit_gemv=explicit_gemv)
+            return out * scales[None, None, :, 0].astype(wide)
+        if x.shape[0] * x.shape[1] > FEW_ROWS:
+            return product(x, dequantise(w).astype(x.dtype), outputs_first=True)
+        return _by_groups(x, w.codes.reshape(*scales.shape, -1), scales)
+    inputs = x.shape[-1]
+    if not outputs_first:
+        return jnp.einsum("bti,io->bto", x, w.reshape(inputs, -1), preferred_element_type=wide)
+    w = w.reshape(-1, inputs)
+    if x.shape[:2] == (1, 1) and explicit_gemv:
+        return jnp.sum(x[0].astype(wide) * w.astype(wide), axis=-1)[None, None]
+    return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=wide)
+
+
+def _by_groups(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """x [B, T, I] times codes [O, groups, inputs of one] with scales [O, groups]: a sum for every
+    row, which the compiler fuses.
+    """
+    wide = wide_type(x.dtype)
+    w = codes.astype(wide) * scales[..., None].astype(wide)
+    rows = x.astype(wide).reshape(-1, 1, *codes.shape[1:])
+    found = [(rows[i] * w).sum(axis=(1, 2)) for i in range(len(rows))]
+    return jnp.stack(found).reshape(*x.shape[:2], -1)
+
+
+def look_up(table: jax.Array | Quantized, index: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """Rows i32[B, T] of a table whose rows lie along `axis` (0 or 1), as [B, T, D] of `dtype`."""
+    take = lambda x: x[index] if axis == 0 else jnp.moveaxis(x[:, index], 0, -1)  # noqa: E731
+    found = jax.tree.map(take, table)
+    return dequantise(found).astype(dtype) if isinstance(found, Quantized) else found
