@@ -192,6 +192,7 @@ def quantize_model(model: Model, quantization: str | Quantization) -> Model:
         raise ValueError("the model's matrices are codes already: load it from floats")
     config, layout = model.config, model.layout
     codes = _kept(how, config, layout.mesh)
+    _tell(how, codes)
     blocks = []
     for block in model.params.blocks:
         arrange = _jit_arrange(len(block.mlp), config, layout, model.dtype, how, codes)
@@ -268,6 +269,7 @@ def _build(
     how = Quantization.of(quantization)
     model = abstract_model(config, quantization=how, **options)
     placed, dtype, codes = model.layout, model.dtype, model.quantization
+    _tell(how, codes)
     layer = _abstract(weights.LAYER_WEIGHTS, config, stored or dtype, placed, stored_codes)
     top = _abstract(weights.TOP_WEIGHTS, config, stored or dtype, placed, stored_codes)
     reading = max(max(model.partition) * device_bytes(layer), device_bytes(top))
@@ -310,9 +312,13 @@ def _kept(how: Quantization | None, config: ModelConfig, mesh: Mesh) -> Quantiza
     for letters in set(weights.INPUTS.values()):
         weights.form_of(letters, config, how)
     keep = has_gpus(mesh) if how.keep_codes is None else how.keep_codes
-    if not keep:
-        logger.info("weights are rounded to %s and kept as floats, as CPUs multiply them", how.kind)
     return how if keep else None
+
+
+def _tell(how: Quantization | None, codes: Quantization | None) -> None:
+    """One line where codes were asked for, or are stored, and floats are kept."""
+    if how is not None and codes is None:
+        logger.warning("%s weights are rounded and kept as floats: CPUs multiply those", how.kind)
 
 
 def _made(

@@ -94,9 +94,7 @@ def _middle(args, base) -> es.Model:
     """The polybasic arm's model between base and draft."""
     if args.middle:
         return es.load_model(args.middle, base.layout.mesh, dtype=base.dtype)
-    from easyspec_jax.quantize import quantize_weights
-
-    return quantize_weights(base, bits=args.middle_bits, group_size=128)
+    return es.quantize_model(base, f"int{args.middle_bits}")
 
 
 def peer_arms(args: argparse.Namespace) -> dict[str, Arm]:

@@ -33,7 +33,7 @@ def make_decoders(args: argparse.Namespace) -> dict[str, es.Decoder]:
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
     if args.middle is None:
-        middle = es.quantize_weights(base, bits=args.bits)
+        middle = es.quantize_model(base, f"int{args.bits}")
     else:
         middle = es.load_model(args.middle, mesh)
     draft = es.LayerParallelDrafter(es.load_model(args.draft, mesh, group_size=args.group_size))

@@ -23,6 +23,7 @@ from easyspec_jax.cli.options import (
     add_dtype,
     add_machine,
     add_mesh,
+    add_quantization,
     flag,
     given,
 )
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--base", required=True, metavar="MODEL", help=f"the base: {MODEL_HELP}")
     add_dtype(add)
+    add_quantization(add)
     drafting.add_arguments(parser.add_argument_group("drafting").add_argument)
     add = parser.add_argument_group("machine").add_argument
     add_mesh(add)
@@ -101,7 +103,7 @@ def check_fits(args: argparse.Namespace, setup: Setup, tokens: int) -> None:
     """Refuse what can be refused of the models together, a lack of memory for `tokens` included."""
 
     def planned(path, **options):
-        return es.abstract_model(read_metadata(path)[0], setup.mesh, **options)
+        return drafting.planned_model(*read_metadata(path), setup.mesh, **options)
 
     decoder = drafting.make_decoder(args, planned)
     budget = decoder.memory(max_new_tokens=tokens - 1, prompt_len=1, sampling=setup.sampling)

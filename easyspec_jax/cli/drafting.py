@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.checkpoint import TUNED, read_metadata, read_partition
+from easyspec_jax.checkpoint import TUNED, read_metadata, read_partition, stored_quantization
 from easyspec_jax.cli.options import (
     COUNT,
     COUNTS,
@@ -24,6 +24,7 @@ from easyspec_jax.cli.options import (
     numbers,
 )
 from easyspec_jax.layer_parallel import PARALLEL
+from easyspec_jax.quantized import KINDS as QUANTIZATIONS
 from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sharding import LAYOUTS, MLPS, LayoutRules
 
@@ -62,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "draft_layout": dict(choices=tuple(LAYOUTS), help=f"the draft's: {_LAYOUT}"),
     "draft_mlp": dict(choices=tuple(MLPS), help="devices that share the draft's MLPs"),
+    "draft_quantization": dict(choices=tuple(QUANTIZATIONS), help="store the draft's matrices so"),
     "no_calibrate": _FLAG | dict(help="leave the draft's cache fuzzy"),
     "parallel": dict(choices=PARALLEL, help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
@@ -80,6 +82,8 @@ def _every_model(args: argparse.Namespace) -> dict[str, Any]:
 
 def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
     options = {"group_size": args.group_size, "layout": draft_layout(args), **_every_model(args)}
+    if args.draft_quantization is not None:
+        options["quantization"] = args.draft_quantization
     draft, how = load(args.draft, **options), given(args, "parallel", "candidates")
     return es.LayerParallelDrafter(draft, calibrate=not args.no_calibrate, **how)
 
@@ -96,9 +100,9 @@ def _polybasic(args: argparse.Namespace, base: es.Model, load: Load):
     if args.middle is not None:
         middle = load(args.middle, **_every_model(args))
     elif isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
-        middle = load(args.base, **_every_model(args))  # a copy takes no more than this
+        middle = load(args.base, quantization=f"int{args.middle_bits}", **_every_model(args))
     else:
-        middle = es.quantize_weights(base, bits=args.middle_bits)
+        middle = es.quantize_model(base, f"int{args.middle_bits}")
     return es.PolybasicDrafter(middle, _layer_parallel(args, base, load), **given(args, "mu"))
 
 
@@ -114,8 +118,8 @@ class Kind:
 
 _ALL = ("num_draft_tokens", "show_draft")
 _DRAFT = (
-    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "no_calibrate", "parallel",
-    "min_draft_probability",
+    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "draft_quantization", "no_calibrate",
+    "parallel", "min_draft_probability",
 )  # fmt: skip
 KINDS = {
     "layer-parallel": Kind(
@@ -202,6 +206,15 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--drafter {drafter} needs {' or '.join(map(flag, names))}{either}")
 
 
+def planned_model(config: es.ModelConfig, metadata: dict[str, Any], mesh: Any, **options: Any):
+    """The shapes of a checkpoint's model, its matrices as they are stored unless `options` (of
+    `abstract_model`) say otherwise.
+    """
+    return es.abstract_model(
+        config, mesh, **{"quantization": stored_quantization(metadata)} | options
+    )
+
+
 def draft_layout(args: argparse.Namespace) -> LayoutRules:
     """The draft's layout that --draft-layout and --draft-mlp ask for."""
     rules = GROUPED if args.draft_layout is None else LAYOUTS[args.draft_layout]
@@ -230,7 +243,7 @@ def make_decoder(args: argparse.Namespace, load: Load) -> es.Decoder:
     Raises:
       ValueError: this drafter cannot draft for this base.
     """
-    base = load(args.base, **_every_model(args))
+    base = load(args.base, **_every_model(args), **given(args, "quantization"))
     if args.drafter is None:
         return es.Decoder(base)
     options = given(args, "num_draft_tokens", "tree_width", "min_draft_probability")

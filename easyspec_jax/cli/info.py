@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import math
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,16 @@ import jax.numpy as jnp
 
 import easyspec_jax as es
 from easyspec_jax import weights
+from easyspec_jax.checkpoint import stored_quantization
 from easyspec_jax.cli.drafting import add_option, draft_layout, partition_of
-from easyspec_jax.cli.options import MODEL_HELP, add_mesh, add_requests, given, max_len
+from easyspec_jax.cli.options import (
+    MODEL_HELP,
+    add_mesh,
+    add_quantization,
+    add_requests,
+    given,
+    max_len,
+)
 from easyspec_jax.memory import check_memory, listed
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
 from easyspec_jax.sources import conversion, read_config
@@ -39,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(add, "group_size", default=4, help="layers that run at once (default 4)")
     add_option(add, "draft_layout")
     add_option(add, "draft_mlp")
+    add_option(add, "draft_quantization")
+    add_quantization(add)
     add_option(add, "num_draft_tokens", help="per step (default 5)")
     add_option(add, "tree_width")
     add_requests(add, memory=": refuse what does not fit into them in bfloat16")
@@ -66,7 +77,11 @@ def run(args: argparse.Namespace) -> int:
         "as draft": _splits(make_layout(grouped, mesh, draft_layout(args))),
     }
     tokens = max_len(args, c)
-    pairs = {dtype: _decoder(args, c, draft, mesh, partition, dtype) for dtype in SHOWN_DTYPES}
+    codes = [
+        _codes(args.quantization, metadata),
+        _codes(args.draft_quantization, {} if draft is None else extra),
+    ]
+    pairs = {d: _decoder(args, c, draft, mesh, partition, d, codes) for d in SHOWN_DTYPES}
     budgets = {
         dtype: pair.memory(args.batch, 1, max_new_tokens=tokens - 1)
         for dtype, pair in pairs.items()
@@ -100,6 +115,10 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
     if not metadata:
         return rows
     rows["parameters"] += f", stored as {metadata.get('dtype')}"
+    codes = stored_quantization(metadata)
+    if codes is not None:
+        of = "" if codes.group_size is None else f" in groups of {codes.group_size} inputs"
+        rows["parameters"] += f", matrices as {codes.kind}{of}"
     path = path if pathlib.Path(path).exists() else str(conversion(path))  # a hub id
     ids = stop_ids(read_generation_config(path), c)
     return rows | {
@@ -139,12 +158,19 @@ def _splits(layout: Any) -> str:
     return ", ".join(parts) or "whole on every device"
 
 
-def _decoder(args, base, draft, mesh, partition, dtype) -> es.Decoder:
+def _codes(wanted: str | None, metadata: dict[str, Any]) -> es.Quantization | None:
+    """How the matrices of a model are stored on a device that keeps codes."""
+    how = stored_quantization(metadata) if wanted is None else es.Quantization(wanted)
+    return None if how is None else dataclasses.replace(how, keep_codes=True)
+
+
+def _decoder(args, base, draft, mesh, partition, dtype, codes) -> es.Decoder:
     """The pair as shapes; the base alone where there is no draft."""
-    model = es.abstract_model(base, mesh, dtype=dtype)
+    model = es.abstract_model(base, mesh, dtype=dtype, quantization=codes[0])
     if draft is None:
         return es.Decoder(model)
     options = {"group_size": partition, "dtype": dtype, "layout": draft_layout(args)}
+    options["quantization"] = codes[1]
     drafter = es.LayerParallelDrafter(es.abstract_model(draft, mesh, **options))
     return es.Decoder(model, drafter, **given(args, "num_draft_tokens", "tree_width"))
 

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.planner.device import PRESETS
+from easyspec_jax.quantized import KINDS
 from easyspec_jax.sharding import ATTENTION
 
 DEFAULT_MAX_LEN = 2048  # tokens there is room for, where the base's context is longer
@@ -69,6 +70,12 @@ def add_dtype(add: Add, when: str = "") -> None:
     """--dtype, of weights and caches."""
     choices = ("float32", "bfloat16", "float16")
     add("--dtype", choices=choices, help=f"{when}default: float32 on CPU, else bfloat16")
+
+
+def add_quantization(add: Add) -> None:
+    """--quantization, of the base."""
+    what = "store the base's matrices so, and multiply them so (default: as its checkpoint does)"
+    add("--quantization", choices=tuple(KINDS), help=what)
 
 
 def add_attention(add: Add) -> None:

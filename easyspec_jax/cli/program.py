@@ -22,6 +22,7 @@ from easyspec_jax.cli.options import (
     add_dtype,
     add_max_len,
     add_mesh,
+    add_quantization,
     max_len,
 )
 from easyspec_jax.compile_options import LEVELS
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_max_len(add, "tokens of each that caches hold, a step's draft among them")
     add_dtype(add)
     add_attention(add)
+    add_quantization(add)
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="of the likeliest (default: all)")
     add("--top-p", **PROBABILITY, default=1.0, help="of the likeliest, so much mass (default: all)")
@@ -120,7 +122,7 @@ def _decoder(args: argparse.Namespace) -> es.Decoder:
     def load(path: str, *, group_size: Any = 1, **options: Any) -> es.Model:
         config, about = read_config(path)
         partition = drafting.partition_of(group_size, path, config, about)
-        model = es.abstract_model(config, mesh, group_size=partition, **options)
+        model = drafting.planned_model(config, about, mesh, group_size=partition, **options)
         return model.replace(tokenizer=about.get("tokenizer"))
 
     return drafting.make_decoder(args, load)
