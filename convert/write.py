@@ -7,6 +7,7 @@ proves a checkpoint, easyspec.json, is written last. One layer is in memory at a
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import glob
 import os
@@ -30,14 +31,21 @@ from convert.tokenizer import has_tokenizer, tokenizer_hash
 from easyspec_jax import checkpoint
 from easyspec_jax.hf_config import stop_ids_of
 from easyspec_jax.json_files import write_object
+from easyspec_jax.quantized import Quantization
 from easyspec_jax.sources import HUB_ID
-from easyspec_jax.weights import Weight
+from easyspec_jax.weights import Weight, check_groups, quantised
 
 _LOCK = ".lock"  # in a folder that is being written
 
 
 def convert(
-    src, dst, *, dtype: str | None = None, revision: str | None = None, progress: bool | None = True
+    src,
+    dst,
+    *,
+    dtype: str | None = None,
+    quantization: str | Quantization | None = None,
+    revision: str | None = None,
+    progress: bool | None = True,
 ):
     """Write the checkpoint folder `dst` and return its path.
 
@@ -47,6 +55,8 @@ def convert(
       dst: the new folder; it may exist if it is empty, and is removed then, before all else.
       dtype: "float32", "bfloat16" or "float16"; None keeps that of the source, which for quantised
         GGUF tensors is float32, and for a quantised folder that of what it stores as floats.
+      quantization: "int8", "int4" or "fp8", or a `Quantization`: matrices are stored as codes and
+        scales; None: as floats.
       revision: branch, tag or commit of a hub id.
       progress: show a progress bar, one tick per layer, and say what was done with quantised
         weights; None: the bar only on a terminal.
@@ -59,11 +69,13 @@ def convert(
     dst = pathlib.Path(os.path.abspath(dst))
     if dtype is not None and dtype not in tensors.DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(tensors.DTYPES)}.")
+    codes = Quantization.of(quantization)
     _make_way(dst)
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interrupts())
         source = _open(src, revision, stack)
         tensors.check_tensors(source)
+        check_groups(source.config, codes)
         tensors.check_tied_head(source)
         if source.note and progress is not False:
             print(f"{src}: {source.note}", file=sys.stderr, flush=True)
@@ -76,10 +88,10 @@ def convert(
         parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
         digests = {}
         for part, weights in parts:
-            digests[part] = _write_part(source, temp, dtype, part, weights)
+            digests[part] = _write_part(source, temp, dtype, codes, part, weights)
             interrupted()
         checkpoint.check_whole(temp, source.config, digests)
-        metadata = checkpoint.make_metadata(dtype, tokenizer, digests)
+        metadata = checkpoint.make_metadata(dtype, tokenizer, digests, codes)
         write_object(temp / checkpoint.METADATA_FILE, metadata)
         interrupted()
         _put(temp, dst)
@@ -211,18 +223,33 @@ def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
 
 
 def _write_part(
-    source: tensors.Source, folder: pathlib.Path, dtype: str, part: str, weights: dict[str, Weight]
+    source: tensors.Source,
+    folder: pathlib.Path,
+    dtype: str,
+    codes: Quantization | None,
+    part: str,
+    weights: dict[str, Weight],
 ) -> str:
     """Write one part, of `tensors.model_parts`; returns its digest."""
     arrays = {}
     for tensor, weight in weights.items():
-        dense = tensors.read_array(source, tensor, weight, tensors.DTYPES[dtype])
-        arrays[weight.name] = _on_host(dense)
+        # What is rounded to codes is not rounded to `dtype` before.
+        rounded = codes is not None and weight.inputs
+        kind = tensors.DTYPES["float32" if rounded else dtype]
+        dense = tensors.read_array(source, tensor, weight, kind)
+        one = {weight.name: _on_host(dense)}
         del dense
+        arrays |= _quantised(one, source.config, codes) if rounded else one
+        del one
     digest = checkpoint.save_part(folder, part, arrays)
     del arrays
     gc.collect()  # Orbax leaves cycles that hold the arrays
     return digest
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantised(part, config, codes):
+    return quantised(part, config, codes)
 
 
 def _on_host(array: np.ndarray) -> np.ndarray | jax.Array:

@@ -309,8 +309,7 @@ def _kept(how: Quantization | None, config: ModelConfig, mesh: Mesh) -> Quantiza
     """
     if how is None:
         return None
-    for letters in set(weights.INPUTS.values()):
-        weights.form_of(letters, config, how)
+    weights.check_groups(config, how)
     keep = has_gpus(mesh) if how.keep_codes is None else how.keep_codes
     return how if keep else None
 

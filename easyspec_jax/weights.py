@@ -219,6 +219,16 @@ def form_of(
     return quantization.form(size, in_head=inputs[-1] == "H", top=top)
 
 
+def check_groups(config: ModelConfig, quantization: Quantization | None) -> None:
+    """Refuse groups that do not fit a model.
+
+    Raises:
+      ValueError: they do not divide the inputs of a matrix.
+    """
+    for inputs in set(INPUTS.values()):
+        form_of(inputs, config, quantization)
+
+
 def scale_dims(dims: str, inputs: str, form: Form) -> str:
     """Letters of the scales of a matrix; 1: one for all."""
     if form.group is not None:

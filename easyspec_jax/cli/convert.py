@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from easyspec_jax.cli.options import COUNT
+from easyspec_jax.quantized import INT4_GROUP, KINDS, Quantization
+
 HELP = "turn a Hugging Face model or a GGUF file into a checkpoint"
 
 
@@ -14,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dst", help="folder to write; must not exist, or be empty")
     stored = "type of the stored weights (default: that of the source)"
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=stored)
+    codes = "store matrices as codes, int4 in groups of inputs that share a scale"
+    add("--quantization", choices=tuple(KINDS), help=codes)
+    most = f"default: one scale for all, of int4 {INT4_GROUP} or the largest divisor below"
+    add("--group-size", **COUNT, help=f"inputs of a group ({most})")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -22,6 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Convert as the arguments say, and print where it lies."""
     from convert import convert
 
-    progress = not args.quiet
-    print(convert(args.src, args.dst, dtype=args.dtype, revision=args.revision, progress=progress))
+    options = {"dtype": args.dtype, "revision": args.revision, "progress": not args.quiet}
+    if args.quantization is not None:
+        options["quantization"] = Quantization(args.quantization, args.group_size)
+    elif args.group_size is not None:
+        raise ValueError("--group-size needs --quantization")
+    print(convert(args.src, args.dst, **options))
     return 0

@@ -118,8 +118,8 @@ class Kind:
 
 _ALL = ("num_draft_tokens", "show_draft")
 _DRAFT = (
-    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "draft_quantization", "no_calibrate",
-    "parallel", "min_draft_probability",
+    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "draft_quantization",
+    "no_calibrate", "parallel", "min_draft_probability",
 )  # fmt: skip
 KINDS = {
     "layer-parallel": Kind(
