@@ -32,7 +32,6 @@ from easyspec_jax.sharding import (
     Layout,
     LayoutRules,
     attention_on,
-    has_gpus,
     layout_rules,
     make_layout,
     make_mesh,
@@ -142,7 +141,7 @@ def abstract_model(
     dtype = _float_type(dtype)
     attention = attention_on(mesh, attention, config.head_dim, dtype)
     placed = dataclasses.replace(make_layout(config, mesh, rules), attention=attention)
-    codes = _kept(Quantization.of(quantization), config, mesh)
+    codes = _kept(Quantization.of(quantization), config, placed)
     params = _abstract_params(config, placed, partition, dtype, codes)
     return Model(
         params=params, config=config, layout=placed, partition=partition, quantization=codes
@@ -191,7 +190,7 @@ def quantize_model(model: Model, quantization: str | Quantization) -> Model:
     if model.quantization is not None:
         raise ValueError("the model's matrices are codes already: load it from floats")
     config, layout = model.config, model.layout
-    codes = _kept(how, config, layout.mesh)
+    codes = _kept(how, config, layout)
     _tell(how, codes)
     blocks = []
     for block in model.params.blocks:
@@ -301,7 +300,7 @@ def _same(stored: Quantization, wanted: Quantization | None, folder: pathlib.Pat
     return dataclasses.replace(stored, keep_codes=wanted.keep_codes)
 
 
-def _kept(how: Quantization | None, config: ModelConfig, mesh: Mesh) -> Quantization | None:
+def _kept(how: Quantization | None, config: ModelConfig, layout: Layout) -> Quantization | None:
     """What devices hold of it: None where weights are rounded and kept as floats.
 
     Raises:
@@ -310,7 +309,7 @@ def _kept(how: Quantization | None, config: ModelConfig, mesh: Mesh) -> Quantiza
     if how is None:
         return None
     weights.check_groups(config, how)
-    keep = has_gpus(mesh) if how.keep_codes is None else how.keep_codes
+    keep = layout.for_gpu if how.keep_codes is None else how.keep_codes
     return how if keep else None
 
 

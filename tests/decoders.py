@@ -34,11 +34,8 @@ NEW = 24
 
 
 @functools.cache
-def model(mesh_shape, *, group_size=1, layout=None, seed=0, config=CONFIG, dtype="float64"):
-    mesh = es.make_mesh(*mesh_shape)
-    return es.random_model(
-        config, mesh, group_size=group_size, layout=layout, seed=seed, dtype=dtype
-    )
+def model(mesh_shape, *, config=CONFIG, dtype="float64", **options):
+    return es.random_model(config, es.make_mesh(*mesh_shape), dtype=dtype, **options)
 
 
 @functools.cache

@@ -37,13 +37,13 @@ def others(monkeypatch):
         seen.append(("polybasic", type(drafter).__name__, middle.config.num_layers, mu))
         return es.PromptLookupDrafter()
 
-    def quantize_weights(model, *, bits):
-        seen.append(("quantised", bits))
+    def quantize_model(model, kind):
+        seen.append(("quantised", kind))
         return model
 
     monkeypatch.setattr(es, "EarlyExitDrafter", early_exit)
     monkeypatch.setattr(es, "PolybasicDrafter", polybasic)
-    monkeypatch.setattr(es, "quantize_weights", quantize_weights)
+    monkeypatch.setattr(es, "quantize_model", quantize_model)
     return seen
 
 
@@ -123,7 +123,7 @@ def test_polybasic_gets_its_models(easyspec, others):
     others.clear()
     assert generate(easyspec, *how, "--middle-bits", 4)[:2] == (0, want)
     of_base = ("polybasic", "LayerParallelDrafter", 3, 8)
-    assert others == [of_base, ("quantised", 4), of_base]  # planned without a copy, then made
+    assert others == [of_base, ("quantised", "int4"), of_base]  # planned without a copy, then made
 
 
 @pytest.mark.parametrize(

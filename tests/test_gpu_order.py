@@ -72,7 +72,8 @@ def test_a_checkpoint_has_one_order(pretend, shape, size):
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=str)
 def test_padding_changes_no_rounded_weight(pretend, shape):
     """48 inputs of an MLP, or 6 on each device, are padded to 64: groups are of the true ones."""
-    cpu, gpu = (es.quantize_weights(m, group_size=12) for m in both(pretend, shape, NARROW))
+    codes = es.Quantization("int4", 12, keep_codes=True)
+    cpu, gpu = both(pretend, shape, NARROW, quantization=codes)
     assert gpu.layout.mlp_padding and not cpu.layout.mlp_padding
     for a, b in zip(cpu.params.blocks, gpu.params.blocks, strict=True):
         for x, y in zip(separate_block(a, cpu.layout), separate_block(b, gpu.layout), strict=True):

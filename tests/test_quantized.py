@@ -1,0 +1,256 @@
+"""Matrices of codes: rounded as a plain reference rounds them, multiplied as if they were floats,
+on any mesh and in either order, and the same from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from decoders import CONFIG, GROUPS, PROMPTS, model
+from hf_models import run, tiny_config, write_hf_folder
+
+import easyspec_jax as es
+from easyspec_jax import checkpoint, quantized, sharding, weights
+from easyspec_jax.memory import device_bytes
+from easyspec_jax.quantized import Form, Quantized, dequantise, product, quantise
+
+LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
+
+
+def kept(kind, group_size=None):
+    return es.Quantization(kind, group_size, keep_codes=True)
+
+
+def reference(w, kind, group):
+    """Codes and scales of a matrix [in, out], one group of one output after another."""
+    codes, scales = np.empty(w.shape), np.empty((len(w) // group, w.shape[1]))
+    for g in range(len(scales)):
+        for o in range(w.shape[1]):
+            part = w[g * group : (g + 1) * group, o]
+            scale = np.abs(part).max() / LARGEST[kind]
+            if group < len(w):
+                scale = np.float64(ml_dtypes.bfloat16(scale))
+            found = part / (scale or 1)
+            if kind == "fp8":
+                found = found.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+            codes[g * group : (g + 1) * group, o] = found if kind == "fp8" else np.rint(found)
+            scales[g, o] = scale
+    return codes.clip(-LARGEST[kind], LARGEST[kind]), scales
+
+
+@pytest.mark.parametrize(
+    "kind, group", [("int8", None), ("int8", 4), ("int4", 8), ("int4", 24), ("fp8", None)]
+)
+def test_codes_and_scales_are_those_of_the_reference(kind, group):
+    w = np.random.default_rng(0).standard_normal((24, 5))
+    w[:, 3] = 0
+    found = quantise(jnp.asarray(w), (0,), Form(kind, group))
+    codes, scales = reference(w, kind, group or 24)
+    if group == 24:
+        scales = scales.astype(ml_dtypes.bfloat16)  # a group is one, however large
+        codes = np.rint(w / np.where(scales > 0, scales, 1).astype(np.float64)).clip(-7, 7)
+    np.testing.assert_array_equal(found.codes.astype(np.float64), codes)
+    # compilers multiply by an inverse
+    np.testing.assert_allclose(found.scales.astype(np.float64), scales.astype(float), rtol=1e-15)
+    np.testing.assert_array_equal(dequantise(found)[:, 3], 0)
+    spread = np.repeat(scales.astype(np.float64), 24 // len(scales), axis=0)
+    half = 0.5 if kind != "fp8" else np.maximum(np.abs(codes) / 16, 2.0**-10)
+    clipped = LARGEST[kind] * 2.0**-8 if group else 0  # by a scale that was rounded down
+    assert (abs(np.asarray(dequantise(found)) - w) <= spread * (half + clipped) * 1.0001).all()
+
+
+@pytest.mark.parametrize("outputs_first", [False, True])
+@pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 8), ("fp8", None)])
+def test_a_product_is_that_with_the_floats(outputs_first, kind, group):
+    """Of one row, of few, of two texts, and of so many that the matrix is dequantised first."""
+    draw = np.random.default_rng(1).standard_normal
+    w = quantise(jnp.asarray(draw((24, 2, 5))), (0,), Form(kind, group))
+    floats = np.asarray(dequantise(w), np.float64).reshape(24, 10)
+    if outputs_first:
+        turned = jax.tree.map(lambda a: a.transpose(1, 2, 0), w)
+    for rows in ((1, 1), (1, 6), (2, 3), (1, quantized.FEW_ROWS + 1)):
+        x = jnp.asarray(draw((*rows, 24)))
+        found = product(
+            x, turned if outputs_first else w, outputs_first=outputs_first, explicit_gemv=True
+        )
+        np.testing.assert_allclose(found, x @ floats, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Whether the devices of meshes pass for GPUs, where outputs come first."""
+    return lambda gpus: monkeypatch.setattr(sharding, "has_gpus", lambda mesh: gpus)
+
+
+WIDE = es.ModelConfig(**{**vars(CONFIG), "qkv_bias": True, "qk_norm": True, "num_layers": 2})
+TIED = es.ModelConfig(**{**vars(WIDE), "tie_embeddings": True, "vocab_size": 64})
+
+
+# 32 columns of an MLP on 8 devices: groups of 8 lie on two, on GPUs behind padding. On 2 x 4
+# devices share a kv head.
+@pytest.mark.parametrize(
+    "gpus, shape, config, kind, group",
+    [
+        (False, (1, 1), WIDE, "fp8", None),
+        (True, (1, 1), TIED, "int4", None),
+        (True, (1, 8), WIDE, "int4", 8),
+        (False, (2, 4), TIED, "int8", None),
+        pytest.param(False, (1, 8), TIED, "int4", 8, marks=pytest.mark.slow),
+        pytest.param(True, (2, 4), WIDE, "int8", 4, marks=pytest.mark.slow),
+        pytest.param(True, (8, 1), TIED, "fp8", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_of_codes_says_what_its_rounded_floats_say(
+    pretend, gpus, shape, config, kind, group
+):
+    pretend(gpus)
+    mesh = es.make_mesh(*shape)
+    codes, floats = (
+        es.random_model(
+            config, mesh, dtype="float64", quantization=es.Quantization(kind, group, keep)
+        )
+        for keep in (True, False)
+    )
+    assert codes.quantization is not None and floats.quantization is None
+    assert codes.dtype == floats.dtype == jnp.float64
+    for text in ([[5, 3, 8, 1, 9]], [[7]]):
+        np.testing.assert_allclose(es.logits(codes, text), es.logits(floats, text), atol=1e-12)
+    assert 3 * device_bytes(codes.params.blocks) < device_bytes(floats.params.blocks)
+
+
+def decoder_of(mesh_shape, kind, group, *, draft_only=False, **options):
+    codes = {"quantization": kept(kind, group)}
+    base = model(mesh_shape, **{} if draft_only else codes)
+    draft = model(mesh_shape, group_size=GROUPS, layout="grouped", seed=3, **codes)
+    return es.Decoder(base, es.LayerParallelDrafter(draft), **options)
+
+
+@pytest.mark.parametrize(
+    "gpus, shape, kind, group, options",
+    [
+        (False, (4, 2), "int4", 8, {"num_draft_tokens": 3}),
+        (True, (4, 2), "int4", 8, {"num_draft_tokens": 3, "tree_width": 2}),
+        pytest.param(True, (1, 8), "int8", None, {}, marks=pytest.mark.slow),
+        pytest.param(False, (2, 4), "fp8", None, {"tree_width": 2}, marks=pytest.mark.slow),
+        pytest.param(True, (8, 1), "int4", 2, {"draft_only": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_speculation_says_what_the_same_base_says_alone(pretend, gpus, shape, kind, group, options):
+    pretend(gpus)
+    model.cache_clear()  # models of the other order
+    decoder = decoder_of(shape, kind, group, **options)
+    found = decoder.generate(PROMPTS, max_new_tokens=16)
+    assert found.tokens == es.Decoder(decoder.base).generate(PROMPTS, max_new_tokens=16).tokens
+    model.cache_clear()
+
+
+def layers(m):
+    return [x for block in m.params.blocks for x in weights.separate_block(block, m.layout)]
+
+
+@pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 8)])
+def test_a_loaded_model_is_rounded_to_the_same_codes(kind, group):
+    want = model((1, 1), quantization=kept(kind, group))
+    found = es.quantize_model(model((1, 1)), kept(kind, group))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    on_a_mesh = model((4, 2), group_size=GROUPS, layout="grouped", quantization=kept(kind, group))
+    jax.tree.map(np.testing.assert_array_equal, layers(on_a_mesh), layers(want))
+    with pytest.raises(ValueError, match="matrices are codes already"):
+        es.quantize_model(found, "int8")
+    halves = 2 if kind == "int4" else 1
+    codes = want.params.blocks[0].mlp[0].w_down.codes
+    assert device_bytes(codes) * halves == codes.size
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_hf_folder(tmp_path_factory.mktemp("hf"), tiny_config("llama"))
+
+
+@pytest.fixture(scope="module", params=[("int8", None), ("int4", 8), ("fp8", None)], ids=str)
+def stored(request, source, tmp_path_factory):
+    """How a checkpoint stores its matrices, and where it lies."""
+    kind, group = request.param
+    folder = tmp_path_factory.mktemp(kind) / "out"
+    return kept(kind, group), run(source, folder, quantization=es.Quantization(kind, group))
+
+
+def test_a_checkpoint_of_codes_comes_back_from_any_mesh(stored, tmp_path, monkeypatch):
+    how, folder = stored
+    model = es.load_model(folder, es.make_mesh(4, 2), group_size=(1, 2), quantization=how)
+    digests = checkpoint.read_metadata(folder)[1]
+    es.save_model(model, tmp_path / "again", like=folder)
+    assert checkpoint.read_metadata(tmp_path / "again")[1] == digests  # of every part's bytes
+    monkeypatch.setattr(sharding, "has_gpus", lambda mesh: True)
+    other = es.load_model(folder, es.make_mesh(1, 8), dtype="float32")
+    assert other.quantization.kind == how.kind
+    es.save_model(other, tmp_path / "third", like=folder)
+    assert checkpoint.read_metadata(tmp_path / "third")[1] == digests
+
+
+def test_floats_that_are_rounded_at_load_are_the_same_codes(stored, source, tmp_path):
+    how, folder = stored
+    floats = run(source, tmp_path / "floats", dtype="float32")
+    at_load = es.load_model(floats, es.make_mesh(1, 1), quantization=how)
+    from_disk = es.load_model(folder, es.make_mesh(1, 1), quantization=how)
+    jax.tree.map(np.testing.assert_array_equal, at_load.params, from_disk.params)
+
+
+def test_cpus_keep_floats_and_one_line_says_so(stored, caplog):
+    how, folder = stored
+    with caplog.at_level(logging.WARNING, "easyspec_jax"):
+        floats = es.load_model(folder, es.make_mesh(1, 1))
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{how.kind} weights are rounded and kept as floats: CPUs multiply those"
+    ]
+    assert floats.quantization is None
+    codes = es.load_model(folder, es.make_mesh(1, 1), quantization=how)
+    assert isinstance(codes.params.lm_head, Quantized)
+    text = [[5, 3, 8, 1, 9]]
+    np.testing.assert_allclose(es.logits(floats, text), es.logits(codes, text), atol=1e-5)
+
+
+def test_other_codes_than_those_stored_are_refused(stored):
+    how, folder = stored
+    other = "int4" if how.kind != "int4" else "int8"
+    with pytest.raises(ValueError, match="convert the model again"):
+        es.load_model(folder, quantization=other)
+    with pytest.raises(ValueError, match="convert the model again"):
+        es.load_model(folder, quantization=es.Quantization(how.kind, 16))
+
+
+def test_damage_is_found(stored, tmp_path):
+    _, folder = stored
+    file = folder / checkpoint.METADATA_FILE
+    text = file.read_text()
+    try:
+        for wrong in ({"kind": "int5"}, {"kind": "int8", "more": 1}, "int8", 8):
+            file.write_text(json.dumps(json.loads(text) | {"quantization": wrong}))
+            with pytest.raises(ValueError, match=r"easyspec.json is damaged"):
+                es.load_model(folder)
+        metadata = json.loads(text)
+        del metadata["quantization"]
+        file.write_text(json.dumps(metadata))
+        with pytest.raises(ValueError, match="is damaged: remove"):
+            es.load_model(folder)
+    finally:
+        file.write_text(text)
+
+
+def test_refusals(source, tmp_path):
+    with pytest.raises(ValueError, match='must be "int8" or "int4" or "fp8", got \'int3\''):
+        es.load_model(source, quantization="int3")
+    for size in (0, 1.5, True):
+        with pytest.raises(ValueError, match="group_size must be a whole number of inputs above 0"):
+            es.Quantization("int4", size)
+    with pytest.raises(ValueError, match="group_size 12 does not divide the 32 inputs"):
+        run(source, tmp_path / "out", quantization=es.Quantization("int4", 12))
+    with pytest.raises(ValueError, match="group_size 12 does not divide the 32 inputs"):
+        es.load_model(source, quantization=es.Quantization("int4", 12))
+    assert not any(tmp_path.iterdir())
