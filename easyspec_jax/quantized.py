@@ -26,6 +26,7 @@ INT4_GROUP = 128  # inputs, or the largest divisor of a matrix's inputs below
 # Rows that are multiplied by groups one by one: the codes are read once for each eight of them, and
 # of a matrix that is dequantised first, nine times as many bytes are moved.
 FEW_ROWS = 32
+ROWS_AT_ONCE = 8
 
 
 class Form(NamedTuple):
@@ -117,6 +118,22 @@ class Quantized(struct.PyTreeNode):
     def shape(self) -> tuple[int, ...]:
         """Of the matrix."""
         return self.codes.shape
+
+    def times_read(self, rows: int, dense: int) -> float:
+        """Bytes that a product with so many rows moves on a GPU, over those of the matrix, as
+        compiled programs have it; `dense`: bytes of a weight that is dequantised.
+        """
+        if self.group is None:
+            return 1.0
+        if rows <= FEW_ROWS:
+            return float(-(-rows // ROWS_AT_ONCE))
+        return 1.0 + 2 * dense / self.weight_bytes  # written and read
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of one weight, its share of scales included."""
+        code = 0.5 if self.codes.dtype == jnp.int4 else 1.0
+        return code + self.scales.size * self.scales.dtype.itemsize / self.codes.size
 
 
 def wide_type(dtype: Any) -> jnp.dtype:

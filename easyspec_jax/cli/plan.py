@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from easyspec_jax.checkpoint import stored_quantization
+from easyspec_jax.cli import drafting
 from easyspec_jax.cli.options import (
     COUNT,
     COUNTS,
     add_device,
     add_dtype,
+    add_quantization,
     add_requests,
     given,
     max_len,
 )
 from easyspec_jax.planner.device import Device, read_device
+from easyspec_jax.quantized import Quantization
 from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sources import read_config
 
@@ -52,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(add, "kind of device", "default: 1; with --measure all there are")
     add_dtype(add, "of the weights, with --measure; ")
     rates = "share of the exact draft's tokens that is accepted, or a file of measured runs"
+    add_quantization(add)
+    drafting.add_option(add, "draft_quantization")
     add("--acceptance", metavar="RATE|FILE", help=f"{rates} (default 0.8)")
     add("--num-draft-tokens", **COUNTS, help="those to consider")
     add("--tree-width", **COUNTS, dest="tree_widths", help="those to consider")
@@ -75,6 +81,15 @@ def run(args: argparse.Namespace) -> int:
     acceptance = Acceptance()
     if args.acceptance is not None:
         acceptance = read_acceptance(args.acceptance, draft.num_layers)
+    codes = {
+        f"{name}_codes": stored_quantization(metadata) if kind is None else Quantization(kind)
+        for name, kind, metadata in (
+            ("base", args.quantization, about),
+            ("draft", args.draft_quantization, other),
+        )
+    }
+    if args.measure and jax.default_backend() == "cpu":
+        codes = {}  # weights are rounded there and stay floats
     planner = Planner(
         base=base,
         draft=draft,
@@ -82,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         device=_find_device(args),
         acceptance=acceptance,
         batch=args.batch,
+        **codes,
     )
     num_devices = args.num_devices or (jax.device_count() if args.measure else 1)
     choices = given(args, "num_draft_tokens", "tree_widths", "group_sizes")

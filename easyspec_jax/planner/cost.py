@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from easyspec_jax.loop import PHASES
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.model import Model
 from easyspec_jax.planner.device import Device
+from easyspec_jax.quantized import Quantized
 from easyspec_jax.weights import Block
 
 _COLLECTIVE_LAUNCHES = 2  # of a host that launches a collective itself
@@ -235,9 +237,7 @@ class Pass:
                 seconds = max(seconds, _COLLECTIVE_LAUNCHES * device.kernel)
             return Cost(collectives=seconds)
         cost = Cost(
-            weights=device.product(one.weights, one.rows, self._itemsize, one.products)
-            if one.weights
-            else 0.0,
+            weights=self._product(one.weights, one.rows, one.products) if one.weights else 0.0,
             attention=one.cache / device.bandwidth + device.score * one.scores,
             sampling=device.logit * one.numbers,
             kernels=one.kernels * device.kernel,
@@ -247,6 +247,14 @@ class Pass:
     @property
     def _itemsize(self) -> int:
         return self.model.dtype.itemsize
+
+    def _product(self, weights: float, rows: float, count: int) -> float:
+        """Seconds of multiplying so many rows with weights of so many bytes in `count` products."""
+        size, times, matrix = self._itemsize, 1.0, self.model.params.blocks[0].mlp[0].w_down
+        if isinstance(matrix, Quantized):
+            size, times = matrix.weight_bytes, matrix.times_read(math.ceil(rows), size)
+        seconds = self.device.product(weights, rows, size, count)
+        return max(seconds, times * weights / self.device.bandwidth)
 
 
 def _products(weights: Any) -> int:

@@ -93,7 +93,7 @@ class Device:
             if not fits:
                 raise ValueError(f"{name} of a device must be {what}, got {value!r}")
 
-    def product(self, weight_bytes: float, rows: float, itemsize: int, count: int = 1) -> float:
+    def product(self, weight_bytes: float, rows: float, itemsize: float, count: int = 1) -> float:
         """Seconds of multiplying `rows` rows with weights of so many bytes in all, in `count`
         products: the roofline, or between what was measured.
         """

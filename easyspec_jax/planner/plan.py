@@ -23,6 +23,7 @@ from easyspec_jax.memory import listed
 from easyspec_jax.planner.acceptance import Acceptance
 from easyspec_jax.planner.cost import Cost, step_costs, total
 from easyspec_jax.planner.device import Device
+from easyspec_jax.quantized import Quantization
 from easyspec_jax.sharding import LAYER, LAYOUTS, MLPS, TENSOR, LayoutRules
 
 GAMMAS = (1, 2, 3, 4, 5, 6, 8)
@@ -163,6 +164,7 @@ class Planner:
 
     Args:
       device: one of the devices, all alike; weights and caches have the type it holds for.
+      base_codes, draft_codes: how matrices are stored, where they are codes.
       batch: rows decoded together.
       max_len: tokens of each row, prompt and answer, at most the base's context; attention reads
         caches of the capacity that a decoder gives them.
@@ -174,14 +176,17 @@ class Planner:
     acceptance: Acceptance = Acceptance()  # noqa: RUF009
     batch: int = 1
     max_len: int = 2048
+    base_codes: Quantization | None = None
+    draft_codes: Quantization | None = None
 
     def decoder(self, where: Deployment, num_draft_tokens: int = 0, tree_width: int = 1) -> Decoder:
         """The pair as shapes."""
         mesh = (where.layer, where.tensor)
-        base = _shapes(self.base, mesh, self.device.dtype, 1, LAYOUTS["tensor"])
+        dtype = self.device.dtype
+        base = _shapes(self.base, mesh, dtype, 1, LAYOUTS["tensor"], self.base_codes)
         if not num_draft_tokens:
             return Decoder(base)
-        draft = _shapes(self.draft, mesh, self.device.dtype, where.group_size, where.rules)
+        draft = _shapes(self.draft, mesh, dtype, where.group_size, where.rules, self.draft_codes)
         counts: dict[str, Any] = {
             "num_draft_tokens": num_draft_tokens, "tree_width": tree_width
         }  # fmt: skip
@@ -309,8 +314,9 @@ def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[De
 
 
 @functools.cache
-def _shapes(config, mesh, dtype, group_size, rules):
-    options = {"group_size": group_size, "layout": rules, "dtype": dtype}
+def _shapes(config, mesh, dtype, group_size, rules, codes):
+    kept = None if codes is None else dataclasses.replace(codes, keep_codes=True)
+    options = {"group_size": group_size, "layout": rules, "dtype": dtype, "quantization": kept}
     return abstract_model(config, abstract_mesh(*mesh), **options)
 
 
