@@ -4,7 +4,7 @@ Keys and values are [K * B, S, H] (kv heads major, so that a split over kv heads
 first axis), on CPUs keys [K * B, H, S]: the layouts in which XLA updates and reads them without
 copies or transposes, and in which Eigen multiplies scores of several rows. Entries at or beyond
 `length` are scratch: attention masks by position, so they are never read before they are written
-again.
+again. Stored as codes they have a scale for each head and entry, [K * B, S, 1].
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.quantized import KINDS, Form, quantise, wide_type
 from easyspec_jax.sharding import Layout, Placed, shape_of
 
 # Keys and values of a layer for GPUs are one array where one update then writes both, as programs
@@ -30,27 +31,58 @@ class LayerKV(struct.PyTreeNode):
     the mesh axis "layer", which is then the first axis of every array.
     """
 
-    # Keys and values, or one array of both; the first axis holds kv heads and rows, K * B
+    # Keys and values, or one array of both; the first axis holds kv heads and rows, K * B. Then the
+    # scales of either, or of both, where these are codes
     arrays: tuple[Any, ...]
-    # Dimension letters of each: E keys and values
+    # Dimension letters of each: E keys and values; 1, what a scale is for
     letters: tuple[str, ...] = struct.field(pytree_node=False)
 
     @property
+    def keys(self) -> tuple[Any, Any | None]:
+        """What is stored of keys, [K * B, S, H] (or [K * B, H, S], as the letters say), and their
+        scales, [K * B, S], or None; not of a stacked slot for GPUs.
+        """
+        return self._stored(0)
+
+    @property
+    def values(self) -> tuple[Any, Any | None]:
+        """The same of values."""
+        return self._stored(1)
+
+    @property
     def k(self) -> Any:
-        """Keys, [K * B, S, H]; not of a stacked slot for GPUs."""
-        keys = self.arrays[0] if len(self.arrays) == 2 else self.arrays[0][0]
-        return keys.swapaxes(-1, -2) if self.letters[0] == "KHS" else keys
+        """Keys as numbers, [K * B, S, H]; not of a stacked slot for GPUs."""
+        keys, scales = self.keys
+        keys = keys.swapaxes(-1, -2) if self.letters[0] == "KHS" else keys
+        return keys if scales is None else keys.astype(scales.dtype) * scales[..., None]
 
     @property
     def v(self) -> Any:
         """Values, the same shape."""
-        return self.arrays[1] if len(self.arrays) == 2 else self.arrays[0][1]
+        values, scales = self.values
+        return values if scales is None else values.astype(scales.dtype) * scales[..., None]
+
+    @property
+    def _in_one(self) -> bool:
+        """Whether keys and values are one array."""
+        return self.letters[0].startswith("E")
+
+    def _stored(self, index: int) -> tuple[Any, Any | None]:
+        """What is stored of keys (0) or values (1), and their scales."""
+        if self._in_one:
+            found = tuple(x[index] for x in self.arrays)
+        else:
+            found = self.arrays[index::2]
+        return found[0], (found[1][..., 0] if len(found) == 2 else None)
 
     def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
         """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is
         i32[B].
         """
-        new = (k, v) if len(self.arrays) == 2 else (jnp.concatenate((k, v)),)
+        new = (jnp.concatenate((k, v)),) if self._in_one else (k, v)
+        if len(self.arrays) > len(new):
+            codes, scales = zip(*(_rounded(x, self.arrays[0].dtype) for x in new), strict=True)
+            new = codes + scales
         return self._each(lambda x, axis, i: _write(x, new[i].swapaxes(1, axis), start, axis))
 
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
@@ -78,6 +110,13 @@ def run_if(wanted: jax.Array, fn: Callable[..., tuple], *carry: Any) -> tuple:
         return jnp.bool_(False), *fn(*state[1:])
 
     return lax.while_loop(lambda state: state[0], body, (wanted, *carry))[1:]
+
+
+def _rounded(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Codes of this type and scales [.., 1] of the last axis."""
+    form = Form(next(kind for kind, (codes, _) in KINDS.items() if codes == dtype), None)
+    found = quantise(x, (x.ndim - 1,), form)
+    return found.codes, found.scales
 
 
 def _write(cache, new, start, axis):
@@ -154,9 +193,11 @@ class KVCache(Placed, struct.PyTreeNode, kw_only=True):
 
 def _entry(layout: Layout, size: int, array: Callable[[str], Any]) -> LayerKV:
     """What `array` makes of the dimension letters of each array of a block's slot."""
-    letters = ("KHS", "KSH")
+    letters: tuple[str, ...] = ("KHS", "KSH")
     if layout.for_gpu:
         letters = ("EKSH",) if ONE_ARRAY and layout.attention == "xla" else ("KSH", "KSH")
+    if layout.kv_codes is not None:
+        letters += ("EKS1",) if letters[0].startswith("E") else ("KS1", "KS1")
     lead = "L" if layout.stacks(size) else ""
     return LayerKV(tuple(array(lead + one) for one in letters), letters=letters)
 
@@ -171,12 +212,14 @@ def abstract_cache(
 ) -> KVCache:
     """Shapes and shardings of an empty cache, as ShapeDtypeStructs."""
     sizes = {"L": layout.group_devices, "E": 2, "S": max_len, "H": config.head_dim}
-    sizes["K"] = config.num_kv_heads * batch
+    sizes |= {"K": config.num_kv_heads * batch, "1": 1}
+    codes = None if layout.kv_codes is None else KINDS[layout.kv_codes][0]
 
     def slots(size: int) -> tuple[LayerKV, ...]:
         def array(letters: str) -> Any:
             shape = tuple(sizes[letter] for letter in letters)
-            return shape_of(shape, dtype, sharding=layout.named(letters))
+            kind = dtype if codes is None else wide_type(dtype) if letters[-1] == "1" else codes
+            return shape_of(shape, kind, sharding=layout.named(letters))
 
         return (_entry(layout, size, array),) * layout.num_slots(size)
 

@@ -27,6 +27,7 @@ from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
 from easyspec_jax.quantized import Form, Quantization, Quantized, dequantise
 from easyspec_jax.sharding import (
+    KV_CODES,
     LAYER,
     TENSOR,
     Layout,
@@ -50,6 +51,7 @@ def load_model(
     layout: str | LayoutRules | None = None,
     attention: str = "xla",
     quantization: str | Quantization | None = None,
+    kv_dtype: str | None = None,
     progress: bool | None = None,
 ) -> Model:
     """A checkpoint's model on `mesh`, restored straight onto its devices: no two of them, nor of
@@ -69,6 +71,8 @@ def load_model(
         or float16, heads of 8, 16, .. 128 numbers; elsewhere, and by default, those of XLA.
       quantization: "int8", "fp8" or "int4" (or a `Quantization`): matrices as codes and scales,
         made of a checkpoint of floats. None: as the checkpoint has them.
+      kv_dtype: "int8" or "fp8": keys and values are stored as codes, with a scale for each head and
+        entry; attention is XLA's then. None: in the type of the activations.
       progress: show bars on standard error; None: if it is a terminal.
 
     Raises:
@@ -78,6 +82,7 @@ def load_model(
       OSError: a file cannot be read, or a model not be fetched.
     """
     options: dict[str, Any] = dict(mesh=mesh, dtype=dtype, layout=layout, attention=attention)
+    options["kv_dtype"] = kv_dtype
     options["quantization"] = Quantization.of(quantization)
     tuned = isinstance(group_size, str) and group_size == TUNED
     local = pathlib.Path(path)
@@ -127,6 +132,7 @@ def abstract_model(
     layout: str | LayoutRules | None = None,
     attention: str = "xla",
     quantization: str | Quantization | None = None,
+    kv_dtype: str | None = None,
 ) -> Model:
     """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
     `program.collectives.collectives`; arguments as in `load_model`.
@@ -139,8 +145,15 @@ def abstract_model(
     if dtype is None:
         dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
     dtype = _float_type(dtype)
+    if kv_dtype is not None and kv_dtype not in KV_CODES:
+        names = " or ".join(f'"{name}"' for name in KV_CODES)
+        raise ValueError(f"kv_dtype must be {names}, got {kv_dtype!r}")
     attention = attention_on(mesh, attention, config.head_dim, dtype)
-    placed = dataclasses.replace(make_layout(config, mesh, rules), attention=attention)
+    placed = dataclasses.replace(
+        make_layout(config, mesh, rules),
+        attention=attention if kv_dtype is None else "xla",
+        kv_codes=kv_dtype,
+    )
     codes = _kept(Quantization.of(quantization), config, placed)
     params = _abstract_params(config, placed, partition, dtype, codes)
     return Model(
@@ -157,6 +170,7 @@ def random_model(
     layout: str | LayoutRules | None = None,
     attention: str = "xla",
     quantization: str | Quantization | None = None,
+    kv_dtype: str | None = None,
     seed: int = 0,
 ) -> Model:
     """A model with random weights, the same for one seed on every mesh; other arguments as in
@@ -172,7 +186,7 @@ def random_model(
     options = dict(
         mesh=mesh, group_size=group_size, dtype=dtype, layout=layout, attention=attention
     )
-    return _build(config, part, quantization=quantization, **options)
+    return _build(config, part, quantization=quantization, kv_dtype=kv_dtype, **options)
 
 
 def quantize_model(model: Model, quantization: str | Quantization) -> Model:

@@ -205,13 +205,19 @@ def attention(
 def _attend(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:
     """What queries [K * B, T * G, H] find in a cache, the same shape."""
     batch, t = step.mask.shape[:2]
-    keys, order = (kv.arrays[0], "hs") if kv.letters[0] == "KHS" else (kv.k, "sh")
-    scores = jnp.einsum(f"xmh,x{order}->xms", q, keys, preferred_element_type=step.cos.dtype)
+    (keys, key_scales), (values, value_scales) = kv.keys, kv.values
+    order = "hs" if kv.letters[0] == "KHS" else "sh"
+    wide = step.cos.dtype
+    scores = jnp.einsum(f"xmh,x{order}->xms", q, keys.astype(q.dtype), preferred_element_type=wide)
+    if key_scales is not None:
+        scores = scores * key_scales[:, None]
     by_token = scores.reshape(-1, batch, t, q.shape[1] // t, scores.shape[-1]) * q.shape[-1] ** -0.5
     least = jnp.finfo(scores.dtype).min
     by_token = jnp.where(step.mask[None, :, :, None, :], by_token, least)
-    weights = jax.nn.softmax(by_token, axis=-1).astype(q.dtype)
-    return jnp.einsum("xms,xsh->xmh", weights.reshape(scores.shape), kv.v)
+    weights = jax.nn.softmax(by_token, axis=-1).reshape(scores.shape)
+    if value_scales is not None:
+        weights = weights * value_scales[:, None]
+    return jnp.einsum("xms,xsh->xmh", weights.astype(q.dtype), values.astype(q.dtype))
 
 
 def _attend_cudnn(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:

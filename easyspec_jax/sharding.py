@@ -107,6 +107,8 @@ LAYOUTS = {
 
 ATTENTION = ("xla", "cudnn")  # whose kernels find what queries look for in a cache
 
+KV_CODES = ("int8", "fp8")
+
 MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}  # devices that share them
 
 
@@ -147,6 +149,8 @@ class Layout:
     # Of ATTENTION. "cudnn": one kernel that writes no scores, where keys and values are two arrays;
     # whether it is fast for one row no clock has said yet.
     attention: str = "xla"
+    # Kind of codes that keys and values are stored as, of KV_CODES; None: the model's own type
+    kv_codes: str | None = None
     # Zero columns of an MLP behind each device's own: products of other sizes copy their weights.
     mlp_padding: int = 0
 

@@ -17,6 +17,7 @@ from hf_models import run, tiny_config, write_hf_folder
 
 import easyspec_jax as es
 from easyspec_jax import checkpoint, quantized, sharding, weights
+from easyspec_jax.cache import LayerKV
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.quantized import Form, Quantized, dequantise, product, quantise
 
@@ -254,3 +255,70 @@ def test_refusals(source, tmp_path):
     with pytest.raises(ValueError, match="group_size 12 does not divide the 32 inputs"):
         es.load_model(source, quantization=es.Quantization("int4", 12))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("in_one", [True, False])
+def test_a_cache_of_codes_is_written_and_kept_like_any_other(in_one):
+    """Against plain arrays that are rounded entry by entry."""
+    letters = ("EKSH", "EKS1") if in_one else ("KHS", "KSH", "KS1", "KS1")
+    heads, rows, entries, width = 2, 3, 12, 4
+    sizes = {"E": 2, "K": heads * rows, "S": entries, "H": width, "1": 1}
+    kinds = [jnp.float64 if one.endswith("1") else jnp.int8 for one in letters]
+    shapes = [tuple(sizes[letter] for letter in one) for one in letters]
+    arrays = tuple(jnp.zeros(s, k) for s, k in zip(shapes, kinds, strict=True))
+    kv = LayerKV(arrays, letters=letters)
+    draw = np.random.default_rng(3).standard_normal
+    k, v = (jnp.asarray(draw((heads * rows, 5, width))) for _ in range(2))
+    start = jnp.asarray([0, 3, 7], jnp.int32)
+    kv = kv.write(k, v, start).keep(start, jnp.asarray([[2, 4], [0, 3], [1, 1]], jnp.int32))
+    for found, x in ((kv.k, k), (kv.v, v)):
+        scale = np.abs(np.asarray(x)).max(-1, keepdims=True) / 127
+        want = np.zeros((heads * rows, entries, width))
+        for at in range(heads * rows):
+            b = at % rows
+            own = (np.rint(x / scale) * scale)[at]
+            want[at, start[b] : start[b] + 5] = own
+            want[at, start[b] : start[b] + 2] = own[np.asarray([[2, 4], [0, 3], [1, 1]])[b]]
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "gpus, shape, kind, options",
+    [
+        (False, (4, 2), "int8", {"num_draft_tokens": 3}),
+        pytest.param(True, (4, 2), "int8", {"tree_width": 2}, marks=pytest.mark.slow),
+        pytest.param(True, (1, 1), "fp8", {"tree_width": 2}, marks=pytest.mark.slow),
+        pytest.param(False, (2, 4), "fp8", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_speculation_over_caches_of_codes_is_lossless(pretend, gpus, shape, kind, options):
+    pretend(gpus)
+    model.cache_clear()
+    base = model(shape, kv_dtype=kind)
+    draft = model(shape, group_size=GROUPS, layout="grouped", kv_dtype=kind)
+    decoder = es.Decoder(base, es.LayerParallelDrafter(draft), **options)
+    found = decoder.generate(PROMPTS, max_new_tokens=16)
+    assert found.tokens == es.Decoder(base).generate(PROMPTS, max_new_tokens=16).tokens
+    assert found.stats.tokens_per_step > 1.5  # a copy of the base, in groups
+    caches = decoder.base.abstract_cache(1, 64)
+    assert {x.dtype for x in jax.tree.leaves(caches.blocks)} == {
+        jnp.dtype(quantized.KINDS[kind][0]), jnp.dtype("float64")
+    }  # fmt: skip
+    assert 2 * device_bytes(caches) < device_bytes(model(shape).abstract_cache(1, 64))
+    model.cache_clear()
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_attention_over_codes_finds_much_the_same(pretend, gpus):
+    pretend(gpus)
+    mesh = es.make_mesh(1, 1)
+    text = [[5, 3, 8, 1, 9, 33, 2], [7, 7, 2, 4, 6, 1, 0]]
+    exact, fine, coarse = (
+        es.logits(es.random_model(WIDE, mesh, dtype="float64", kv_dtype=kind), text)
+        for kind in (None, "int8", "fp8")
+    )
+    size = np.abs(exact).max()
+    assert 0 < np.abs(fine - exact).max() < 0.02 * size < 20 * np.abs(coarse - exact).max()
+    assert np.abs(coarse - exact).max() < 0.2 * size
+    with pytest.raises(ValueError, match='kv_dtype must be "int8" or "fp8", got \'int4\''):
+        es.random_model(WIDE, mesh, kv_dtype="int4")

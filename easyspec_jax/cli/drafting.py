@@ -77,7 +77,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def _every_model(args: argparse.Namespace) -> dict[str, Any]:
     """Options that every model is loaded with."""
-    return given(args, "dtype", "attention")
+    return given(args, "dtype", "attention", "kv_dtype")
 
 
 def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):

@@ -166,12 +166,12 @@ def _codes(wanted: str | None, metadata: dict[str, Any]) -> es.Quantization | No
 
 def _decoder(args, base, draft, mesh, partition, dtype, codes) -> es.Decoder:
     """The pair as shapes; the base alone where there is no draft."""
-    model = es.abstract_model(base, mesh, dtype=dtype, quantization=codes[0])
+    both = {"dtype": dtype, "kv_dtype": args.kv_dtype}
+    model = es.abstract_model(base, mesh, quantization=codes[0], **both)
     if draft is None:
         return es.Decoder(model)
-    options = {"group_size": partition, "dtype": dtype, "layout": draft_layout(args)}
-    options["quantization"] = codes[1]
-    drafter = es.LayerParallelDrafter(es.abstract_model(draft, mesh, **options))
+    options = {"group_size": partition, "layout": draft_layout(args), "quantization": codes[1]}
+    drafter = es.LayerParallelDrafter(es.abstract_model(draft, mesh, **both, **options))
     return es.Decoder(model, drafter, **given(args, "num_draft_tokens", "tree_width"))
 
 

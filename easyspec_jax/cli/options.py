@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.quantized import KINDS
-from easyspec_jax.sharding import ATTENTION
+from easyspec_jax.sharding import ATTENTION, KV_CODES
 
 DEFAULT_MAX_LEN = 2048  # tokens there is room for, where the base's context is longer
 
@@ -73,9 +73,11 @@ def add_dtype(add: Add, when: str = "") -> None:
 
 
 def add_quantization(add: Add) -> None:
-    """--quantization, of the base."""
+    """--quantization, of the base, and --kv-dtype, of every model."""
     what = "store the base's matrices so, and multiply them so (default: as its checkpoint does)"
     add("--quantization", choices=tuple(KINDS), help=what)
+    caches = "store keys and values so (default: as activations)"
+    add("--kv-dtype", choices=KV_CODES, help=caches)
 
 
 def add_attention(add: Add) -> None:

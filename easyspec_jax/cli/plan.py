@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         device=_find_device(args),
         acceptance=acceptance,
         batch=args.batch,
+        kv_dtype=args.kv_dtype,
         **codes,
     )
     num_devices = args.num_devices or (jax.device_count() if args.measure else 1)

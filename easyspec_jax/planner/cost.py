@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -173,7 +174,6 @@ class Pass:
     def _attention(self, weights: Any, *, spread: bool) -> Work:
         """Of one layer; `spread`: of a group that stands on several devices."""
         c, layout, device = self.model.config, self.model.layout, self.device
-        cache = 2 * c.num_kv_heads * c.head_dim * self._itemsize * self.batch * self.entries
         heads = c.num_heads // layout.num_head_shards
         width, kv = heads * c.head_dim, 2 * c.num_kv_heads // layout.devices_along(layout.kv)
         parts = _PARTS["qkv"] * (width + kv * c.head_dim) + _PARTS["values"] * width
@@ -187,7 +187,7 @@ class Pass:
             weights=device_bytes(weights),
             rows=self.rows,
             products=_products(weights),
-            cache=cache / layout.devices_along(layout.kv),
+            cache=self._cache_bytes,
             scores=self.rows * heads * self.entries,
             outputs=self.rows * parts if self.rows > 1 else 0,
         )
@@ -247,6 +247,11 @@ class Pass:
     @property
     def _itemsize(self) -> int:
         return self.model.dtype.itemsize
+
+    @functools.cached_property
+    def _cache_bytes(self) -> int:
+        """Of a layer's keys and values on a device."""
+        return device_bytes(self.model.abstract_cache(self.batch, self.entries).blocks[0][0])
 
     def _product(self, weights: float, rows: float, count: int) -> float:
         """Seconds of multiplying so many rows with weights of so many bytes in `count` products."""

@@ -164,7 +164,8 @@ class Planner:
 
     Args:
       device: one of the devices, all alike; weights and caches have the type it holds for.
-      base_codes, draft_codes: how matrices are stored, where they are codes.
+      base_codes, draft_codes: how matrices are stored, where they are codes; kv_dtype: how keys and
+        values are, as in `load_model`.
       batch: rows decoded together.
       max_len: tokens of each row, prompt and answer, at most the base's context; attention reads
         caches of the capacity that a decoder gives them.
@@ -178,15 +179,19 @@ class Planner:
     max_len: int = 2048
     base_codes: Quantization | None = None
     draft_codes: Quantization | None = None
+    kv_dtype: str | None = None
 
     def decoder(self, where: Deployment, num_draft_tokens: int = 0, tree_width: int = 1) -> Decoder:
         """The pair as shapes."""
         mesh = (where.layer, where.tensor)
         dtype = self.device.dtype
-        base = _shapes(self.base, mesh, dtype, 1, LAYOUTS["tensor"], self.base_codes)
+        kv = self.kv_dtype
+        base = _shapes(self.base, mesh, dtype, 1, LAYOUTS["tensor"], self.base_codes, kv)
         if not num_draft_tokens:
             return Decoder(base)
-        draft = _shapes(self.draft, mesh, dtype, where.group_size, where.rules, self.draft_codes)
+        draft = _shapes(
+            self.draft, mesh, dtype, where.group_size, where.rules, self.draft_codes, self.kv_dtype
+        )
         counts: dict[str, Any] = {
             "num_draft_tokens": num_draft_tokens, "tree_width": tree_width
         }  # fmt: skip
@@ -314,9 +319,10 @@ def _on_mesh(layer: int, tensor: int, group_sizes: Sequence[int]) -> Iterator[De
 
 
 @functools.cache
-def _shapes(config, mesh, dtype, group_size, rules, codes):
+def _shapes(config, mesh, dtype, group_size, rules, codes, kv_dtype):
     kept = None if codes is None else dataclasses.replace(codes, keep_codes=True)
     options = {"group_size": group_size, "layout": rules, "dtype": dtype, "quantization": kept}
+    options["kv_dtype"] = kv_dtype
     return abstract_model(config, abstract_mesh(*mesh), **options)
 
 
