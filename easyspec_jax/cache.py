@@ -32,7 +32,7 @@ class LayerKV(struct.PyTreeNode):
     """
 
     # Keys and values, or one array of both; the first axis holds kv heads and rows, K * B. Then the
-    # scales of either, or of both, where these are codes
+    # scales of either, where these are codes
     arrays: tuple[Any, ...]
     # Dimension letters of each: E keys and values; 1, what a scale is for
     letters: tuple[str, ...] = struct.field(pytree_node=False)
@@ -69,20 +69,19 @@ class LayerKV(struct.PyTreeNode):
 
     def _stored(self, index: int) -> tuple[Any, Any | None]:
         """What is stored of keys (0) or values (1), and their scales."""
-        if self._in_one:
-            found = tuple(x[index] for x in self.arrays)
-        else:
-            found = self.arrays[index::2]
-        return found[0], (found[1][..., 0] if len(found) == 2 else None)
+        numbers = self.arrays[0][index] if self._in_one else self.arrays[index]
+        scaled = self.letters[-1].endswith("1")
+        return numbers, (self.arrays[index - 2][..., 0] if scaled else None)
 
     def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
         """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is
         i32[B].
         """
-        new = (jnp.concatenate((k, v)),) if self._in_one else (k, v)
-        if len(self.arrays) > len(new):
-            codes, scales = zip(*(_rounded(x, self.arrays[0].dtype) for x in new), strict=True)
-            new = codes + scales
+        new = (k, v)
+        scales: tuple[jax.Array, ...] = ()
+        if self.letters[-1].endswith("1"):
+            new, scales = zip(*(_rounded(x, self.arrays[0].dtype) for x in new), strict=True)
+        new = ((jnp.concatenate(new),) if self._in_one else new) + scales
         return self._each(lambda x, axis, i: _write(x, new[i].swapaxes(1, axis), start, axis))
 
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
@@ -197,7 +196,7 @@ def _entry(layout: Layout, size: int, array: Callable[[str], Any]) -> LayerKV:
     if layout.for_gpu:
         letters = ("EKSH",) if ONE_ARRAY and layout.attention == "xla" else ("KSH", "KSH")
     if layout.kv_codes is not None:
-        letters += ("EKS1",) if letters[0].startswith("E") else ("KS1", "KS1")
+        letters += ("KS1", "KS1")
     lead = "L" if layout.stacks(size) else ""
     return LayerKV(tuple(array(lead + one) for one in letters), letters=letters)
 
