@@ -38,7 +38,8 @@ _LEVELS: dict[str, dict[str, Any]] = {
 }
 LEVELS = tuple(_LEVELS)
 # What is a choice for a whole program: YNNPACK, the default, takes longer than Eigen for 2 to some
-# 40 rows (4 rows of a model of 1.1B: 2.2 and 1.5 times one row), and less for longer prompts.
+# 40 rows of a model of 1.1B (4 rows: 2.1 and 1.5 times one row), for 2 and 4 of one of 135M, where
+# 8 to 32 are much the same; and less for longer prompts.
 _EIGEN: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _EIGEN_ROWS = 32
 
