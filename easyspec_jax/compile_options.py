@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from easyspec_jax.sharding import has_gpus
+from easyspec_jax.sharding import has_gpus, platform_of
 
 logger = logging.getLogger("easyspec_jax")
 
@@ -71,21 +71,18 @@ class CompileOptions:
             )
         object.__setattr__(self, "more", types.MappingProxyType(dict(self.more)))
 
-    def on(self, mesh: Mesh, rows: int = 1) -> tuple[tuple[str, Any], ...]:
+    def on(self, mesh: Mesh | AbstractMesh, rows: int = 1) -> tuple[tuple[str, Any], ...]:
         """What to compile with for the devices of a mesh, in the order of names; what this jaxlib
         does not know is left out, and one log line says so.
 
         Args:
           rows: most tokens of a text that a pass of the program multiplies with weights.
         """
-        few: dict[str, Any] = _EIGEN if 1 < rows <= _EIGEN_ROWS and _on_cpu(mesh) else {}
+        on_cpu = platform_of(mesh) == "cpu"
+        few: dict[str, Any] = _EIGEN if on_cpu and 1 < rows <= _EIGEN_ROWS else {}
         level = _LEVELS[self.graphs] if has_gpus(mesh) else few
         wanted = {**level, **self.more}
         return tuple((name, wanted[name]) for name in sorted(wanted) if _known(name, wanted[name]))
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 @functools.lru_cache(maxsize=None, typed=True)

@@ -33,6 +33,7 @@ from easyspec_jax.sharding import (
     layout_rules,
     make_layout,
     make_mesh,
+    platform_of,
 )
 from easyspec_jax.sources import find_checkpoint, read_config
 
@@ -124,7 +125,7 @@ def abstract_model(
     partition = make_partition(config.num_layers, group_size)
     rules = layout_rules(layout, partition)
     if dtype is None:
-        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+        dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
     dtype = _float_type(dtype)
     attention = attention_on(mesh, attention, config.head_dim, dtype)
     placed = dataclasses.replace(make_layout(config, mesh, rules), attention=attention)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from decoders import model
+from jax.sharding import AbstractMesh
 
 import easyspec_jax as es
 from easyspec_jax import compile_options as options
@@ -27,8 +28,14 @@ def test_the_default_asks_for_another_library_where_a_cpu_multiplies_a_few_rows(
     asked = {rows: dict(es.CompileOptions().on(mesh, rows)) for rows in (1, 2, 32, 33)}
     assert asked == {1: {}, 2: FEW, 32: FEW, 33: {}}
     monkeypatch.setattr(options, "has_gpus", lambda mesh: True)
-    monkeypatch.setattr(options, "_on_cpu", lambda mesh: False)
     assert all(es.CompileOptions().on(mesh, rows) == () for rows in (1, 2, 33))
+
+
+def test_nothing_is_asked_for_on_a_mesh_without_devices():
+    abstract = AbstractMesh((1, 1), ("layer", "tensor"))
+    assert sharding.platform_of(abstract) is None and not sharding.has_gpus(abstract)
+    assert sharding.platform_of(es.make_mesh(1, 1)) == "cpu"
+    assert es.CompileOptions("loop").on(abstract, 4) == ()
 
 
 def test_levels_are_for_gpus_alone(monkeypatch):

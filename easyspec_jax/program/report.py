@@ -31,6 +31,7 @@ from easyspec_jax.planner.device import Device
 from easyspec_jax.program import floor, hlo, phases, thunks
 from easyspec_jax.program.target import compile_options
 from easyspec_jax.request import make_inputs
+from easyspec_jax.sharding import platform_of
 
 _ROUNDS = {"all-reduce": 2}  # of a ring; all others go around once
 _STRATEGY = re.compile(r'"kernel_strategy":"KERNEL_STRATEGY_(\w+)"')
@@ -229,8 +230,7 @@ def compile_program(lowered: Any, decoder: Decoder, rows: int) -> Compiled:
     mesh = decoder.base.layout.mesh
     more = dict(decoder.compile_options.on(mesh, rows))
     with tempfile.TemporaryDirectory(prefix="easyspec-program-") as folder:
-        on_gpu = mesh.devices.flat[0].platform != "cpu"
-        options = compile_options(mesh, folder if on_gpu else None)
+        options = compile_options(mesh, folder if platform_of(mesh) != "cpu" else None)
         compiled = lowered.compile(compiler_options=options | more)
         sequence = thunks.dumped(pathlib.Path(folder))
     sizes = compiled.memory_analysis()
