@@ -9,7 +9,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
-from decoders import model
+from decoders import NEW, PROMPTS, autoregressive, model, self_drafting
 from jax.sharding import AbstractMesh
 
 import easyspec_jax as es
@@ -93,6 +93,28 @@ def test_options_reach_the_compiler_and_change_no_token():
     found_options = [how["compiler_options"] for how in asked if "compiler_options" in how]
     assert found_options == [FEW | wanted, wanted]  # prefill of 16 tokens, and the loop
     assert found == plain.generate([[5, 3]], max_new_tokens=8).tokens
+
+
+def test_a_loop_that_drafts_is_compiled_for_as_many_rows_as_it_verifies(monkeypatch):
+    on, using, rows, asked = es.CompileOptions.on, sharding.MeshJit.using, [], []
+
+    def seen_on(self, mesh, n):
+        rows.append(n)
+        return on(self, mesh, n)
+
+    def seen_using(self, found):
+        asked.append((self.__name__, dict(found)))
+        return using(self, found)
+
+    monkeypatch.setattr(es.CompileOptions, "on", seen_on)
+    monkeypatch.setattr(sharding.MeshJit, "using", seen_using)
+    prefill = ("prefill_chunk", FEW)
+    decoder = self_drafting(width=2)
+    for one, wanted in ((decoder, [prefill, ("run_loop", FEW)]), (autoregressive(), [prefill])):
+        one.generate(PROMPTS, max_new_tokens=NEW)
+        assert (rows, asked) == ([16, one.num_nodes + 1], wanted)
+        del rows[:], asked[:]
+    assert (decoder.num_nodes, autoregressive().num_nodes) == (3 * 2, 0)
 
 
 def test_a_function_is_jitted_once_for_each_choice():

@@ -347,20 +347,25 @@ class _Reader:
         return max((one.read + one.written) / device.bandwidth, device.least)
 
     def _exchange(self, one: hlo.Launch) -> Exchange:
-        strategy, groups = _STRATEGY.search(one.op.rest), _GROUP.search(one.op.rest)
-        devices = math.prod(self.decoder.base.layout.mesh.shape.values())
-        if (axes := _AXES.search(one.op.rest)) is not None:
-            sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-            devices = math.prod(int(sizes[name]) for name in re.findall(r"\w+", axes[2]))
-        elif groups is not None:
-            devices = len(groups[1].split(",")) if groups[1] else int(groups[2] or devices)
+        strategy = _STRATEGY.search(one.op.rest)
         return Exchange(
             kind=one.op.collective,
             kernel=strategy[1] if strategy else "DEFAULT",
             bytes=one.written,
-            devices=devices,
+            devices=participants(one.op.rest, self.decoder.base.layout.mesh.size),
             count=1,
         )
+
+
+def participants(attributes: str, every: int) -> int:
+    """Devices that a collective with these attributes sums or gathers over, of `every` one."""
+    if (axes := _AXES.search(attributes)) is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"\w+", axes[2]))
+    groups = _GROUP.search(attributes)
+    if groups is None:
+        return every
+    return len(groups[1].split(",")) if groups[1] else int(groups[2] or every)
 
 
 def estimate(program: StepProgram, device: Device | None) -> dict[str, float]:
