@@ -245,17 +245,8 @@ def _gptq(config: dict[str, Any]) -> Scheme:
     ordered = config.get("desc_act", False)
     if not isinstance(ordered, bool):
         raise ValueError(f"{KEY}: desc_act must be true or false, not {ordered!r}.")
-    return Scheme(
-        method="gptq",
-        storage="gptq",
-        bits=bits,
-        code="I32",
-        block=(1, group),
-        needs_zeros=True,
-        zero_offset=int(layout == "gptq"),
-        needs_index=ordered,
-        note=f"weights of {bits} bits ({layout}) are dequantised to floats",
-    )
+    offset = int(layout == "gptq")
+    return _in_words("gptq", bits, group, layout, zero_offset=offset, needs_index=ordered)
 
 
 def _awq(config: dict[str, Any]) -> Scheme:
@@ -274,15 +265,20 @@ def _awq(config: dict[str, Any]) -> Scheme:
     version = config.get("version") or config.get("format") or "gemm"
     if not isinstance(version, str) or version.lower() != "gemm":
         raise ValueError(f"{KEY}: version {version!r} of awq is not supported; use gemm.")
+    return _in_words("awq", bits, group, "awq", ignored=_names(config, "modules_to_not_convert"))
+
+
+def _in_words(method: str, bits: int, group: int | None, layout: str, **more: Any) -> Scheme:
+    """Codes in words of 32 bits, with zero points of groups of inputs."""
     return Scheme(
-        method="awq",
-        storage="awq",
+        method=method,
+        storage=method,
         bits=bits,
         code="I32",
         block=(1, group),
         needs_zeros=True,
-        ignored=_names(config, "modules_to_not_convert"),
-        note="weights of 4 bits (awq) are dequantised to floats",
+        note=f"weights of {bits} bits ({layout}) are dequantised to floats",
+        **more,
     )
 
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from easyspec_jax.sharding import has_gpus
+from easyspec_jax.sharding import has_gpus, platform_of
 
 logger = logging.getLogger("easyspec_jax")
 
@@ -38,7 +38,8 @@ _LEVELS: dict[str, dict[str, Any]] = {
 }
 LEVELS = tuple(_LEVELS)
 # What is a choice for a whole program: YNNPACK, the default, takes longer than Eigen for 2 to some
-# 40 rows (4 rows of a model of 1.1B: 2.2 and 1.5 times one row), and less for longer prompts.
+# 40 rows of a model of 1.1B (4 rows: 2.1 and 1.5 times one row), for 2 and 4 of one of 135M, where
+# 8 to 32 are much the same; and less for longer prompts.
 _EIGEN: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _EIGEN_ROWS = 32
 
@@ -70,21 +71,18 @@ class CompileOptions:
             )
         object.__setattr__(self, "more", types.MappingProxyType(dict(self.more)))
 
-    def on(self, mesh: Mesh, rows: int = 1) -> tuple[tuple[str, Any], ...]:
+    def on(self, mesh: Mesh | AbstractMesh, rows: int = 1) -> tuple[tuple[str, Any], ...]:
         """What to compile with for the devices of a mesh, in the order of names; what this jaxlib
         does not know is left out, and one log line says so.
 
         Args:
           rows: most tokens of a text that a pass of the program multiplies with weights.
         """
-        few: dict[str, Any] = _EIGEN if 1 < rows <= _EIGEN_ROWS and _on_cpu(mesh) else {}
+        on_cpu = platform_of(mesh) == "cpu"
+        few: dict[str, Any] = _EIGEN if on_cpu and 1 < rows <= _EIGEN_ROWS else {}
         level = _LEVELS[self.graphs] if has_gpus(mesh) else few
         wanted = {**level, **self.more}
         return tuple((name, wanted[name]) for name in sorted(wanted) if _known(name, wanted[name]))
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 @functools.lru_cache(maxsize=None, typed=True)

@@ -36,6 +36,7 @@ from easyspec_jax.sharding import (
     layout_rules,
     make_layout,
     make_mesh,
+    platform_of,
 )
 from easyspec_jax.sources import find_checkpoint, read_config
 
@@ -143,7 +144,7 @@ def abstract_model(
     partition = make_partition(config.num_layers, group_size)
     rules = layout_rules(layout, partition)
     if dtype is None:
-        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+        dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
     dtype = _float_type(dtype)
     if kv_dtype is not None and kv_dtype not in KV_CODES:
         names = " or ".join(f'"{name}"' for name in KV_CODES)

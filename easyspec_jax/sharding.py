@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.config import ModelConfig, is_integer
@@ -273,11 +273,14 @@ def _dividing(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     return ()
 
 
-def has_gpus(mesh: Mesh) -> bool:
+def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
+    """What jax calls the kind of its devices, "cpu" say; None: it is abstract and has none."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+
+
+def has_gpus(mesh: Mesh | AbstractMesh) -> bool:
     """Whether its devices are GPUs, those included that programs are only compiled for."""
-    if not isinstance(mesh, Mesh):  # an abstract one has no devices
-        return False
-    return mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+    return platform_of(mesh) in ("gpu", "cuda", "rocm")
 
 
 def attention_on(mesh: Mesh, wanted: str, head_dim: int, dtype: Any) -> str:

@@ -19,6 +19,7 @@ import easyspec_jax as es
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))  # scripts, no package
 bench = importlib.import_module("bench")
 ceiling = importlib.import_module("ceiling")
+few_rows = importlib.import_module("few_rows")
 
 
 def stats(steps, emitted, tried, accepted):
@@ -224,6 +225,23 @@ def test_transformers_arms_give_the_same_greedy_text(tiny, capsys, monkeypatch):
     assert all(arm["identical"] == 2 for arm in document["arms"].values())
     assert document["arms"]["assisted"]["tokens_per_step"] is None
     assert (2, 0.0) in asked and any(number != 2 for number, _ in asked)  # constant, and not
+
+
+def test_a_few_rows_are_timed_both_ways(tiny, capsys):
+    out = tiny / "rows.jsonl"
+    argv = ["--base", str(tiny / "base"), "--rounds", "2", "--max-len", "40", "--out", str(out)]
+    few_rows.main([*argv, "--rows", "2,33"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads(out.read_text()) and document["options"]["base"] == "base"
+    found = [(one["rows"], one["compiled"]) for one in document["passes"]]
+    assert found == [(1, "default"), (2, "default"), (2, "asked"), (33, "default")]
+    first = document["passes"][0]["minimum_ms"]
+    for one in document["passes"]:
+        assert 0 < one["minimum_ms"] <= one["median_ms"]
+        assert one["ratio"] == one["minimum_ms"] / first
+    with pytest.raises(SystemExit):
+        few_rows.main([*argv, "--rows", "41"])
+    assert "--rows must be of 1 to --max-len tokens" in capsys.readouterr().err
 
 
 def test_no_arm_compiles_while_it_is_timed():

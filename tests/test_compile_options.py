@@ -9,7 +9,8 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
-from decoders import model
+from decoders import NEW, PROMPTS, autoregressive, model, self_drafting
+from jax.sharding import AbstractMesh
 
 import easyspec_jax as es
 from easyspec_jax import compile_options as options
@@ -27,8 +28,14 @@ def test_the_default_asks_for_another_library_where_a_cpu_multiplies_a_few_rows(
     asked = {rows: dict(es.CompileOptions().on(mesh, rows)) for rows in (1, 2, 32, 33)}
     assert asked == {1: {}, 2: FEW, 32: FEW, 33: {}}
     monkeypatch.setattr(options, "has_gpus", lambda mesh: True)
-    monkeypatch.setattr(options, "_on_cpu", lambda mesh: False)
     assert all(es.CompileOptions().on(mesh, rows) == () for rows in (1, 2, 33))
+
+
+def test_nothing_is_asked_for_on_a_mesh_without_devices():
+    abstract = AbstractMesh((1, 1), ("layer", "tensor"))
+    assert sharding.platform_of(abstract) is None and not sharding.has_gpus(abstract)
+    assert sharding.platform_of(es.make_mesh(1, 1)) == "cpu"
+    assert es.CompileOptions("loop").on(abstract, 4) == ()
 
 
 def test_levels_are_for_gpus_alone(monkeypatch):
@@ -86,6 +93,28 @@ def test_options_reach_the_compiler_and_change_no_token():
     found_options = [how["compiler_options"] for how in asked if "compiler_options" in how]
     assert found_options == [FEW | wanted, wanted]  # prefill of 16 tokens, and the loop
     assert found == plain.generate([[5, 3]], max_new_tokens=8).tokens
+
+
+def test_a_loop_that_drafts_is_compiled_for_as_many_rows_as_it_verifies(monkeypatch):
+    on, using, rows, asked = es.CompileOptions.on, sharding.MeshJit.using, [], []
+
+    def seen_on(self, mesh, n):
+        rows.append(n)
+        return on(self, mesh, n)
+
+    def seen_using(self, found):
+        asked.append((self.__name__, dict(found)))
+        return using(self, found)
+
+    monkeypatch.setattr(es.CompileOptions, "on", seen_on)
+    monkeypatch.setattr(sharding.MeshJit, "using", seen_using)
+    prefill = ("prefill_chunk", FEW)
+    decoder = self_drafting(width=2)
+    for one, wanted in ((decoder, [prefill, ("run_loop", FEW)]), (autoregressive(), [prefill])):
+        one.generate(PROMPTS, max_new_tokens=NEW)
+        assert (rows, asked) == ([16, one.num_nodes + 1], wanted)
+        del rows[:], asked[:]
+    assert (decoder.num_nodes, autoregressive().num_nodes) == (3 * 2, 0)
 
 
 def test_a_function_is_jitted_once_for_each_choice():

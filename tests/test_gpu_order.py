@@ -104,9 +104,8 @@ def seen_entries(kind, start, t, entries):
     return placed.mask(entries)
 
 
-@pytest.mark.parametrize("kind, t", [("chain", 1), ("chain", 4), ("tree", 4)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_one_call_finds_what_the_sums_find(xla_for_cudnn, kind, t, batch):
+def some_attention(kind, t, batch):
+    """Queries, a cache and the step they belong to."""
     k_heads, groups, h, entries = 2, 3, 8, 16
     draw = np.random.default_rng(t).standard_normal
     q = jnp.asarray(draw((k_heads * batch, t * groups, h)), jnp.float32)
@@ -116,9 +115,26 @@ def test_one_call_finds_what_the_sums_find(xla_for_cudnn, kind, t, batch):
     start = np.asarray([5, 0, 9][:batch], np.int32)
     angles = jnp.zeros((batch, t, 1, 1, h // 2), jnp.float32)
     mask = seen_entries(kind, start, t, entries)
-    step = models.Step(start=start, cos=angles, sin=angles, mask=mask)
+    return q, kv, models.Step(start=start, cos=angles, sin=angles, mask=mask)
+
+
+@pytest.mark.parametrize("kind, t", [("chain", 1), ("chain", 4), ("tree", 4)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_call_finds_what_the_sums_find(xla_for_cudnn, kind, t, batch):
+    q, kv, step = some_attention(kind, t, batch)
     want = models._attend(q, kv, step)
     np.testing.assert_allclose(models._attend_cudnn(q, kv, step), want, atol=1e-6)
+
+
+def test_where_the_library_is_missing_one_sentence_says_so(monkeypatch):
+    def missing(*args, **options):
+        raise RuntimeError("cuDNN is not detected.\nLook elsewhere.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    with pytest.raises(ValueError) as error:
+        models._attend_cudnn(*some_attention("chain", 1, 1))
+    sentence = 'attention="cudnn" needs cuDNN (nvidia-cudnn-cu12): cuDNN is not detected.'
+    assert str(error.value) == sentence
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)

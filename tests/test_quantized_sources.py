@@ -27,7 +27,8 @@ from convert.quantization_config import read_scheme
 from easyspec_jax import checkpoint, sources
 
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
-Q = "model.layers.0.self_attn.q_proj"
+BLOCK = "model.layers.0"
+Q = f"{BLOCK}.self_attn.q_proj"
 
 
 def pack(codes, bits: int) -> np.ndarray:
@@ -356,53 +357,41 @@ def test_a_matrix_that_is_ignored_or_left_as_floats_is_read_as_such(tmp_path):
     assert (out["0.wq"] == 0.5).all() and out["0.wq"].dtype == BF16
 
 
-def without(key: str) -> Callable:
-    return lambda stored: stored.pop(key)
+def without(part: str) -> Callable:
+    return lambda stored: stored.pop(f"{Q}.{part}")
 
 
-def with_part(key: str, value) -> Callable:
-    return lambda stored: stored.update({key: value})
+def with_part(part: str, value, module: str = Q) -> Callable:
+    return lambda stored: stored.update({f"{module}.{part}": value})
 
 
 WRONG_TENSORS = [
-    ("fp8 blocks", without(f"{Q}.weight_scale_inv"), r"missing: .*q_proj\.weight_scale"),
-    ("fp8 tensor", with_part(f"{Q}.input_scale", np.ones(1, BF16)), "quantised activations.*q_pro"),
-    ("fp8 tensor", with_part("model.layers.0.self_attn.k_scale", np.ones(1, BF16)), "cache.*k_sca"),
+    ("fp8 blocks", without("weight_scale_inv"), r"missing: .*q_proj\.weight_scale"),
+    ("fp8 tensor", with_part("input_scale", np.ones(1, BF16)), "quantised activations.*q_pro"),
+    ("fp8 tensor", with_part("self_attn.k_scale", np.ones(1, BF16), BLOCK), "cache.*k_scale"),
     (
         "fp8 blocks",
-        with_part(f"{Q}.weight_scale_inv", np.ones((2, 1), np.float32)),
+        with_part("weight_scale_inv", np.ones((2, 1), np.float32)),
         r"wrong shape: .*q_proj\.weight_scale_inv \[2, 1\] instead of \[2, 2\]",
     ),
-    ("fp8 channels", with_part(f"{Q}.weight_scale_inv", np.ones(1, BF16)), "not part of the model"),
+    ("fp8 channels", with_part("weight_scale_inv", np.ones(1, BF16)), "not part of the model"),
     (
         "fp8 channels",
-        with_part(f"{Q}.weight", np.ones((32, 32), ml_dtypes.float8_e5m2)),
+        with_part("weight", np.ones((32, 32), ml_dtypes.float8_e5m2)),
         r"a type that is not read: .*q_proj\.weight \(F8_E5M2\)",
     ),
-    (
-        "fp8 channels",
-        with_part("lm_head.weight", np.ones((64, 32), np.int8)),
-        r"leaves them out: lm_head",
-    ),
-    ("packed int4", without(f"{Q}.weight_shape"), r"missing: .*q_proj\.weight_shape"),
-    (
-        "packed int4",
-        with_part(f"{Q}.weight_shape", np.array([32, 40])),
-        r"weight_shape says \[32, 40\] instead of \[32, 36\]",
-    ),
-    ("packed int4", with_part(f"{Q}.weight_g_idx", np.zeros(36, np.int32)), "act-order.*weight_g_"),
-    ("packed int4", with_part(f"{Q}.weight", np.ones((32, 36), BF16)), "there twice.*q_proj.weigh"),
-    ("packed int4 with zeros", without(f"{Q}.weight_zero_point"), "missing: .*weight_zero_point"),
-    ("gptq", without(f"{Q}.qweight"), r"missing: .*q_proj\.weight.*not part .*q_proj\.qzeros"),
-    ("gptq", without(f"{Q}.scales"), r"missing: .*q_proj\.scales"),
-    ("gptq in order", without(f"{Q}.g_idx"), r"missing: .*q_proj\.g_idx"),
-    ("gptq", with_part(f"{Q}.g_idx", np.full(32, 2, np.int32)), "group that is none of its 2"),
-    (
-        "awq",
-        with_part(f"{Q}.qweight", np.ones((4, 32), np.int32)),
-        r"qweight \[4, 32\] instead of \[32, 4\]",
-    ),
-    ("awq", with_part("model.layers.0.spare", np.ones(4, F16)), "not part of the model: .*spare"),
+    ("fp8 channels", with_part("weight", np.ones((64, 32), np.int8), "lm_head"), "out: lm_head"),
+    ("packed int4", without("weight_shape"), r"missing: .*q_proj\.weight_shape"),
+    ("packed int4", with_part("weight_shape", np.array([32, 40])), r"32, 40\] instead of \[32, 36"),
+    ("packed int4", with_part("weight_g_idx", np.zeros(36, np.int32)), "act-order.*weight_g_"),
+    ("packed int4", with_part("weight", np.ones((32, 36), BF16)), "there twice.*q_proj.weigh"),
+    ("packed int4 with zeros", without("weight_zero_point"), "missing: .*weight_zero_point"),
+    ("gptq", without("qweight"), r"missing: .*q_proj\.weight.*not part .*q_proj\.qzeros"),
+    ("gptq", without("scales"), r"missing: .*q_proj\.scales"),
+    ("gptq in order", without("g_idx"), r"missing: .*q_proj\.g_idx"),
+    ("gptq", with_part("g_idx", np.full(32, 2, np.int32)), "group that is none of its 2"),
+    ("awq", with_part("qweight", np.ones((4, 32), np.int32)), r"\[4, 32\] instead of \[32, 4\]"),
+    ("awq", with_part("spare", np.ones(4, F16), BLOCK), "not part of the model: .*spare"),
 ]
 
 

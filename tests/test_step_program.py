@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.program import hlo, thunks
 from easyspec_jax.program.floor import pass_floor, prefill_floor, step_floors
 from easyspec_jax.program.phases import MATRICES, PARTS, by_phase, place
-from easyspec_jax.program.report import read_program
+from easyspec_jax.program.report import participants, read_program
 from easyspec_jax.program.target import TARGETS, make_mesh
 from easyspec_jax.weights import ARRANGED
 
@@ -314,6 +315,41 @@ def test_traffic_of_a_jitted_product_is_its_operands_and_its_result():
     text = jax.jit(lambda x, w: x @ w).lower(x, w).compile().as_text()
     (one,) = (one for one in hlo.whole(hlo.parse(text)) if one.counts)
     assert (one.read, one.written) == (4 * (4 * 256 + 256 * 512), 4 * 4 * 512)
+
+
+@pytest.mark.parametrize(
+    ("written", "devices"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("{{0,1,2,3}}", 4),
+        ("{}", 8),
+        ("[2,2]<=[4]", 2),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['layer'=4,'tensor'=2] {'layer'}", 4),
+        ("mesh['layer'=4,'tensor'=2] {'layer','tensor'}", 8),
+    ],
+)
+def test_devices_of_a_collective_are_read_as_every_version_writes_them(written, devices):
+    rest = f"f32[2]{{0}} %x), channel_id=1, replica_groups={written}, use_global_device_ids=true"
+    assert participants(rest, 8) == devices
+
+
+def test_programs_are_compiled_for_the_rows_of_their_passes(monkeypatch):
+    """The loop for what a step verifies, a piece of a prompt for its tokens."""
+    asked = []
+    names = ("argument", "temp", "output", "alias")
+    sizes = types.SimpleNamespace(**{f"{name}_size_in_bytes": 0 for name in names})
+    compiled = types.SimpleNamespace(as_text=lambda: HLO, memory_analysis=lambda: sizes)
+
+    def compile_with(lowered, compiler_options):
+        asked.append(compiler_options["rows"])
+        return compiled
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_with)
+    monkeypatch.setattr(es.CompileOptions, "on", lambda self, mesh, rows: (("rows", rows),))
+    decoder = pair(es.make_mesh(1, 1), num_draft_tokens=3, tree_width=2)
+    read_program(decoder, max_len=64, prefill=(16,))
+    assert asked == [1 + 3 * 2, 16]
 
 
 def test_the_command_reads_the_program_of_this_machine(easyspec, tmp_path):

@@ -1,8 +1,10 @@
 """A `Device` filled in by micro-benchmarks of the machine at hand, in some ten seconds.
 
-Products are timed in compiled loops over more weights than any cache holds. What a layer costs
-beside its products is seen by decoding with a small model of few and of many layers, so that it is
-the program's own kernels that are counted. Collectives are timed in a chain.
+Products are timed in compiled loops over more weights than any cache holds: of one row with the
+compiler's default library, as autoregression has it; of several with what a loop that verifies so
+many asks for (`CompileOptions`), which then multiplies its draft's single rows too, untimed. What a
+layer costs beside them is seen by decoding with a small model of few and of many layers, so that it
+is the program's own kernels that are counted. Collectives are timed in a chain.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from easyspec_jax.planner.device import Device
 from easyspec_jax.program import floor, hlo, phases, thunks
 from easyspec_jax.program.target import compile_options
 from easyspec_jax.request import make_inputs
+from easyspec_jax.sharding import platform_of
 
 _ROUNDS = {"all-reduce": 2}  # of a ring; all others go around once
 _STRATEGY = re.compile(r'"kernel_strategy":"KERNEL_STRATEGY_(\w+)"')
@@ -229,8 +230,7 @@ def compile_program(lowered: Any, decoder: Decoder, rows: int) -> Compiled:
     mesh = decoder.base.layout.mesh
     more = dict(decoder.compile_options.on(mesh, rows))
     with tempfile.TemporaryDirectory(prefix="easyspec-program-") as folder:
-        on_gpu = mesh.devices.flat[0].platform != "cpu"
-        options = compile_options(mesh, folder if on_gpu else None)
+        options = compile_options(mesh, folder if platform_of(mesh) != "cpu" else None)
         compiled = lowered.compile(compiler_options=options | more)
         sequence = thunks.dumped(pathlib.Path(folder))
     sizes = compiled.memory_analysis()
@@ -347,20 +347,25 @@ class _Reader:
         return max((one.read + one.written) / device.bandwidth, device.least)
 
     def _exchange(self, one: hlo.Launch) -> Exchange:
-        strategy, groups = _STRATEGY.search(one.op.rest), _GROUP.search(one.op.rest)
-        devices = math.prod(self.decoder.base.layout.mesh.shape.values())
-        if (axes := _AXES.search(one.op.rest)) is not None:
-            sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-            devices = math.prod(int(sizes[name]) for name in re.findall(r"\w+", axes[2]))
-        elif groups is not None:
-            devices = len(groups[1].split(",")) if groups[1] else int(groups[2] or devices)
+        strategy = _STRATEGY.search(one.op.rest)
         return Exchange(
             kind=one.op.collective,
             kernel=strategy[1] if strategy else "DEFAULT",
             bytes=one.written,
-            devices=devices,
+            devices=participants(one.op.rest, self.decoder.base.layout.mesh.size),
             count=1,
         )
+
+
+def participants(attributes: str, every: int) -> int:
+    """Devices that a collective with these attributes sums or gathers over, of `every` one."""
+    if (axes := _AXES.search(attributes)) is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"\w+", axes[2]))
+    groups = _GROUP.search(attributes)
+    if groups is None:
+        return every
+    return len(groups[1].split(",")) if groups[1] else int(groups[2] or every)
 
 
 def estimate(program: StepProgram, device: Device | None) -> dict[str, float]:
