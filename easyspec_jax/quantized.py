@@ -213,8 +213,8 @@ def _by_groups(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """
     wide = wide_type(x.dtype)
     w = codes.astype(wide) * scales[..., None].astype(wide)
-    x = lax.optimization_barrier(x)  # else what makes it is done again for every row
-    rows = x.astype(wide).reshape(-1, 1, *codes.shape[1:])
+    wide_x = lax.optimization_barrier(x.astype(wide))  # else it is made again for every row
+    rows = wide_x.reshape(-1, 1, *codes.shape[1:])
     found = [(rows[i] * w).sum(axis=(1, 2)) for i in range(len(rows))]
     return jnp.stack(found).reshape(*x.shape[:2], -1)
 
