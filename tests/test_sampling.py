@@ -232,7 +232,7 @@ def test_residual_after_each_rejection_by_hand():
 
 def test_every_filter_combination_traces_once():
     """Values of filters are run-time; which are on is static."""
-    traced = jax.jit(probabilities)
+    traced = jax.jit(functools.partial(probabilities))
     logits = jnp.zeros((1, 8), jnp.float32)
     for on in itertools.product([False, True], repeat=3):
         for scale in (1, 2):
