@@ -115,6 +115,7 @@ def test_the_number_is_that_of_the_formula(group_size):
     assert sum(one.part in inner for one in found if one.phase == "calibrate") == 2 * 6
 
 
+@pytest.mark.slow  # test_layer_parallel.py counts them in one pass
 def test_a_group_with_mlps_at_once_costs_two_collectives_whatever_its_size():
     """L / group_size * 2: calibration alone sums each MLP by itself."""
     decoder = pair((4, 2), LAYER, "indirect")
