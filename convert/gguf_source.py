@@ -263,6 +263,16 @@ def _open(path: pathlib.Path):
     class Reader(gguf.GGUFReader):
         """One that does not read on behind the end of the file, where it would find nothing."""
 
+        @property
+        def data(self):
+            return self._bytes
+
+        @data.setter
+        def data(self, mapped):
+            # A slice of a memmap costs several times one of an array, and there are 250,000 in a
+            # vocabulary; each is also something that the garbage collector looks through.
+            self._bytes = mapped.view(np.ndarray)
+
         def _get(self, offset, dtype, count=1, override_order=None):
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends too early")

@@ -61,9 +61,10 @@ def probabilities(logits: jax.Array, filters: Filters) -> jax.Array:
     Returns:
       f32[..., V].
     """
-    x = logits.astype(jnp.float32) / filters.temperature
+    x = logits.astype(jnp.float32)
     # Not normalised before the end: the largest is 1, and a filter compares with what it is given.
-    p = jnp.exp(x - x.max(axis=-1, keepdims=True))
+    # Divided behind the difference: compilers may round x / temperature in one of its places only.
+    p = jnp.exp((x - x.max(axis=-1, keepdims=True)) / filters.temperature)
     if filters.use_top_k:
         count = lambda p, at: (p >= at).sum(axis=-1, dtype=jnp.int32)  # noqa: E731
         p = _keep(p, _largest_threshold(p, lambda *x: count(*x) >= filters.top_k))

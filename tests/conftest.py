@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 
 import jax
+import numpy as np
 import pytest
 from hf_models import tiny_config, write_hf_folder
 
 import convert
+from easyspec_jax import checkpoint
 from easyspec_jax.cli import main as cli
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # GPUs are compiled for, without one
@@ -108,6 +111,22 @@ def resident_bytes() -> int:
     """Physical memory of this process; 0 where the system does not say."""
     statm = pathlib.Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def digests_of_host():
+    """Digests of checkpoints are zlib's: compiling the library's own for every mesh takes as long
+    as what many tests are about. test_integrity.py and test_sharding.py have the real ones.
+    """
+
+    def crc32(arrays):
+        return np.uint32(
+            zlib.crc32(b"".join(np.asarray(arrays[k]).tobytes() for k in sorted(arrays)))
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "digest", crc32)
+        yield
 
 
 @pytest.fixture(scope="module")

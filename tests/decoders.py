@@ -8,7 +8,6 @@ import functools
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import easyspec_jax as es
@@ -71,9 +70,13 @@ def stranger_drafting(mesh_shape=(1, 1), *, gamma=2, width=1):
 
 
 def all_logits(base, tokens):
-    """Logits f[B, T, V] at every position of texts of one length, i32[B, T]; on one device."""
-    tokens = jnp.asarray(tokens, jnp.int32)
-    return _all_logits(base, tokens, fresh_cache(base, *tokens.shape))
+    """Logits f[B, T, V] at every position of texts of one length, i32[B, T]; on one device. What
+    is padded to round numbers is compiled once for many sizes.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    (b, t), rows = tokens.shape, 1 << (len(tokens) - 1).bit_length()
+    padded = np.pad(tokens, ((0, rows - b), (0, -t % 16)))
+    return np.asarray(_all_logits(base, padded, fresh_cache(base, *padded.shape)))[:b, :t]
 
 
 @jax.jit
@@ -147,8 +150,8 @@ def compilations() -> tuple[int, int, int]:
 
 def entries(cache) -> list[np.ndarray]:
     """Keys and values of every slot of a cache, [..., S, H]."""
-    slots = (kv for block in cache.blocks for kv in block)
-    return [np.asarray(x) for kv in slots for x in (kv.k, kv.v)]
+    slots = (kv for block in jax.device_get(cache.blocks) for kv in block)
+    return [x for kv in slots for x in (kv.k, kv.v)]
 
 
 def spy_on_prefills(monkeypatch) -> list[int]:

@@ -212,12 +212,8 @@ def empty_cache(model: Model, batch: int, max_len: int, fill: float = 0.0) -> KV
 
 def run_library(model: Model, tokens, cache: KVCache, *, num=None, run_block=run_layer):
     """Logits [B, T, V] and the new cache of the library's forward on the model's mesh."""
-    tokens = jnp.asarray(tokens, jnp.int32)
-    num = (
-        jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-        if num is None
-        else jnp.asarray(num, jnp.int32)
-    )
+    tokens = np.asarray(tokens, np.int32)
+    num = np.broadcast_to(np.int32(tokens.shape[1] if num is None else num), tokens.shape[:1])
     return _run(model, tokens, cache, num, run_block=run_block)
 
 
@@ -233,8 +229,8 @@ def _run(model, tokens, cache, num, *, run_block):
 
 def compiled_text(model: Model, tokens, cache: KVCache, *, run_block) -> str:
     """Optimised HLO of `run_library`."""
-    tokens = jnp.asarray(tokens, jnp.int32)
-    num = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    tokens = np.asarray(tokens, np.int32)
+    num = np.full(tokens.shape[:1], tokens.shape[1], np.int32)
     lowered = _run.lower(model, tokens, cache, num, run_block=run_block)
     return lowered.compile().as_text()
 
@@ -247,11 +243,11 @@ def layer_kv(model: Model, cache: KVCache, size: int) -> list[tuple[np.ndarray, 
         return x.reshape(num_kv, -1, *x.shape[1:]).transpose(1, 2, 0, 3)[:, :size]
 
     pairs = []
-    for num_layers, slots in zip(model.partition, cache.blocks, strict=True):
+    for num_layers, slots in zip(model.partition, jax.device_get(cache.blocks), strict=True):
         for j in range(num_layers):
             if n > 1 and num_layers > 1:  # stacked: layer j is slot j // n on device j % n
-                k, v = np.asarray(slots[j // n].k)[j % n], np.asarray(slots[j // n].v)[j % n]
+                k, v = slots[j // n].k[j % n], slots[j // n].v[j % n]
             else:
-                k, v = np.asarray(slots[j].k), np.asarray(slots[j].v)
+                k, v = slots[j].k, slots[j].v
             pairs.append((unpack(k), unpack(v)))
     return pairs

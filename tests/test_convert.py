@@ -26,6 +26,8 @@ from easyspec_jax import checkpoint
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.weights import LAYER_WEIGHTS, TOP_WEIGHTS, present
 
+pytestmark = pytest.mark.usefixtures("digests_of_host")
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 

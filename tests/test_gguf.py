@@ -27,6 +27,8 @@ from easyspec_jax.config import RopeScaling
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.weights import GGUF_PREFIX, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS
 
+pytestmark = pytest.mark.usefixtures("digests_of_host")
+
 untokenized = pytest.mark.filterwarnings("ignore:the source has no tokenizer")
 KINDS = {"control": 3, "user": 4, "unused": 5, "byte": 6}
 

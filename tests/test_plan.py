@@ -65,7 +65,11 @@ def pair(layout, *, mesh, partition=(1, 4, 3, 1), gamma=3, width=2):
     [
         ("tensor", (1,) * 9),
         ("grouped", (1, 4, 3, 1)),
-        (es.LayoutRules(heads=("tensor",), group="layer", mlp=()), (1, 6, 1, 1)),
+        pytest.param(
+            es.LayoutRules(heads=("tensor",), group="layer", mlp=()),
+            (1, 6, 1, 1),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_collectives_are_those_of_the_compiled_program(layout, partition):

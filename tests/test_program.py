@@ -99,9 +99,8 @@ def test_a_group_costs_one_collective_for_its_attentions_and_one_for_each_mlp(sh
     assert fuzzy["embed"] == sums(1, WIDTH) and fuzzy["logits"] == winners(WIDTH, WIDTH)
 
 
-@pytest.mark.parametrize(
-    "group_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))]
-)
+@pytest.mark.slow  # the test above counts groups of 4 and 2
+@pytest.mark.parametrize("group_size", [2, 3, 6])
 def test_the_number_is_that_of_the_formula(group_size):
     """L (1 + 1 / group_size) for the layers in groups, against 2 L of tensor parallelism."""
     mesh = es.make_mesh(4, 2)
@@ -116,6 +115,7 @@ def test_the_number_is_that_of_the_formula(group_size):
     assert sum(one.part in inner for one in found if one.phase == "calibrate") == 2 * 6
 
 
+@pytest.mark.slow  # test_layer_parallel.py counts them in one pass
 def test_a_group_with_mlps_at_once_costs_two_collectives_whatever_its_size():
     """L / group_size * 2: calibration alone sums each MLP by itself."""
     decoder = pair((4, 2), LAYER, "indirect")

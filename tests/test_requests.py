@@ -75,7 +75,10 @@ def answered(width):
     return self_drafting(width=width).generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
 
 
-@pytest.mark.parametrize("width", [1, 4])
+WIDTHS = [pytest.param(1, marks=pytest.mark.slow), 4]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_statistics_agree_with_themselves(width):
     stats = answered(width).stats
     assert stats.emitted == NEW * 3 and sum(stats.accepted_histogram) == stats.steps
@@ -96,7 +99,7 @@ def test_a_drafter_reports_its_own_counters(monkeypatch):
     assert autoregressive().generate([PROMPTS[0]], max_new_tokens=2).drafter_report == {}
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_logprobs_are_the_bases(width):
     out = answered(width)
     for prompt, new, got in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
@@ -138,10 +141,9 @@ def test_warmup_compiles_the_stream():
     ("batch", "width", "least"),
     [
         (1, 1, None),
-        (3, 4, None),
-        (1, 3, 0.2),
+        (3, 3, 0.2),
         *(pytest.param(*x, marks=pytest.mark.slow) for x in [(3, 1, None), (1, 4, None)]),
-        pytest.param(3, 3, 0.2, marks=pytest.mark.slow),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(3, 4, None), (1, 3, 0.2)]),
     ],
 )
 def test_the_compiled_loop_copies_no_cache(batch, width, least):

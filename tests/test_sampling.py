@@ -1,5 +1,6 @@
 """Filters against sorting, verification by hand and against the distribution it must keep."""
 
+import functools
 import itertools
 
 import jax
@@ -37,6 +38,9 @@ def sorted_filter(logits, s: Sampling):
     return p
 
 
+filtered = {gpu: jax.jit(functools.partial(probabilities)) for gpu in (False, True)}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -53,7 +57,7 @@ def test_filters_equal_sorting(seed, temperature, top_k, top_p, min_p, gpu):
     with pytest.MonkeyPatch.context() as patch:
         if gpu:
             patch.setattr(lax, "platform_dependent", lambda *x, cpu, default: default(*x))
-        p = np.asarray(probabilities(jnp.asarray(logits)[None], make_filters(s)))[0]
+        p = np.asarray(filtered[gpu](logits[None], make_filters(s)))[0]
     np.testing.assert_allclose(p, sorted_filter(logits, s), atol=2e-6)
 
 
@@ -115,11 +119,16 @@ def test_sample_never_draws_a_zero():
 
 
 def chain(tokens, probs=None, valid=None):
-    tokens = jnp.asarray(tokens, jnp.int32)
-    parents = jnp.broadcast_to(jnp.arange(-1, tokens.shape[1] - 1, dtype=jnp.int32), tokens.shape)
-    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
+    tokens = np.asarray(tokens, np.int32)
+    parents = np.broadcast_to(np.arange(-1, tokens.shape[1] - 1, dtype=np.int32), tokens.shape)
+    valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid)
     depth = tokens.shape[1]
     return Proposal(tokens=tokens, parents=parents, valid=valid, probs=probs, depth=depth)
+
+
+def accept(*args):
+    """By a trace of its own: mutations are seen."""
+    return jax.jit(functools.partial(accept_path))(*args)
 
 
 GREEDY = make_filters(Sampling())
@@ -136,8 +145,8 @@ SAMPLED = make_filters(Sampling(temperature=1.0))
     ],
 )
 def test_greedy_by_hand(drafted, valid, accepted, next_token):
-    logits = 5 * jax.nn.one_hot(jnp.asarray([[1, 2, 3, 4]]), 6, dtype=jnp.float32)
-    verdict = accept_path(logits, chain([drafted], valid=[valid]), GREEDY, jax.random.key(0))
+    logits = 5 * np.eye(6, dtype=np.float32)[None, [1, 2, 3, 4]]
+    verdict = accept(logits, chain([drafted], valid=[valid]), GREEDY, jax.random.key(0))
     assert int(verdict.num_accepted[0]) == accepted
     assert int(verdict.next_token[0]) == next_token
 
@@ -145,13 +154,13 @@ def test_greedy_by_hand(drafted, valid, accepted, next_token):
 def test_equal_distributions_accept_everything():
     """p = q accepts every draft token, and the bonus token is drawn from p itself."""
     logits = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
-    logits = jnp.broadcast_to(jnp.asarray(logits), (8192, 4, 7))
-    p = probabilities(logits, SAMPLED)
-    drafted = sample(jax.random.key(1), p[:, :3])
-    verdict = accept_path(logits, chain(drafted, p[:, :3]), SAMPLED, jax.random.key(2))
+    logits = np.broadcast_to(logits, (8192, 4, 7))
+    p = np.asarray(filtered[False](logits, SAMPLED))
+    drafted = jax.jit(sample)(jax.random.key(1), p[:, :3])
+    verdict = accept(logits, chain(drafted, p[:, :3]), SAMPLED, jax.random.key(2))
     assert (np.asarray(verdict.num_accepted) == 3).all()
     bonus = np.asarray(verdict.next_token).tolist()
-    assert surprise(bonus, dict(enumerate(np.asarray(p[0, 3])))) < 5
+    assert surprise(bonus, dict(enumerate(p[0, 3]))) < 5
 
 
 ROWS, V = 40_000, 5
@@ -165,21 +174,21 @@ def emitted(kind, seed=0):
     base = (
         rng.normal(size=(3, V)) * 1.5
     )  # independent of the drafted tokens: enumeration is a product
-    logits = jnp.broadcast_to(jnp.asarray(base, jnp.float32), (ROWS, 3, V))
+    logits = np.broadcast_to(base.astype(np.float32), (ROWS, 3, V))
     keys = jax.random.split(jax.random.key(seed), 2)
     if kind == "chosen":
         proposal = chain(np.tile([[1, 3]], (ROWS, 1)))
     else:
-        q = jnp.asarray(rng.normal(size=(2, V)) * 1.5, jnp.float32)
-        q = jnp.broadcast_to(jax.nn.softmax(q)[None], (ROWS, 2, V))
+        q = np.exp(rng.normal(size=(2, V)) * 1.5).astype(np.float32)
+        q = np.broadcast_to(q / q.sum(axis=-1, keepdims=True), (ROWS, 2, V))
         valid = np.tile([[True, kind != "invalid"]], (ROWS, 1))
-        proposal = chain(sample(keys[0], q), q, valid)
-    verdict = accept_path(logits, proposal, SAMPLED, keys[1])
+        proposal = chain(jax.jit(sample)(keys[0], q), q, valid)
+    verdict = accept(logits, proposal, SAMPLED, keys[1])
     m, last = np.asarray(verdict.num_accepted), np.asarray(verdict.next_token)
     drafted = np.asarray(proposal.tokens)
     first = np.where(m > 0, drafted[:, 0], last)
     second = np.where(m > 1, drafted[:, 1], np.where(m == 1, last, -1))
-    return first, second, np.asarray(jax.nn.softmax(base, axis=-1))
+    return first, second, np.exp(base) / np.exp(base).sum(axis=-1, keepdims=True)
 
 
 def step_surprise(kind):
@@ -214,16 +223,16 @@ def test_broken_rules_are_noticed(monkeypatch, kind, broken):
 
 def test_residual_after_each_rejection_by_hand():
     """p = (.5, .5, 0), q = (0, .5, .5): token 2 is always rejected, then only 0 is left."""
-    p = jnp.log(jnp.asarray([[[0.5, 0.5, 0.0]] * 2] * 256, jnp.float32))
-    q = jnp.asarray([[[0.0, 0.5, 0.5]]] * 256, jnp.float32)
-    verdict = accept_path(p, chain([[2]] * 256, q), SAMPLED, jax.random.key(0))
+    p = np.array([[[0.0, 0.0, -np.inf]] * 2] * 256, np.float32)  # logits
+    q = np.array([[[0.0, 0.5, 0.5]]] * 256, np.float32)
+    verdict = accept(p, chain([[2]] * 256, q), SAMPLED, jax.random.key(0))
     assert (np.asarray(verdict.num_accepted) == 0).all()
     assert (np.asarray(verdict.next_token) == 0).all()
 
 
 def test_every_filter_combination_traces_once():
     """Values of filters are run-time; which are on is static."""
-    traced = jax.jit(probabilities)
+    traced = jax.jit(functools.partial(probabilities))
     logits = jnp.zeros((1, 8), jnp.float32)
     for on in itertools.product([False, True], repeat=3):
         for scale in (1, 2):

@@ -25,6 +25,7 @@ SAMPLED = make_filters(es.Sampling(temperature=1.0))
 # The best of many.
 
 largest = jax.jit(sampling.largest, static_argnums=1)
+accept = jax.jit(accept_path)
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,16 +56,21 @@ def scores_of(seed, vocab):
     return lambda path: np.random.default_rng([seed, *path]).normal(size=vocab) * 2
 
 
+@functools.partial(jax.jit, static_argnums=range(4), static_argnames="drawn")
+def planted(rows, depth, width, vocab, *, drawn):
+    return tree.plant(jnp.ones(rows, bool), depth, width, vocab, drawn=drawn)
+
+
 def grown(scores, vocab, depth, width, filters, *, drawn=False, rows=1, seed=0, least=None):
     """A tree over `scores`, the same in every row but for what is drawn."""
     keys = jax.random.split(jax.random.key(seed), depth)
-    new = tree.plant(jnp.ones(rows, bool), depth, width, vocab, drawn=drawn)
+    new = planted(rows, depth, width, vocab, drawn=drawn)
     grow = jax.jit(functools.partial(tree.grow))  # a trace of its own: mutations are seen
     table = functools.cache(scores)
     for d in range(depth):
         paths = node_paths(new, d)
         logits = np.stack([[table(path) for path in row] for row in paths]).astype(np.float32)
-        new = grow(new, d, jnp.asarray(logits), filters, keys[d], least)
+        new = grow(new, d, logits, filters, keys[d], least)
     return new
 
 
@@ -129,10 +135,9 @@ def test_a_row_stops_below_the_least_probability():
     """The level that falls below it is kept; what follows is invalid, in this row alone."""
     sure, unsure = np.array([8.0, 0, 0, 0]), np.zeros(4)
     rows = np.stack([[sure] * 2, [unsure] * 2]).astype(np.float32)
-    new = tree.plant(jnp.asarray([True, True]), 3, 2, 4, drawn=False)
+    new, grow = planted(2, 3, 2, 4, drawn=False), jax.jit(tree.grow)
     for d in range(3):
-        scores = jnp.asarray(rows[:, : 1 + (d > 0)])
-        new = tree.grow(new, d, scores, GREEDY, jax.random.key(0), jnp.float32(0.3))
+        new = grow(new, d, rows[:, : 1 + (d > 0)], GREEDY, jax.random.key(0), np.float32(0.3))
     assert np.asarray(new.valid).tolist() == [[True] * 6, [True] * 2 + [False] * 4]
     assert np.asarray(new.stopped).tolist() == [False, True]
 
@@ -154,11 +159,11 @@ def test_the_draft_is_the_beam_of_its_model(width):
         level = {(): 0.0}
         for d in range(4):
             texts = [[*prompt, *path] for path in level]
-            log_q = np.asarray(jax.nn.log_softmax(all_logits(decoder.base, texts)[:, -1]))
+            log_q = [log_softmax(x) for x in all_logits(decoder.base, texts)[:, -1]]
             children = {
-                (*path, x): total + log_q[i, x]
+                (*path, x): total + log_q[i][x]
                 for i, (path, total) in enumerate(level.items())
-                for x in range(log_q.shape[1])
+                for x in range(len(log_q[i]))
             }
             best = sorted(children, key=children.get, reverse=True)[:width]
             level = {path: children[path] for path in best}
@@ -200,19 +205,20 @@ def test_drawn_paths_are_a_sample_without_replacement():
 def test_a_sibling_with_hardly_any_q_left_is_still_tried(gap):
     """At temperature 0.1 the second token has a q of about 1e-38: all that is left of q."""
     filters, rows = make_filters(es.Sampling(temperature=0.1)), 8000
-    scores = jnp.broadcast_to(jnp.asarray([0.0, -gap, -30.0], jnp.float32), (rows, 1, 3))
-    new = tree.plant(jnp.ones(rows, bool), 1, 2, 3, drawn=True)
-    proposal = tree.grow(new, 0, scores, filters, jax.random.key(0)).proposal()
+    scores = np.broadcast_to(np.array([0.0, -gap, -30.0], np.float32), (rows, 1, 3))
+    new = planted(rows, 1, 2, 3, drawn=True)
+    proposal = jax.jit(tree.grow)(new, 0, scores, filters, jax.random.key(0)).proposal()
     p = np.array([1e-30, 0.4, 0.6], np.float32)
-    logits = jnp.broadcast_to(jnp.asarray(np.log(p) * 0.1), (rows, 3, 3))
-    first = first_tokens(accept_path(logits, proposal, filters, jax.random.key(1)), proposal)
+    logits = np.broadcast_to(np.log(p) * np.float32(0.1), (rows, 3, 3))
+    first = first_tokens(accept(logits, proposal, filters, jax.random.key(1)), proposal)
     assert surprise(first, dict(enumerate(p))) < 5
 
 
 def first_tokens(verdict, proposal):
     """The first token that every row emits."""
     taken = np.take_along_axis(np.asarray(proposal.tokens), np.asarray(verdict.path)[:, :1], axis=1)
-    return np.where(verdict.num_accepted > 0, taken[:, 0], verdict.next_token).tolist()
+    none = np.asarray(verdict.num_accepted) == 0
+    return np.where(none, verdict.next_token, taken[:, 0]).tolist()
 
 
 # Who is whose ancestor.
@@ -229,23 +235,28 @@ SEEN = [{0}, {1}, {0, 2}, {0, 3}, {1, 4}, {0, 3, 5}, {1, 4, 6}]
 
 
 def proposal_of(parents, tokens, *, depth, probs=None, valid=None):
-    parents, tokens = (jnp.atleast_2d(jnp.asarray(x, jnp.int32)) for x in (parents, tokens))
-    parents = jnp.broadcast_to(parents, tokens.shape)
-    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid)
+    parents, tokens = (np.atleast_2d(np.asarray(x, np.int32)) for x in (parents, tokens))
+    parents = np.broadcast_to(parents, tokens.shape)
+    valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid)
     return Proposal(tokens=tokens, parents=parents, valid=valid, probs=probs, depth=depth)
 
 
 def test_ancestry_by_hand():
-    got = np.asarray(ancestry(proposal_of(PARENTS, range(7), depth=3)))[0]
+    got = np.asarray(jax.jit(ancestry)(proposal_of(PARENTS, range(7), depth=3)))[0]
     assert [set(np.flatnonzero(row).tolist()) for row in got] == SEEN
 
 
 def test_placement_by_hand():
     """Root and nodes at entries 4 to 11: all see what is before, the root, and their ancestors."""
-    proposal = proposal_of(PARENTS, range(7), depth=3)
-    placed = verify.verification_placement(jnp.asarray([4], jnp.int32), proposal)
-    assert np.asarray(placed.positions).tolist() == [[4, 5, 5, 6, 6, 6, 7, 7]]
-    mask = np.asarray(placed.mask(14))[0]
+
+    @jax.jit
+    def placed(start, proposal):
+        placement = verify.verification_placement(start, proposal)
+        return placement.positions, placement.mask(14)
+
+    found = placed(np.array([4], np.int32), proposal_of(PARENTS, range(7), depth=3))
+    positions, (mask,) = map(np.asarray, found)
+    assert positions.tolist() == [[4, 5, 5, 6, 6, 6, 7, 7]]
     want = [{0, 1, 2, 3, 4}] + [{0, 1, 2, 3, 4} | {5 + i for i in seen} for seen in SEEN]
     assert [set(np.flatnonzero(row).tolist()) for row in mask] == want
     chain = proposal_of([-1, 0, 1], range(3), depth=3)
@@ -266,18 +277,23 @@ def test_a_pass_over_a_tree_equals_passes_over_its_paths(batch):
     prompt, nodes = rng.integers(0, 61, (batch, 4)), rng.integers(0, 61, (batch, 7))
     num = (4, 3)[:batch]  # committed tokens, the root last
     proposal = proposal_of(PARENTS, nodes, depth=3)
-    root = jnp.asarray([prompt[b, n - 1] for b, n in enumerate(num)], jnp.int32)
-    cache = absorbed(base, jnp.asarray(prompt, jnp.int32), tuple(n - 1 for n in num))
-    scores, cache, _ = jax.jit(verify.verify_in_one_pass)(base, cache, root, proposal)
-    path = jnp.asarray([[0, 3, 5]] * batch, jnp.int32)
-    kept = cache.keep(jnp.asarray(num, jnp.int32), path)
+    root = np.array([prompt[b, n - 1] for b, n in enumerate(num)], np.int32)
+    cache = absorbed(base, prompt.astype(np.int32), tuple(n - 1 for n in num))
+    path = np.array([[0, 3, 5]] * batch, np.int32)
+
+    @jax.jit
+    def verified(base, cache):
+        scores, cache, _ = verify.verify_in_one_pass(base, cache, root, proposal)
+        return scores.whole(), cache.keep(np.array(num, np.int32), path)
+
+    scores, kept = verified(base, cache)
     for b, i in itertools.product(range(batch), range(7)):
         text = [[*prompt[b, : num[b]], *(nodes[b, j] for j in sorted(SEEN[i]))]]
         np.testing.assert_allclose(
-            scores.whole()[b, i + 1], all_logits(base, text)[0, -1], atol=1e-9
+            np.asarray(scores)[b, i + 1], all_logits(base, text)[0, -1], atol=1e-9
         )
         if i == 5:  # the path that was kept
-            fresh = absorbed(base, jnp.asarray(text, jnp.int32), (len(text[0]),))
+            fresh = absorbed(base, np.array(text, np.int32), (len(text[0]),))
             for got, want in zip(entries(kept), entries(fresh), strict=True):
                 got, end = got.reshape(-1, batch, *got.shape[1:])[:, b], len(text[0])
                 np.testing.assert_allclose(got[:, :end], want[:, :end], atol=1e-9)
@@ -288,16 +304,16 @@ def test_a_draft_that_stopped_early_is_verified_in_a_smaller_pass():
     base, rng = model((1, 1)), np.random.default_rng(1)
     parents, n = [-1, -1, 0, 1, 2, 2, 4, 5, 7, 7], 10  # five levels of two
     proposal = proposal_of(parents, rng.integers(0, 61, n), depth=5)
-    cache, root = absorbed(base, jnp.asarray([[3, 4, 5, 6]], jnp.int32), (3,)), jnp.int32([6])
-    run = jax.jit(verify.verify_in_one_pass)
-    whole, _, _ = run(base, cache, root, proposal)
+    cache, root = absorbed(base, np.array([[3, 4, 5, 6]], np.int32), (3,)), np.array([6], np.int32)
+    run = jax.jit(lambda *x: verify.verify_in_one_pass(*x)[0].share)
+    whole = np.asarray(run(base, cache, root, proposal))
     sizes = verify.verification_sizes(5)
     assert sizes == (1, 2, 3, 5)
     for levels in range(6):
-        scores, _, _ = run(base, cache, root, proposal.replace(levels=jnp.int32(levels)))
+        share = np.asarray(run(base, cache, root, proposal.replace(levels=np.int32(levels))))
         verified = 1 + 2 * next(size for size in sizes if size >= levels)
-        np.testing.assert_allclose(scores.share[:, :verified], whole.share[:, :verified], atol=1e-9)
-        assert not np.asarray(scores.share[:, verified:]).any()
+        np.testing.assert_allclose(share[:, :verified], whole[:, :verified], atol=1e-9)
+        assert not share[:, verified:].any()
 
 
 # Acceptance by hand.
@@ -306,7 +322,7 @@ def test_a_draft_that_stopped_early_is_verified_in_a_smaller_pass():
 def scores_for(table, vocab, nodes):
     """Base logits that make `table[node]` (-1: root) the argmax there."""
     targets = [table.get(i, 0) for i in range(-1, nodes)]
-    return 5 * jax.nn.one_hot(jnp.asarray([targets]), vocab, dtype=jnp.float32)
+    return 5 * np.eye(vocab, dtype=np.float32)[None, targets]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +337,7 @@ def scores_for(table, vocab, nodes):
 )
 def test_greedy_path_by_hand(table, path, next_token, tries):
     proposal = proposal_of(PARENTS, [1, 2, 3, 4, 5, 6, 7], depth=3)
-    verdict = accept_path(scores_for(table, 9, 7), proposal, GREEDY, jax.random.key(0))
+    verdict = accept(scores_for(table, 9, 7), proposal, GREEDY, jax.random.key(0))
     assert int(verdict.num_accepted[0]) == len(path)
     assert np.asarray(verdict.path)[0, : len(path)].tolist() == path
     assert int(verdict.next_token[0]) == next_token
@@ -330,7 +346,7 @@ def test_greedy_path_by_hand(table, path, next_token, tries):
 
 def test_an_invalid_node_hides_its_children():
     proposal = proposal_of(PARENTS, range(1, 8), depth=3, valid=[[True, False] + [True] * 5])
-    verdict = accept_path(scores_for({-1: 2, 1: 5}, 9, 7), proposal, GREEDY, jax.random.key(0))
+    verdict = accept(scores_for({-1: 2, 1: 5}, 9, 7), proposal, GREEDY, jax.random.key(0))
     assert int(verdict.num_accepted[0]) == 0 and int(verdict.next_token[0]) == 2
     assert np.asarray(verdict.tries)[0].tolist() == [1, 0, 0]
 
@@ -349,8 +365,8 @@ def step_tree(drawn):
     paths = [node_paths(new, d) for d in range(DEPTH + 1)]
     rows = [[base(path) for d in range(DEPTH + 1) for path in paths[d][b]] for b in range(rows)]
     logits = np.asarray(rows, np.float32)
-    spread = lambda x: jnp.broadcast_to(x, (ROWS, *x.shape[1:]))  # noqa: E731
-    return jax.tree.map(spread, new.proposal()), spread(jnp.asarray(logits)), base
+    spread = lambda x: np.broadcast_to(x, (ROWS, *x.shape[1:]))  # noqa: E731
+    return jax.tree.map(spread, jax.device_get(new.proposal())), spread(logits), base
 
 
 def step_surprise(drawn):
@@ -399,12 +415,12 @@ def test_siblings_by_likelihood_would_be_noticed():
     own = np.take_along_axis(q, np.asarray(proposal.tokens)[..., None], axis=-1)[..., 0]
     order = np.argsort(-own[:, :WIDTH], axis=1, kind="stable")
     first = np.take_along_axis(np.asarray(proposal.tokens)[:, :WIDTH], order, axis=1)
-    only = proposal_of([-1] * WIDTH, first, depth=1, probs=proposal.probs[:, :1])
-    fair = only.replace(tokens=proposal.tokens[:, :WIDTH])
-    p = dict(enumerate(np.asarray(jax.nn.softmax(logits[0, 0]), np.float64)))
+    only = proposal_of([-1] * WIDTH, first, depth=1, probs=np.asarray(proposal.probs)[:, :1])
+    fair = only.replace(tokens=np.asarray(proposal.tokens)[:, :WIDTH])
+    p = dict(enumerate(np.exp(log_softmax(np.float64(logits[0, 0])))))
 
     def emitted(proposal):
-        verdict = accept_path(logits[:, : WIDTH + 1], proposal, SAMPLED, jax.random.key(3))
+        verdict = accept(logits[:, : WIDTH + 1], proposal, SAMPLED, jax.random.key(3))
         return first_tokens(verdict, proposal)
 
     assert surprise(emitted(fair), p) < 5 < surprise(emitted(only), p)
