@@ -19,6 +19,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import filelock
 import jax
@@ -26,6 +27,7 @@ import numpy as np
 import tqdm
 
 from convert import tensors
+from convert.codes import kept, read_codes
 from convert.folder import FolderSource, download
 from convert.tokenizer import has_tokenizer, tokenizer_hash
 from easyspec_jax import checkpoint
@@ -33,7 +35,7 @@ from easyspec_jax.hf_config import stop_ids_of
 from easyspec_jax.json_files import write_object
 from easyspec_jax.quantized import Quantization
 from easyspec_jax.sources import HUB_ID
-from easyspec_jax.weights import Weight, check_groups, quantised
+from easyspec_jax.weights import Weight, check_groups, form_of, quantised
 
 _LOCK = ".lock"  # in a folder that is being written
 
@@ -44,6 +46,7 @@ def convert(
     *,
     dtype: str | None = None,
     quantization: str | Quantization | None = None,
+    dequantize: bool = False,
     revision: str | None = None,
     progress: bool | None = True,
 ):
@@ -53,12 +56,15 @@ def convert(
       src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name, or
         owner/name@revision).
       dst: the new folder; it may exist if it is empty, and is removed then, before all else.
-      dtype: "float32", "bfloat16" or "float16"; None keeps that of the source, which for quantised
-        GGUF tensors is float32, and for a quantised folder that of what it stores as floats.
-      quantization: "int8", "int4" or "fp8", or a `Quantization`: matrices are stored as codes and
-        scales; None: as floats.
+      dtype: "float32", "bfloat16" or "float16", of what is stored as floats; None keeps that of the
+        source, which for quantised GGUF tensors is float32, and for a quantised folder that of what
+        it stores as floats.
+      quantization: "int8", "int4" or "fp8", or a `Quantization`: matrices are rounded to codes and
+        scales. None: as the source has them; its codes and scales are kept, not rounded, where the
+        matrices of all layers have one form that a checkpoint knows, and become floats elsewhere.
+      dequantize: codes of the source become floats.
       revision: branch, tag or commit of a hub id.
-      progress: show a progress bar, one tick per layer, and say what was done with quantised
+      progress: show a progress bar, one tick per layer, and say what becomes of quantised
         weights; None: the bar only on a terminal.
 
     Raises:
@@ -77,8 +83,9 @@ def convert(
         tensors.check_tensors(source)
         check_groups(source.config, codes)
         tensors.check_tied_head(source)
-        if source.note and progress is not False:
-            print(f"{src}: {source.note}", file=sys.stderr, flush=True)
+        own, said = _own_codes(source, codes, dequantize)
+        if said and progress is not False:
+            print(f"{src}: {said}", file=sys.stderr, flush=True)
         temp = stack.enter_context(_temporary(dst))
         _write_texts(source, temp)
         tokenizer = tokenizer_hash(temp)  # may refuse, so it goes before the weights
@@ -88,10 +95,13 @@ def convert(
         parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
         digests = {}
         for part, weights in parts:
-            digests[part] = _write_part(source, temp, dtype, codes, part, weights)
+            arrays = _read_part(source, dtype, codes, own, weights)
+            digests[part] = checkpoint.save_part(temp, part, arrays)
+            del arrays
+            gc.collect()  # Orbax leaves cycles that hold the arrays
             interrupted()
         checkpoint.check_whole(temp, source.config, digests)
-        metadata = checkpoint.make_metadata(dtype, tokenizer, digests, codes)
+        metadata = checkpoint.make_metadata(dtype, tokenizer, digests, codes or own)
         write_object(temp / checkpoint.METADATA_FILE, metadata)
         interrupted()
         _put(temp, dst)
@@ -135,6 +145,20 @@ def _open(src, revision: str | None, stack: contextlib.ExitStack) -> tensors.Sou
             raise FileNotFoundError(f"{src} is neither a folder, a GGUF file nor a hub id.")
         path = download(hub[1], revision or hub[2])
     return FolderSource(path, stack)
+
+
+def _own_codes(
+    source: tensors.Source, codes: Quantization | None, dequantize: bool
+) -> tuple[Quantization | None, str]:
+    """How the codes of a source are kept, None where they are not; and what to say of it, "" where
+    it has none.
+    """
+    own, said = None, f"{source.codes} become floats"
+    if codes is not None:
+        said = f"{source.codes} are rounded to {codes.kind}"
+    elif source.codes and not dequantize:
+        own, said = kept(source)
+    return own, "; ".join(filter(None, (said, source.note))) if source.codes else ""
 
 
 @contextlib.contextmanager
@@ -222,29 +246,34 @@ def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
         )
 
 
-def _write_part(
+def _read_part(
     source: tensors.Source,
-    folder: pathlib.Path,
     dtype: str,
     codes: Quantization | None,
-    part: str,
+    own: Quantization | None,
     weights: dict[str, Weight],
-) -> str:
-    """Write one part, of `tensors.model_parts`; returns its digest."""
-    arrays = {}
+) -> dict[str, Any]:
+    """The arrays of one part, of `tensors.model_parts`.
+
+    Args:
+      codes: what matrices are rounded to.
+      own: how the codes of the source are kept.
+    """
+    arrays: dict[str, Any] = {}
     for tensor, weight in weights.items():
+        if form_of(weight.name, weight.inputs, source.config, own) is not None:
+            assert own is not None
+            arrays[weight.name] = jax.tree.map(_on_host, read_codes(source, tensor, weight, own))
+            continue
         # What is rounded to codes is not rounded to `dtype` before.
-        rounded = codes is not None and weight.inputs
+        rounded = form_of(weight.name, weight.inputs, source.config, codes) is not None
         kind = tensors.DTYPES["float32" if rounded else dtype]
         dense = tensors.read_array(source, tensor, weight, kind)
         one = {weight.name: _on_host(dense)}
         del dense
         arrays |= _quantised(one, source.config, codes) if rounded else one
         del one
-    digest = checkpoint.save_part(folder, part, arrays)
-    del arrays
-    gc.collect()  # Orbax leaves cycles that hold the arrays
-    return digest
+    return arrays
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
