@@ -243,7 +243,18 @@ def test_damage_is_found(stored, tmp_path):
         file.write_text(text)
 
 
+def test_metadata_without_the_later_fields_is_read():
+    for text in ({"kind": "int8", "group_size": None}, {"kind": "int4", "group_size": 8}):
+        found = checkpoint.stored_quantization({"quantization": text})
+        assert found == es.Quantization(**text)
+        assert es.Quantization(**found.stored) == found
+
+
 def test_refusals(source, tmp_path):
+    with pytest.raises(ValueError, match='lm_head must be "layers" or "float", got \'int4\''):
+        es.Quantization("int4", lm_head="int4")
+    with pytest.raises(ValueError, match="got 'float64'"):
+        es.Quantization("int4", scale_dtype="float64")
     with pytest.raises(ValueError, match='must be "int8" or "int4" or "fp8", got \'int3\''):
         es.load_model(source, quantization="int3")
     for size in (0, 1.5, True):

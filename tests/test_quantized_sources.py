@@ -1,4 +1,4 @@
-"""Folders of quantised safetensors: read as the floats that their formats say, or refused.
+"""Folders of quantised safetensors: read as what their formats say, or refused.
 
 Every checkpoint is made here from codes, zero points and scales that are drawn, packed one by one
 as the definition of the format has it; what must come back is (code - zero point) * scale, one
@@ -15,6 +15,7 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from hf_models import load_all, random_tensors, run, tiny_config, write_hf_folde
 
 import convert
 import easyspec_jax as es
+from convert.__main__ import main as command
 from convert.folder import FolderSource
 from convert.quantization_config import read_scheme
-from easyspec_jax import checkpoint, sources
+from easyspec_jax import checkpoint, sharding, sources
 
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 Q = "model.layers.0.self_attn.q_proj"
@@ -99,7 +101,7 @@ def whole(rng, shape, *, group: int | None, bits=8, packed=False, zeros="", tens
     return stored, want
 
 
-def gptq(rng, shape, *, bits=4, group: int | None = 16, offset=1, order="even"):
+def gptq(rng, shape, *, bits=4, group: int | None = 16, offset=1, order="even", symmetric=False):
     """Codes along inputs, zero points along outputs, less `offset`; the group of every input is
     said ("even"), drawn ("drawn") or left out ("").
     """
@@ -110,6 +112,8 @@ def gptq(rng, shape, *, bits=4, group: int | None = 16, offset=1, order="even"):
         rng.shuffle(index)
     codes = rng.integers(0, top, shape)
     zero = rng.integers(0, top, (outputs, inputs // size))
+    if symmetric:
+        zero[:] = top // 2
     scale = (rng.uniform(1, 2, zero.shape) / 2 / top).astype(F16)
     want = dense(codes, lambda o, i: zero[o, index[i]], lambda o, i: scale[o, index[i]])
     stored = {
@@ -153,6 +157,7 @@ class Case:
     dtype: np.dtype = BF16  # of what is stored as floats
     hidden: int = 32
     head: bool = False  # quantised as well
+    kept: tuple[str, int | None] | None = None  # kind and group of what a checkpoint has of it
 
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -173,16 +178,33 @@ CASES = {
         FP8 | {"ignored_layers": ["lm_head"]},
         fp8,
         {"scales": lambda o, i: (), "index": lambda o, i: ()},
+        kept=("fp8", None),
+    ),
+    "fp8 whole blocks": Case(
+        FP8 | {"weight_block_size": [20, 16], "modules_to_not_convert": ["lm_head"]},
+        fp8,
+        {
+            "scales": lambda o, i: (-(-o // 20), i // 16),
+            "index": lambda o, i: (o // 20, i // 16),
+            "name": "weight_scale_inv",
+        },
+        kept=("fp8", 16),
     ),
     "fp8 channels": Case(
         compressed("float-quantized", 8, "channel", kind="float"),
         fp8,
         {"scales": lambda o, i: (o, 1), "index": lambda o, i: (o, 0), "dtype": BF16},
+        kept=("fp8", None),
     ),
     "int8 tensor": Case(
-        compressed("naive-quantized", 8, "tensor"), whole, {"group": None, "tensor": True}
+        compressed("naive-quantized", 8, "tensor"),
+        whole,
+        {"group": None, "tensor": True},
+        kept=("int8", None),
     ),
-    "int8 channels": Case(compressed("int-quantized", 8, "channel"), whole, {"group": None}),
+    "int8 channels": Case(
+        compressed("int-quantized", 8, "channel"), whole, {"group": None}, kept=("int8", None)
+    ),
     "int8 groups": Case(
         compressed("int-quantized", 8, "group", 16, symmetric=False),
         whole,
@@ -194,6 +216,13 @@ CASES = {
         whole,
         {"group": 4, "bits": 4, "packed": True},
         hidden=36,
+        kept=("int4", 4),
+    ),
+    "packed int4 channels": Case(
+        compressed("pack-quantized", 4, "channel"),
+        whole,
+        {"group": None, "bits": 4, "packed": True},
+        kept=("int4", -1),
     ),
     "packed int4 with zeros": Case(
         compressed("pack-quantized", 4, "group", 4, symmetric=False),
@@ -221,16 +250,34 @@ CASES = {
         F16,
     ),
     "gptq of 8 bits": Case(GPTQ | {"bits": 8}, gptq, {"bits": 8}, F16),
+    # groups of 16 inputs over heads of 8
+    "gptq symmetric": Case(
+        GPTQ | {"sym": True, "lm_head": True},
+        gptq,
+        {"symmetric": True},
+        F16,
+        head=True,
+        kept=("int4", 16),
+    ),
+    "gptq symmetric of 8 bits": Case(
+        GPTQ | {"bits": 8, "group_size": -1, "sym": True, "checkpoint_format": "gptq_v2"},
+        gptq,
+        {"bits": 8, "group": None, "offset": 0, "symmetric": True},
+        F16,
+        kept=("int8", None),
+    ),
     "awq": Case(AWQ, awq, {}, F16),
 }
 
 
-def write(path: pathlib.Path, name: str, *, config=None, change=None) -> dict[str, np.ndarray]:
+def write(
+    path: pathlib.Path, name: str, *, config=None, change=None, layers=1
+) -> dict[str, np.ndarray]:
     """Write the quantised folder of a case, its config and tensors changed; what its weights are
     as floats. The head has 64 outputs, so that all is whole words.
     """
     case = CASES[name]
-    raw = tiny_config("llama", num_hidden_layers=1, hidden_size=case.hidden, vocab_size=64)
+    raw = tiny_config("llama", num_hidden_layers=layers, hidden_size=case.hidden, vocab_size=64)
     write_hf_folder(path, raw, dtype=case.dtype)
     said = case.config | (config or {})
     (path / "config.json").write_text(json.dumps(raw | {"quantization_config": said}))
@@ -265,6 +312,81 @@ def test_weights_are_what_their_format_says_to_the_last_bit(name, tmp_path, monk
     for key, array in load_all(out, 1).items():
         np.testing.assert_array_equal(array, want[key], strict=True)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    codes, case = stored_codes(out), CASES[name]
+    assert case.kept == (codes and (codes.kind, codes.group_size))
+    if codes is not None:
+        places = ("float", "layers" if case.head else "float")
+        assert (codes.embed, codes.lm_head) == places
+
+
+def stored_codes(folder: pathlib.Path) -> es.Quantization | None:
+    return checkpoint.stored_quantization(checkpoint.read_metadata(folder)[1])
+
+
+def test_codes_are_kept_on_a_mesh_and_say_what_the_floats_say(tmp_path, monkeypatch):
+    """On two layers at once, in the order of GPUs; greedily, and from disk to disk."""
+    write(tmp_path / "hf", "gptq symmetric", layers=2)
+    codes = run(tmp_path / "hf", tmp_path / "codes")
+    floats = run(tmp_path / "hf", tmp_path / "floats", dequantize=True, dtype="float32")
+    assert stored_codes(floats) is None
+    plain = es.load_model(floats, es.make_mesh(1, 1), dtype="float64", progress=False)
+    want = es.Decoder(plain).generate([[5, 9, 33]], max_new_tokens=12).tokens
+    monkeypatch.setattr(sharding, "has_gpus", lambda mesh: True)
+    mesh = es.make_mesh(4, 2)
+    options = {"group_size": 2, "progress": False}
+    model = es.load_model(codes, mesh, dtype="float64", **options)
+    assert model.quantization is not None and model.params.embed.dtype == np.float64
+    assert model.params.lm_head.scales.dtype == np.float16
+    assert es.Decoder(model).generate([[5, 9, 33]], max_new_tokens=12).tokens == want
+    half = es.load_model(codes, mesh, dtype="float16", **options)
+    es.save_model(half, tmp_path / "again", like=codes)
+    assert checkpoint.read_metadata(tmp_path / "again") == checkpoint.read_metadata(codes)
+
+
+def said(capsys, src, dst, *options: str) -> str:
+    """What the command has to say of a source, all of it one line."""
+    assert command([str(src), str(dst), *options]) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(f"{src}: ")]
+    return line.removeprefix(f"{src}: ")
+
+
+def test_one_line_says_what_becomes_of_codes(tmp_path, capsys):
+    write(tmp_path / "kept", "fp8 tensor")
+    line = said(capsys, tmp_path / "kept", tmp_path / "a")
+    assert line.startswith("fp8 weights stay codes and scales; activations stay floats")
+    line = said(capsys, tmp_path / "kept", tmp_path / "b", "--dequantize")
+    assert line.startswith("fp8 weights become floats; activations") and not stored_codes(
+        tmp_path / "b"
+    )
+    line = said(capsys, tmp_path / "kept", tmp_path / "c", "--quantization", "int8")
+    assert line.startswith("fp8 weights are rounded to int8; activations")
+    assert stored_codes(tmp_path / "c") == es.Quantization("int8")
+    write(tmp_path / "not", "awq")
+    line = said(capsys, tmp_path / "not", tmp_path / "d")
+    assert line == f"weights of 4 bits (awq) become floats: {Q}.qweight has zero points"
+
+
+def test_scales_of_several_types_are_kept_in_one_that_holds_them(tmp_path):
+    def wider(stored):
+        stored[f"{Q}.weight_scale"] = stored[f"{Q}.weight_scale"].astype(np.float32) + np.float32(
+            2.0**-20
+        )
+
+    write(tmp_path / "hf", "int8 channels", change=wider)
+    out = run(tmp_path / "hf", tmp_path / "codes", dtype="float32")
+    want = load_all(run(tmp_path / "hf", tmp_path / "a", dtype="float32", dequantize=True), 1)
+    assert stored_codes(out).scale_dtype == "float32"
+    jax.tree.map(np.testing.assert_array_equal, load_all(out, 1), want)
+
+
+def test_codes_that_are_no_numbers_are_refused(tmp_path):
+    def spoil(stored):
+        stored[f"{Q}.weight"].view(np.uint8)[3, 5] = 0x7F
+
+    write(tmp_path / "hf", "fp8 tensor", change=spoil)
+    with pytest.raises(ValueError, match=r"q_proj\.weight holds values that are not finite"):
+        run(tmp_path / "hf", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.slow
@@ -277,9 +399,9 @@ def test_a_folder_loads_and_predicts_as_its_floats_do(name, tmp_path, monkeypatc
     same = run(float_folder(tmp_path / "floats", name, floats), tmp_path / "same", dtype=dtype)
     assert sources.read_config(tmp_path / "hf")[0].vocab_size == 64
     model = es.load_model(tmp_path / "hf", es.make_mesh(1, 1))
-    said = capsys.readouterr().err
-    assert said.count("dequantised to floats") == 1
-    assert ("activations stay floats" in said) == name.startswith("fp8")
+    told = capsys.readouterr().err
+    assert told.count("become floats") == 1
+    assert ("activations stay floats" in told) == name.startswith("fp8")
     want = es.logits(es.load_model(same, es.make_mesh(1, 1), progress=False), [[5, 9, 33]])
     stored = sources.find_checkpoint(tmp_path / "hf")
     assert checkpoint.read_metadata(stored)[1]["dtype"] == dtype
@@ -343,7 +465,7 @@ def test_biases_of_zeros_are_dropped_and_others_are_not(tmp_path):
         run(tmp_path / "b", tmp_path / "out2")
 
 
-def test_a_matrix_that_is_ignored_or_left_as_floats_is_read_as_such(tmp_path):
+def test_a_matrix_that_is_left_as_floats_makes_floats_of_all(tmp_path, capsys):
     rows = np.full((32, 36), 0.5, BF16)
 
     def plain(stored):
@@ -352,7 +474,11 @@ def test_a_matrix_that_is_ignored_or_left_as_floats_is_read_as_such(tmp_path):
         stored[f"{Q}.weight"] = rows
 
     write(tmp_path / "hf", "packed int4", config={"ignore": ["re:.*q_proj"]}, change=plain)
-    out = load_all(run(tmp_path / "hf", tmp_path / "out"), 1)
+    line = said(capsys, tmp_path / "hf", tmp_path / "out")
+    assert (
+        line == f"weights of 4 bits (pack-quantized) become floats: {Q}.weight is stored as floats"
+    )
+    out = load_all(tmp_path / "out", 1)
     assert (out["0.wq"] == 0.5).all() and out["0.wq"].dtype == BF16
 
 
