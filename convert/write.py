@@ -57,15 +57,13 @@ def convert(
         owner/name@revision).
       dst: the new folder; it may exist if it is empty, and is removed then, before all else.
       dtype: "float32", "bfloat16" or "float16", of what is stored as floats; None keeps that of the
-        source, which for quantised GGUF tensors is float32, and for a quantised folder that of what
-        it stores as floats.
+        source's floats, and is float32 for quantised GGUF files.
       quantization: "int8", "int4" or "fp8", or a `Quantization`: matrices are rounded to codes and
-        scales. None: as the source has them; its codes and scales are kept, not rounded, where the
-        matrices of all layers have one form that a checkpoint knows, and become floats elsewhere.
+        scales. None: codes and scales of the source are kept where the matrices of all its layers
+        have one form that a checkpoint knows, and become floats elsewhere.
       dequantize: codes of the source become floats.
       revision: branch, tag or commit of a hub id.
-      progress: show a progress bar, one tick per layer, and say what becomes of quantised
-        weights; None: the bar only on a terminal.
+      progress: show a bar, and say what becomes of quantised weights; None: the bar on a terminal.
 
     Raises:
       ValueError: the source is not a model that can be converted; says why. Whatever the headers
@@ -76,6 +74,7 @@ def convert(
     if dtype is not None and dtype not in tensors.DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(tensors.DTYPES)}.")
     codes = Quantization.of(quantization)
+    hidden = None if progress is None else not progress  # None: shown on a terminal alone
     _make_way(dst)
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interrupts())
@@ -84,25 +83,21 @@ def convert(
         check_groups(source.config, codes)
         tensors.check_tied_head(source)
         own, said = _own_codes(source, codes, dequantize)
-        if said and progress is not False:
+        if said and not hidden:
             print(f"{src}: {said}", file=sys.stderr, flush=True)
         temp = stack.enter_context(_temporary(dst))
         _write_texts(source, temp)
         tokenizer = tokenizer_hash(temp)  # may refuse, so it goes before the weights
         dtype = dtype or source.dtype
         parts = list(tensors.model_parts(source.config))
-        hidden = None if progress is None else not progress  # None: shown on a terminal alone
-        parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
+        bar = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
         digests = {}
-        for part, weights in parts:
-            arrays = _read_part(source, dtype, codes, own, weights)
-            digests[part] = checkpoint.save_part(temp, part, arrays)
-            del arrays
-            gc.collect()  # Orbax leaves cycles that hold the arrays
+        for part, weights in bar:
+            digests[part] = _write_part(source, temp, dtype, codes, own, part, weights)
             interrupted()
         checkpoint.check_whole(temp, source.config, digests)
-        metadata = checkpoint.make_metadata(dtype, tokenizer, digests, codes or own)
-        write_object(temp / checkpoint.METADATA_FILE, metadata)
+        about = checkpoint.make_metadata(dtype, tokenizer, digests, codes or own)
+        write_object(temp / checkpoint.METADATA_FILE, about)
         interrupted()
         _put(temp, dst)
     return dst
@@ -246,14 +241,16 @@ def _write_texts(source: tensors.Source, folder: pathlib.Path) -> None:
         )
 
 
-def _read_part(
+def _write_part(
     source: tensors.Source,
+    folder: pathlib.Path,
     dtype: str,
     codes: Quantization | None,
     own: Quantization | None,
+    part: str,
     weights: dict[str, Weight],
-) -> dict[str, Any]:
-    """The arrays of one part, of `tensors.model_parts`.
+) -> str:
+    """Write one part, of `tensors.model_parts`; returns its digest.
 
     Args:
       codes: what matrices are rounded to.
@@ -273,7 +270,10 @@ def _read_part(
         del dense
         arrays |= _quantised(one, source.config, codes) if rounded else one
         del one
-    return arrays
+    digest = checkpoint.save_part(folder, part, arrays)
+    del arrays
+    gc.collect()  # Orbax leaves cycles that hold the arrays
+    return digest
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
