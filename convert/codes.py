@@ -7,6 +7,8 @@ floats; where that is not so the whole model becomes floats, and a sentence says
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 
 from convert.tensors import Source, check_finite, check_rows, model_parts, rows_of
@@ -19,7 +21,8 @@ def kept(source: Source) -> tuple[Quantization | None, str]:
     """How a checkpoint stores the codes of a source, None where they become floats; and what to say
     of it, "" where the source has none.
     """
-    layers, top = {}, {}
+    layers: dict[str, Form | str | None] = {}
+    top: dict[str, Form | str | None] = {}
     for part, weights in model_parts(source.config):
         for name, weight in weights.items():
             if weight.inputs:
@@ -28,30 +31,32 @@ def kept(source: Source) -> tuple[Quantization | None, str]:
         return None, ""
     (first, form), *_ = layers.items()
     odd = next((n for n, one in layers.items() if isinstance(one, str)), None)
-    odd = odd or next((n for n, one in layers.items() if one is None or one[:2] != form[:2]), None)
-    if odd is not None:
+    odd = odd or next((n for n, one in layers.items() if not _alike(one, form)), None)
+    if odd is not None or not isinstance(form, Form):
+        odd = odd or first
         reason = f"{source.label(odd)} {_described(layers[odd])}"
-        if odd != first and isinstance(form, Form) and not isinstance(layers[odd], str):
+        if not isinstance(layers[odd], str) and odd != first:
             reason += f", {source.label(first)} {_described(form)}"
         return None, f"{source.codes} become floats: {reason}"
-    places = {
-        name: "layers" if one and one[:2] == form[:2] else "float" for name, one in top.items()
-    }
-    scales = {one.scale_dtype for one in layers.values()}
-    scales |= {one.scale_dtype for name, one in top.items() if places[name] == "layers"}
-    group = PER_OUTPUT if form.group is None and form.kind == "int4" else form.group
+    same = {name for name, one in top.items() if _alike(one, form)}
+    scales = {one.scale_dtype for one in (layers | top).values() if _alike(one, form)}
     how = Quantization(
         form.kind,
-        group,
-        embed=places[EMBED.hf],
-        lm_head=places.get(HEAD.hf),
+        PER_OUTPUT if form.group is None and form.kind == "int4" else form.group,
+        embed="layers" if EMBED.hf in same else "float",
+        lm_head=None if HEAD.hf not in top else "layers" if HEAD.hf in same else "float",
         scale_dtype=scales.pop() if len(scales) == 1 else "float32",  # which holds the others
     )
-    dense = [n for n, place in places.items() if place == "float" and top[n] is not None]
     line = f"{source.codes} stay codes and scales"
-    for name in dense:
-        line += f"; {source.label(name)} {_described(top[name])} and becomes floats"
+    for name, one in top.items():
+        if name not in same and one is not None:
+            line += f"; {source.label(name)} {_described(one)} and becomes floats"
     return how, line
+
+
+def _alike(one: Form | str | None, other: Form | str | None) -> TypeGuard[Form]:
+    """Whether both are codes of one kind in groups of one size, whatever the type of scales."""
+    return isinstance(one, Form) and isinstance(other, Form) and one[:2] == other[:2]
 
 
 def _described(form: Form | str | None) -> str:
@@ -60,9 +65,8 @@ def _described(form: Form | str | None) -> str:
         return form
     if form is None:
         return "is stored as floats"
-    return f"is {form.kind} with a scale for " + (
-        "every output" if form.group is None else f"{form.group} inputs"
-    )
+    group = "every output" if form.group is None else f"{form.group} inputs"
+    return f"is {form.kind} with a scale for {group}"
 
 
 def read_codes(source: Source, tensor: str, weight: Weight, how: Quantization) -> Quantized:

@@ -53,8 +53,7 @@ def convert(
     """Write the checkpoint folder `dst` and return its path.
 
     Args:
-      src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name, or
-        owner/name@revision).
+      src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name[@revision]).
       dst: the new folder; it may exist if it is empty, and is removed then, before all else.
       dtype: "float32", "bfloat16" or "float16", of what is stored as floats; None keeps that of the
         source's floats, and is float32 for quantised GGUF files.

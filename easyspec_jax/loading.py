@@ -293,7 +293,8 @@ def _same(stored: Quantization, wanted: Quantization | None, folder: pathlib.Pat
     asked = {name: value for name, value in wanted.stored.items() if value is not None}
     if not asked.items() <= stored.stored.items():
         raise ValueError(
-            f"{folder} holds {stored} and cannot be loaded as {wanted}: convert the model again"
+            f"{folder} holds {stored} and cannot be loaded as {wanted}: convert the model again, "
+            f"with --quantization {wanted.kind}"
         )
     return dataclasses.replace(stored, keep_codes=wanted.keep_codes)
 

@@ -95,25 +95,25 @@ TIED = es.ModelConfig(**{**vars(WIDE), "tie_embeddings": True, "vocab_size": 64}
 # 32 columns of an MLP on 8 devices: groups of 8 lie on two, on GPUs behind padding. On 2 x 4
 # devices share a kv head.
 @pytest.mark.parametrize(
-    "gpus, shape, config, kind, group",
+    "gpus, shape, config, kind, group, top",
     [
-        (False, (1, 1), WIDE, "fp8", None),
-        (True, (1, 1), TIED, "int4", None),
-        (True, (1, 8), WIDE, "int4", 8),
-        (False, (2, 4), TIED, "int8", None),
-        pytest.param(False, (1, 8), TIED, "int4", 8, marks=pytest.mark.slow),
-        pytest.param(True, (2, 4), WIDE, "int8", 4, marks=pytest.mark.slow),
-        pytest.param(True, (8, 1), TIED, "fp8", 8, marks=pytest.mark.slow),
+        (False, (1, 1), WIDE, "fp8", None, "float"),
+        (True, (1, 1), TIED, "int4", None, "layers"),
+        (True, (1, 8), WIDE, "int4", 8, "layers"),
+        (False, (2, 4), TIED, "int8", None, None),
+        pytest.param(False, (1, 8), TIED, "int4", 8, None, marks=pytest.mark.slow),
+        pytest.param(True, (2, 4), WIDE, "int8", 4, "layers", marks=pytest.mark.slow),
+        pytest.param(True, (8, 1), TIED, "fp8", 8, "float", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_of_codes_says_what_its_rounded_floats_say(
-    pretend, gpus, shape, config, kind, group
+    pretend, gpus, shape, config, kind, group, top
 ):
     pretend(gpus)
     mesh = es.make_mesh(*shape)
     codes, floats = (
         es.random_model(
-            config, mesh, dtype="float64", quantization=es.Quantization(kind, group, keep)
+            config, mesh, dtype="float64", quantization=es.Quantization(kind, group, keep, top, top)
         )
         for keep in (True, False)
     )
