@@ -13,10 +13,11 @@ import numpy as np
 
 from convert.quantization_config import read_hf_config
 from convert.quantized import find_matrices
-from convert.tensors import DTYPES, Tensor, expected_tensors, row_ranges
+from convert.tensors import DTYPES, Rows, Tensor, expected_tensors, row_ranges
 from convert.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.json_files import read_object
+from easyspec_jax.quantized import Form
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -60,9 +61,10 @@ class FolderSource:
                     rows = Float8Rows(path, starts[name], rows.get_shape())
                 self._slices[name] = rows
         self.tensors = {name: _header(rows) for name, rows in self._slices.items()}
-        self.note, self.matrices = "", {}  # by the names of weights: those stored as codes
+        self.codes, self.note = "", ""
+        self.matrices = {}  # by the names of weights: those stored as codes
         if scheme is not None:
-            self.note = scheme.note
+            self.codes, self.note = scheme.codes, scheme.note
             self.matrices, self.tensors = find_matrices(
                 scheme, self.config, self._slices, self.tensors
             )
@@ -82,6 +84,14 @@ class FolderSource:
         tensor = self.tensors[name]
         for rows in row_ranges(tensor.shape, DTYPES[tensor.dtype].itemsize):
             yield self._slices[name][rows]
+
+    def form(self, name: str) -> Form | str | None:
+        """Of the codes of a matrix, or why there is none; None: it is floats."""
+        return self.matrices[name].form() if name in self.matrices else None
+
+    def coded(self, name: str) -> Iterator[Rows]:
+        """Consecutive slices of a matrix along its outputs, symmetric."""
+        return self.matrices[name].coded()
 
     def write_tokenizer(self, folder: pathlib.Path) -> None:
         """Copy the tokenizer files."""

@@ -1,6 +1,6 @@
 """A GGUF file as a source of tensors under the names and in the order of transformers.
 
-Tensors are dequantised a slice of rows at a time. What a GGUF file says about the arithmetic
+Tensors are read a slice of rows at a time. What a GGUF file says about the arithmetic
 becomes an ordinary config.json, so that `config_from_hf` judges it like any other; metadata
 under the architecture's prefix that is not understood is refused.
 """
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from convert.gguf_tokenizer import check_tokenizer, write_tokenizer
-from convert.tensors import Tensor, expected_tensors, row_ranges
+from convert.tensors import Rows, Tensor, expected_tensors, row_ranges
 from easyspec_jax.config import MAX_SIZE, is_integer, is_number
 from easyspec_jax.hf_config import config_from_hf
+from easyspec_jax.quantized import Form
 from easyspec_jax.weights import EMBED, GGUF_PREFIX, HEAD, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS
 
 _ARCHITECTURES = {
@@ -26,6 +27,9 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_FLOATS = ("F32", "F16", "BF16")
+_KEPT = {"Q8_0": "int8", "Q4_0": "int4"}  # types whose codes a checkpoint can hold, as what
+_BLOCK = 32  # inputs that share a scale there
 _MAX_ENTRIES = 2**24  # of a list in the metadata: no vocabulary is so large
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -93,6 +97,12 @@ class GgufSource:
             names.get(n, n): _header(t) for n, t in self._stored.items() if n != _ROPE_FACTORS
         }
         self.dtype = self._dtype()
+        packed = {
+            t.tensor_type.name
+            for n, t in self._stored.items()
+            if len(t.shape) == 2 and t.tensor_type.name not in _FLOATS
+        }
+        self.codes = f"weights of {', '.join(sorted(packed))}" if packed else ""
 
     def label(self, name: str) -> str:
         """The name in the file."""
@@ -102,16 +112,47 @@ class GgufSource:
         """Consecutive slices along the first axis, dequantised."""
         from gguf.quants import dequantize
 
+        shape = self.tensors[name].shape
+        for rows, kind in self._stored_rows(name):
+            yield self._in_order(name, dequantize(rows, kind).reshape(-1, *shape[1:]))
+
+    def form(self, name: str) -> Form | str | None:
+        """Of the codes of a matrix, or why there is none; None: it is floats."""
+        kind = self._stored[self.label(name)].tensor_type.name
+        if kind in _FLOATS:
+            return None
+        found = _KEPT.get(kind)
+        return f"is {kind}" if found is None else Form(found, _BLOCK, "float16")
+
+    def coded(self, name: str) -> Iterator[Rows]:
+        """Consecutive slices of a matrix along its outputs; every 32 inputs are a scale and their
+        codes: of Q8_0 one by one, of Q4_0 each of the first 16 below one of the others.
+        """
+        shape = self.tensors[name].shape
+        for rows, kind in self._stored_rows(name):
+            blocks = np.ascontiguousarray(rows).reshape(len(rows), shape[1] // _BLOCK, -1)
+            scales, codes = blocks[..., :2].copy().view(np.float16)[..., 0], blocks[..., 2:]
+            if kind.name == "Q4_0":
+                codes = np.concatenate([codes & 15, codes >> 4], axis=-1) - np.uint8(8)
+            codes = codes.view(np.int8).reshape(len(rows), -1)
+            yield Rows(self._in_order(name, codes), None, self._in_order(name, scales), _BLOCK)
+
+    def _stored_rows(self, name: str) -> Iterator[tuple[np.ndarray, Any]]:
+        """Consecutive slices of a tensor as bytes, and their type."""
         tensor, shape = self._stored[self.label(name)], self.tensors[name].shape
-        rotary = self.config.family == "llama" and ".self_attn." in name
-        rotary = rotary and name.endswith(("q_proj.weight", "k_proj.weight"))
+        multiple = self.config.head_dim if self._rotary(name) else 1
         # the data of a vector in a packed type is its bytes, which are no rows
-        vector = len(shape) == 1
-        multiple = self.config.head_dim if rotary else 1
-        for rows in [slice(None)] if vector else row_ranges(shape, 4, multiple):
-            dense = dequantize(tensor.data[rows], tensor.tensor_type)
-            dense = dense.reshape(-1, *shape[1:])
-            yield _to_half_rotation(dense, self.config.head_dim) if rotary else dense
+        for rows in [slice(None)] if len(shape) == 1 else row_ranges(shape, 4, multiple):
+            yield tensor.data[rows], tensor.tensor_type
+
+    def _rotary(self, name: str) -> bool:
+        """Whether the rows of a matrix stand in another order than in transformers."""
+        own = self.config.family == "llama" and ".self_attn." in name
+        return own and name.endswith(("q_proj.weight", "k_proj.weight"))
+
+    def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a tensor, or scales of them, in the order of transformers."""
+        return _to_half_rotation(rows, self.config.head_dim) if self._rotary(name) else rows
 
     def write_tokenizer(self, folder: pathlib.Path) -> None:
         """Build the tokenizer files from the metadata, where the file has a vocabulary."""

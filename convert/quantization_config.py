@@ -35,7 +35,8 @@ class Scheme:
     zero_offset: int = 0  # what a stored zero point of gptq is short of the true one
     needs_index: bool = False  # only `g_idx` says which inputs share a scale
     ignored: tuple[str, ...] = ()  # modules that are said to be floats
-    note: str = ""  # what is done with it, for people
+    codes: str = ""  # what the weights are, for people
+    note: str = ""  # what is not done as the config says, for people
 
     def ignores(self, module: str) -> bool:
         """Whether the config says of a module that it is stored as floats."""
@@ -43,8 +44,8 @@ class Scheme:
 
 
 def read_hf_config(raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any], Scheme | None]:
-    """The model of a config.json; the config.json it has once its weights are floats; and how they
-    are stored, None where they are floats already.
+    """The model of a config.json; the config.json that says nothing of codes; and how weights are
+    stored, None where they are floats.
 
     Raises:
       ValueError: as `config_from_hf`, or the quantisation is none that is read here.
@@ -106,7 +107,8 @@ def _fp8(config: dict[str, Any]) -> Scheme:
         block=(None, None) if block is None else (block[0], block[1]),
         per_output=block is None,
         ignored=_names(config, "modules_to_not_convert", "ignored_layers"),
-        note=f"fp8 weights are dequantised to floats; {_ROUNDED}",
+        codes="fp8 weights",
+        note=_ROUNDED,
     )
 
 
@@ -159,8 +161,8 @@ def _compressed(config: dict[str, Any]) -> Scheme:
         block=_strategy(weights),
         needs_zeros=weights.get("symmetric", True) is False,
         ignored=_names(config, "ignore"),
-        note=f"weights of {bits} bits ({layout}) are dequantised to floats"
-        + (f"; {_ROUNDED}" if rounded else ""),
+        codes=f"weights of {bits} bits ({layout})",
+        note=_ROUNDED if rounded else "",
     )
 
 
@@ -245,8 +247,22 @@ def _gptq(config: dict[str, Any]) -> Scheme:
     ordered = config.get("desc_act", False)
     if not isinstance(ordered, bool):
         raise ValueError(f"{KEY}: desc_act must be true or false, not {ordered!r}.")
+<<<<<<< HEAD
     offset = int(layout == "gptq")
     return _in_words("gptq", bits, group, layout, zero_offset=offset, needs_index=ordered)
+=======
+    return Scheme(
+        method="gptq",
+        storage="gptq",
+        bits=bits,
+        code="I32",
+        block=(1, group),
+        needs_zeros=True,
+        zero_offset=int(layout == "gptq"),
+        needs_index=ordered,
+        codes=f"weights of {bits} bits ({layout})",
+    )
+>>>>>>> formats
 
 
 def _awq(config: dict[str, Any]) -> Scheme:
@@ -277,8 +293,13 @@ def _in_words(method: str, bits: int, group: int | None, layout: str, **more: An
         code="I32",
         block=(1, group),
         needs_zeros=True,
+<<<<<<< HEAD
         note=f"weights of {bits} bits ({layout}) are dequantised to floats",
         **more,
+=======
+        ignored=_names(config, "modules_to_not_convert"),
+        codes="weights of 4 bits (awq)",
+>>>>>>> formats
     )
 
 

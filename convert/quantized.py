@@ -1,8 +1,8 @@
-"""Matrices that a Hugging Face folder stores as codes and scales, read as floats.
+"""Matrices that a Hugging Face folder stores as codes and scales.
 
 A matrix is several tensors there. One function says which, with which shapes; one reads the codes
-and scales of some of its rows, whatever the format, into one form; one makes floats of that form:
-(code - zero point) * scale, in float32. Only the rows that are asked for are read.
+and scales of some of its rows, whatever the format, into one form, of which `Rows` makes floats;
+one says whether a checkpoint can hold the codes. Only the rows that are asked for are read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.quantization_config import KEY, Scheme
-from convert.tensors import DTYPES, Tensor, expected_tensors, row_ranges, some
+from convert.tensors import DTYPES, Rows, Tensor, expected_tensors, row_ranges, some
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.quantized import Form
 from easyspec_jax.weights import EMBED
 
 # Column j of eight stands in this nibble of a word of awq: the order 0 2 4 6 1 3 5 7, inverted.
@@ -36,16 +37,6 @@ _REFUSED = {
     ),
     **dict.fromkeys(("output_scale", "k_scale", "v_scale"), "a quantised cache"),
 }
-
-
-class Rows(NamedTuple):
-    """R rows (outputs) of a quantised matrix."""
-
-    codes: np.ndarray  # [R, in], int8, uint8 or float8_e4m3fn
-    zeros: np.ndarray | None  # [R, G] integers, None: all 0
-    scales: np.ndarray  # [R, G] floats, as stored
-    # Inputs of a group, lying side by side; or the group of every input, [in].
-    groups: int | np.ndarray
 
 
 class Part(NamedTuple):
@@ -73,11 +64,21 @@ class Matrix:
         """Inputs that share a scale."""
         return self.scheme.block[1] or self.shape[1]
 
+    @property
+    def _transposed(self) -> bool:
+        """Whether the format stores [in, out], codes without a sign."""
+        return self.scheme.storage in ("gptq", "awq")
+
+    @property
+    def _middle(self) -> int:
+        """What zero points are where codes are symmetric."""
+        return 2 ** (self.scheme.bits - 1) if self._transposed else 0
+
     def parts(self) -> dict[str, Part]:
         """What it should be stored as; optional parts that are not there included."""
         scheme, (outputs, inputs) = self.scheme, self.shape
         words, groups = 32 // scheme.bits, -(-inputs // self.group)
-        if scheme.storage in ("gptq", "awq"):
+        if self._transposed:
             gptq = scheme.storage == "gptq"
             codes = (-(-inputs // words), outputs) if gptq else (inputs, -(-outputs // words))
             parts = {
@@ -105,43 +106,67 @@ class Matrix:
 
     def read(self, rows: slice) -> Rows:
         """Codes and scales of some rows."""
-        if self.scheme.storage in ("gptq", "awq"):
-            return self._read_transposed(rows)
-        stored, bits = self.stored, self.scheme.bits
-        scales = self._by_block(stored[self._scale_name()], rows)
-        zeros = stored.get("weight_zero_point")
+        stored, bits, zeros = self.stored, self.scheme.bits, self._zeros(rows)
+        if self._transposed:
+            if self.scheme.storage == "gptq":
+                codes = _unpack(stored["qweight"][:, rows].T, bits)[:, : self.shape[1]]
+            else:
+                words, own = _words(rows, bits)
+                codes = _unpack(stored["qweight"][:, words], bits, _AWQ_NIBBLES)[:, own].T
+            return Rows(codes, zeros, stored["scales"][:, rows].T, self._index())
         if self.scheme.storage == "plain":
             codes = stored["weight"][rows]
         else:
             codes = _signed(_unpack(stored["weight_packed"][rows], bits), bits)
             codes = codes[:, : self.shape[1]]
-        if zeros is not None and zeros.get_dtype() == "I32":  # packed along outputs
-            words, skipped = _words(rows, bits)
-            zeros = _signed(_unpack(zeros[words].T, bits).T, bits)
-            zeros = zeros[skipped : skipped + len(codes)]
-        elif zeros is not None:
-            zeros = self._by_block(zeros, rows)
-        return Rows(codes, zeros, scales, self.group)
+        return Rows(codes, zeros, self._by_block(stored[self._scale_name()], rows), self.group)
 
-    def _read_transposed(self, rows: slice) -> Rows:
-        """Those of formats that store [in, out]."""
-        stored, bits = self.stored, self.scheme.bits
-        words, skipped = _words(rows, bits)
-        kept = slice(skipped, skipped + rows.stop - rows.start)
-        if self.scheme.storage == "gptq":
-            codes = _unpack(stored["qweight"][:, rows].T, bits)[:, : self.shape[1]]
-            zeros = _unpack(stored["qzeros"][:, words], bits)[:, kept].T
+    def _zeros(self, rows: slice) -> np.ndarray | None:
+        """Zero points [R, G] of some rows, None: all 0."""
+        bits = self.scheme.bits
+        words, own = _words(rows, bits)
+        if self._transposed:
+            gptq = self.scheme.storage == "gptq"
+            packed = self.stored["qzeros"][:, words]
+            zeros = _unpack(packed, bits, None if gptq else _AWQ_NIBBLES)[:, own].T
             # (stored + 1) in as many bits: the first programs subtracted 1 before they packed
-            zeros = (zeros + self.scheme.zero_offset) & (2**bits - 1)
-        else:
-            codes = _unpack(stored["qweight"][:, words], bits, _AWQ_NIBBLES)[:, kept].T
-            zeros = _unpack(stored["qzeros"][:, words], bits, _AWQ_NIBBLES)[:, kept].T
-        return Rows(codes, zeros, stored["scales"][:, rows].T, self._index())
+            return (zeros + self.scheme.zero_offset) & (2**bits - 1)
+        zeros = self.stored.get("weight_zero_point")
+        if zeros is None:
+            return None
+        if zeros.get_dtype() == "I32":  # packed along outputs
+            return _signed(_unpack(zeros[words].T, bits).T, bits)[own]
+        return self._by_block(zeros, rows)
 
     def chunks(self) -> Iterator[np.ndarray]:
         """f32[R, in]: consecutive rows, dequantised."""
         for rows in row_ranges(self.shape, 4):
-            yield dequantise(self.read(rows))
+            yield self.read(rows).dequantised()
+
+    def form(self) -> Form | str:
+        """As `Source` has it."""
+        if isinstance(self._index(), np.ndarray):
+            return "has groups of inputs that do not lie side by side (act-order)"
+        if self.shape[1] % self.group:
+            return f"is not made of whole groups of {self.group} inputs"
+        zeros = self._zeros(slice(0, self.shape[0]))
+        if zeros is not None and (zeros != self._middle).any():
+            return "has zero points"
+        scheme = self.scheme
+        kind = {"F8_E4M3": "fp8", "I8": "int8"}.get(scheme.code, "int4")
+        if scheme.storage != "plain":
+            kind = f"int{scheme.bits}"
+        scales = self.stored["scales" if self._transposed else self._scale_name()]
+        return Form(kind, scheme.block[1], _NAMES[scales.get_dtype()])
+
+    def coded(self) -> Iterator[Rows]:
+        """As `Source` has it."""
+        for part in row_ranges(self.shape, 4):
+            rows = self.read(part)
+            codes = rows.codes
+            if self._middle:
+                codes = _signed(codes, self.scheme.bits)
+            yield rows._replace(codes=codes, zeros=None)
 
     def wrong_values(self) -> str | None:
         """What is wrong with the small integer tensors that say how others are read, or None."""
@@ -173,20 +198,6 @@ class Matrix:
         index = self.stored["g_idx"][...]
         ordered = np.array_equal(index, np.arange(self.shape[1]) // self.group)
         return self.group if ordered else index
-
-
-def dequantise(rows: Rows) -> np.ndarray:
-    """f32[R, in]: (code - zero point) * scale; the difference is exact, the product rounded once.
-
-    The references compute in the type of the scales, where the difference is exact as well: a cast
-    to that type gives their values.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
-        dense = rows.codes.astype(np.float32, order="C")
-        if rows.zeros is not None:
-            dense -= _spread(rows.zeros, rows.groups, dense.shape[1])
-        dense *= _spread(rows.scales, rows.groups, dense.shape[1])
-    return dense
 
 
 def find_matrices(
@@ -278,17 +289,20 @@ def _problems(
 
 
 _WORDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NAMES = {word: name for name, word in _WORDS.items()}
 
 
 def _floats(*shapes: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], ...]]:
     return dict.fromkeys(_WORDS.values(), shapes)
 
 
-def _words(rows: slice, bits: int) -> tuple[slice, int]:
-    """The words that hold some of the codes packed in a row, and how many codes go before those."""
+def _words(rows: slice, bits: int) -> tuple[slice, slice]:
+    """The words that hold some of the codes packed in a row, and where those stand in them."""
     count = 32 // bits
     first = rows.start // count
-    return slice(first, -(-rows.stop // count)), rows.start - first * count
+    skipped = rows.start - first * count
+    own = slice(skipped, skipped + rows.stop - rows.start)
+    return slice(first, -(-rows.stop // count)), own
 
 
 def _unpack(words: np.ndarray, bits: int, places: np.ndarray | None = None) -> np.ndarray:
@@ -302,11 +316,3 @@ def _unpack(words: np.ndarray, bits: int, places: np.ndarray | None = None) -> n
 def _signed(codes: np.ndarray, bits: int) -> np.ndarray:
     """i8: codes that were stored with half their range added."""
     return (codes - np.uint8(2 ** (bits - 1))).view(np.int8)
-
-
-def _spread(values: np.ndarray, groups: int | np.ndarray, inputs: int) -> np.ndarray:
-    """f32[R, in], or [R, 1] where there is one group: of every input what its group has."""
-    values = values.astype(np.float32)
-    if isinstance(groups, np.ndarray):
-        return np.take(values, groups, axis=1)
-    return values if values.shape[1] == 1 else np.repeat(values, groups, axis=1)[:, :inputs]

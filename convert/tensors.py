@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from easyspec_jax.checkpoint import TOP_PART, layer_name
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.quantized import Form
 from easyspec_jax.weights import EMBED, HEAD, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS, Weight, present
 
 DTYPES = {
@@ -35,6 +36,38 @@ class Tensor:
     dtype: str  # a key of DTYPES where the values can be read, else the source's own word
 
 
+class Rows(NamedTuple):
+    """R rows (outputs) of a quantised matrix."""
+
+    codes: np.ndarray  # [R, in], int8, uint8 or float8_e4m3fn
+    zeros: np.ndarray | None  # [R, G] integers, None: all 0
+    scales: np.ndarray  # [R, G] floats, as stored
+    # Inputs of a group, lying side by side; or the group of every input, [in].
+    groups: int | np.ndarray
+
+    def dequantised(self) -> np.ndarray:
+        """f32[R, in]: (code - zero point) * scale; the difference is exact, the product rounded
+        once.
+
+        The references compute in the type of the scales, where the difference is exact as well: a
+        cast to that type gives their values.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+            dense = self.codes.astype(np.float32, order="C")
+            if self.zeros is not None:
+                dense -= _spread(self.zeros, self.groups, dense.shape[1])
+            dense *= _spread(self.scales, self.groups, dense.shape[1])
+        return dense
+
+
+def _spread(values: np.ndarray, groups: int | np.ndarray, inputs: int) -> np.ndarray:
+    """f32[R, in], or [R, 1] where there is one group: of every input what its group has."""
+    values = values.astype(np.float32)
+    if isinstance(groups, np.ndarray):
+        return np.take(values, groups, axis=1)
+    return values if values.shape[1] == 1 else np.repeat(values, groups, axis=1)[:, :inputs]
+
+
 class Source(Protocol):
     """A model as found on disk, under the tensor names of transformers."""
 
@@ -42,7 +75,8 @@ class Source(Protocol):
     config_text: str  # config.json, as it is copied
     generation_config: dict
     dtype: str  # a key of DTYPES: what the source stores
-    note: str  # what whoever converts it should know, or ""
+    codes: str  # what its quantised weights are, for people, or ""
+    note: str  # what else whoever converts it should know, or ""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -55,6 +89,16 @@ class Source(Protocol):
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Consecutive slices along the first axis; each is valid until the next one is taken."""
+        ...
+
+    def form(self, name: str) -> Form | str | None:
+        """In which form the codes of a matrix are such as checkpoints have, the scales of floats of
+        theirs; or what it is or has that they have not; None: it is stored as floats.
+        """
+        ...
+
+    def coded(self, name: str) -> Iterator[Rows]:
+        """Of a matrix that has a form, as `chunks`; zero points are taken off."""
         ...
 
     def write_tokenizer(self, folder) -> None:
@@ -136,18 +180,12 @@ def read_array(source: Source, tensor: str, weight: Weight, dtype: np.dtype) -> 
       ValueError: a value is not finite, in the source or after the cast; or the source yields
         fewer or more rows than the array has.
     """
-    config = source.config
-    out = np.empty(weight.shape(config), dtype)
-    # rows of `target` are rows of the source, whichever way the array is stored
-    if weight.num_inputs:
-        target = out.reshape(weight.matrix(config)).T
-    else:
-        target = out.reshape(weight.hf_shape(config))
+    out = np.empty(weight.shape(source.config), dtype)
+    target = rows_of(out, weight)
     start = 0
     for chunk in source.chunks(tensor):
         stop = start + len(chunk)
-        if not np.isfinite(chunk).all():
-            raise ValueError(f"tensor {source.label(tensor)} holds values that are not finite.")
+        check_finite(source, tensor, chunk)
         with np.errstate(over="ignore"):
             cast = chunk.astype(dtype, copy=False)
         if cast.dtype != chunk.dtype and not np.isfinite(cast).all():
@@ -159,11 +197,37 @@ def read_array(source: Source, tensor: str, weight: Weight, dtype: np.dtype) -> 
         if stop <= len(target):
             target[start:stop] = cast
         start = stop
-    if start != len(target):
-        raise ValueError(
-            f"tensor {source.label(tensor)} holds {start} rows instead of {len(target)}."
-        )
+    check_rows(source, tensor, start, len(target))
     return out
+
+
+def rows_of(array: np.ndarray, weight: Weight) -> np.ndarray:
+    """The array of a weight, or of its scales, as a view whose rows are those of the source,
+    whichever way it is stored.
+    """
+    if weight.num_inputs:
+        return array.reshape(math.prod(array.shape[: weight.num_inputs]), -1).T
+    return array if weight.inputs else array.reshape(-1)
+
+
+def check_finite(source: Source, tensor: str, values: np.ndarray) -> None:
+    """Refuse a tensor of the source that has these values where they are not finite.
+
+    Raises:
+      ValueError: one is not.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"tensor {source.label(tensor)} holds values that are not finite.")
+
+
+def check_rows(source: Source, tensor: str, found: int, wanted: int) -> None:
+    """Refuse a tensor of the source that yields fewer or more rows than it should.
+
+    Raises:
+      ValueError: it does.
+    """
+    if found != wanted:
+        raise ValueError(f"tensor {source.label(tensor)} holds {found} rows instead of {wanted}.")
 
 
 def row_ranges(shape: tuple[int, ...], itemsize: int, multiple: int = 1) -> Iterator[slice]:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import filelock
 import jax
@@ -26,6 +27,7 @@ import numpy as np
 import tqdm
 
 from convert import tensors
+from convert.codes import kept, read_codes
 from convert.folder import FolderSource, download
 from convert.tokenizer import has_tokenizer, tokenizer_hash
 from easyspec_jax import checkpoint
@@ -33,7 +35,7 @@ from easyspec_jax.hf_config import stop_ids_of
 from easyspec_jax.json_files import write_object
 from easyspec_jax.quantized import Quantization
 from easyspec_jax.sources import HUB_ID
-from easyspec_jax.weights import Weight, check_groups, quantised
+from easyspec_jax.weights import Weight, check_groups, form_of, quantised
 
 _LOCK = ".lock"  # in a folder that is being written
 
@@ -44,22 +46,23 @@ def convert(
     *,
     dtype: str | None = None,
     quantization: str | Quantization | None = None,
+    dequantize: bool = False,
     revision: str | None = None,
     progress: bool | None = True,
 ):
     """Write the checkpoint folder `dst` and return its path.
 
     Args:
-      src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name, or
-        owner/name@revision).
+      src: a Hugging Face folder (safetensors), a GGUF file, or a hub id (owner/name[@revision]).
       dst: the new folder; it may exist if it is empty, and is removed then, before all else.
-      dtype: "float32", "bfloat16" or "float16"; None keeps that of the source, which for quantised
-        GGUF tensors is float32, and for a quantised folder that of what it stores as floats.
-      quantization: "int8", "int4" or "fp8", or a `Quantization`: matrices are stored as codes and
-        scales; None: as floats.
+      dtype: "float32", "bfloat16" or "float16", of what is stored as floats; None keeps that of the
+        source's floats, and is float32 for quantised GGUF files.
+      quantization: "int8", "int4" or "fp8", or a `Quantization`: matrices are rounded to codes and
+        scales. None: codes and scales of the source are kept where the matrices of all its layers
+        have one form that a checkpoint knows, and become floats elsewhere.
+      dequantize: codes of the source become floats.
       revision: branch, tag or commit of a hub id.
-      progress: show a progress bar, one tick per layer, and say what was done with quantised
-        weights; None: the bar only on a terminal.
+      progress: show a bar, and say what becomes of quantised weights; None: the bar on a terminal.
 
     Raises:
       ValueError: the source is not a model that can be converted; says why. Whatever the headers
@@ -70,6 +73,7 @@ def convert(
     if dtype is not None and dtype not in tensors.DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(tensors.DTYPES)}.")
     codes = Quantization.of(quantization)
+    hidden = None if progress is None else not progress  # None: shown on a terminal alone
     _make_way(dst)
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(_interrupts())
@@ -77,22 +81,22 @@ def convert(
         tensors.check_tensors(source)
         check_groups(source.config, codes)
         tensors.check_tied_head(source)
-        if source.note and progress is not False:
-            print(f"{src}: {source.note}", file=sys.stderr, flush=True)
+        own, said = _own_codes(source, codes, dequantize)
+        if said and not hidden:
+            print(f"{src}: {said}", file=sys.stderr, flush=True)
         temp = stack.enter_context(_temporary(dst))
         _write_texts(source, temp)
         tokenizer = tokenizer_hash(temp)  # may refuse, so it goes before the weights
         dtype = dtype or source.dtype
         parts = list(tensors.model_parts(source.config))
-        hidden = None if progress is None else not progress  # None: shown on a terminal alone
-        parts = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
+        bar = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
         digests = {}
-        for part, weights in parts:
-            digests[part] = _write_part(source, temp, dtype, codes, part, weights)
+        for part, weights in bar:
+            digests[part] = _write_part(source, temp, dtype, codes, own, part, weights)
             interrupted()
         checkpoint.check_whole(temp, source.config, digests)
-        metadata = checkpoint.make_metadata(dtype, tokenizer, digests, codes)
-        write_object(temp / checkpoint.METADATA_FILE, metadata)
+        about = checkpoint.make_metadata(dtype, tokenizer, digests, codes or own)
+        write_object(temp / checkpoint.METADATA_FILE, about)
         interrupted()
         _put(temp, dst)
     return dst
@@ -135,6 +139,20 @@ def _open(src, revision: str | None, stack: contextlib.ExitStack) -> tensors.Sou
             raise FileNotFoundError(f"{src} is neither a folder, a GGUF file nor a hub id.")
         path = download(hub[1], revision or hub[2])
     return FolderSource(path, stack)
+
+
+def _own_codes(
+    source: tensors.Source, codes: Quantization | None, dequantize: bool
+) -> tuple[Quantization | None, str]:
+    """How the codes of a source are kept, None where they are not; and what to say of it, "" where
+    it has none.
+    """
+    own, said = None, f"{source.codes} become floats"
+    if codes is not None:
+        said = f"{source.codes} are rounded to {codes.kind}"
+    elif source.codes and not dequantize:
+        own, said = kept(source)
+    return own, "; ".join(filter(None, (said, source.note))) if source.codes else ""
 
 
 @contextlib.contextmanager
@@ -227,14 +245,24 @@ def _write_part(
     folder: pathlib.Path,
     dtype: str,
     codes: Quantization | None,
+    own: Quantization | None,
     part: str,
     weights: dict[str, Weight],
 ) -> str:
-    """Write one part, of `tensors.model_parts`; returns its digest."""
-    arrays = {}
+    """Write one part, of `tensors.model_parts`; returns its digest.
+
+    Args:
+      codes: what matrices are rounded to.
+      own: how the codes of the source are kept.
+    """
+    arrays: dict[str, Any] = {}
     for tensor, weight in weights.items():
+        if form_of(weight.name, weight.inputs, source.config, own) is not None:
+            assert own is not None
+            arrays[weight.name] = jax.tree.map(_on_host, read_codes(source, tensor, weight, own))
+            continue
         # What is rounded to codes is not rounded to `dtype` before.
-        rounded = codes is not None and weight.inputs
+        rounded = form_of(weight.name, weight.inputs, source.config, codes) is not None
         kind = tensors.DTYPES["float32" if rounded else dtype]
         dense = tensors.read_array(source, tensor, weight, kind)
         one = {weight.name: _on_host(dense)}

@@ -305,12 +305,11 @@ def _same(stored: Quantization, wanted: Quantization | None, folder: pathlib.Pat
     """
     if wanted is None:
         return stored
-    if wanted.stored != stored.stored and wanted.stored != {
-        "kind": stored.kind,
-        "group_size": None,
-    }:
+    asked = {name: value for name, value in wanted.stored.items() if value is not None}
+    if not asked.items() <= stored.stored.items():
         raise ValueError(
-            f"{folder} holds {stored} and cannot be loaded as {wanted}: convert the model again"
+            f"{folder} holds {stored} and cannot be loaded as {wanted}: convert the model again, "
+            f"with --quantization {wanted.kind}"
         )
     return dataclasses.replace(stored, keep_codes=wanted.keep_codes)
 

@@ -23,6 +23,8 @@ from easyspec_jax.config import is_integer
 # Codes of each kind, and the largest.
 KINDS = {"int8": (jnp.int8, 127), "int4": (jnp.int4, 7), "fp8": (jnp.float8_e4m3fn, 448)}
 INT4_GROUP = 128  # inputs, or the largest divisor of a matrix's inputs below
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+PER_OUTPUT = -1  # as a group size: all inputs
 # Rows that are multiplied by groups one by one: the codes are read once for each eight of them, and
 # of a matrix that is dequantised first, nine times as many bytes are moved.
 FEW_ROWS = 32
@@ -34,6 +36,7 @@ class Form(NamedTuple):
 
     kind: str  # of KINDS
     group: int | None  # inputs that share a scale; None: all of an output
+    scale_dtype: str | None = None  # None: that of the matrix, at least float32; of groups bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +48,40 @@ class Quantization:
     Args:
       kind: "int8" and "fp8" (e4m3) have a scale for each output, "int4" one for each group;
         embedding and head of "int4" are int8, a scale for each token.
-      group_size: inputs of a group, which must divide those of every matrix. None: as `kind` says;
-        for int4 128, or the largest divisor below.
+      group_size: inputs of a group, which must divide those of every matrix; -1: all. None: as
+        `kind` says; for int4 128, or the largest divisor below.
       keep_codes: whether devices hold codes. None: GPUs do. On CPUs, where XLA multiplies integers
         20 times slower than floats, weights are rounded and kept in the model's own type.
+      embed, lm_head: "layers" where it is stored as the matrices of layers are, "float" where as
+        floats. None: as `kind` says. A tied head is the embedding.
+      scale_dtype: "float32", "bfloat16" or "float16". None: float32, or float64 where the model is;
+        of groups bfloat16.
 
     Raises:
-      ValueError: no such kind, or a group size that is no whole number above 0.
+      ValueError: no such kind, type or place, or a group size that is no whole number above 0.
     """
 
     kind: str
     group_size: int | None = None
     keep_codes: bool | None = None
+    embed: str | None = None
+    lm_head: str | None = None
+    scale_dtype: str | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
             known = " or ".join(f'"{kind}"' for kind in KINDS)
             raise ValueError(f"quantization must be {known}, got {self.kind!r}")
-        if self.group_size is not None and (not is_integer(self.group_size) or self.group_size < 1):
-            raise ValueError(
-                f"group_size must be a whole number of inputs above 0, got {self.group_size!r}"
-            )
+        size = self.group_size
+        if size is not None and (not is_integer(size) or (size < 1 and size != PER_OUTPUT)):
+            raise ValueError(f"group_size must be a whole number of inputs above 0, got {size!r}")
+        for name in ("embed", "lm_head"):
+            if getattr(self, name) not in (None, "layers", "float"):
+                found = getattr(self, name)
+                raise ValueError(f'{name} must be "layers" or "float", got {found!r}')
+        if self.scale_dtype not in (None, *SCALE_DTYPES):
+            known = " or ".join(f'"{name}"' for name in SCALE_DTYPES)
+            raise ValueError(f"scale_dtype must be {known}, got {self.scale_dtype!r}")
 
     @staticmethod
     def of(wanted: Quantization | str | None) -> Quantization | None:
@@ -75,32 +91,36 @@ class Quantization:
     @property
     def stored(self) -> dict[str, Any]:
         """What tells it from others, as metadata of a checkpoint has it."""
-        return {"kind": self.kind, "group_size": self.group_size}
+        found = dataclasses.asdict(self)
+        del found["keep_codes"]
+        return found
 
-    def form(self, size: int, *, in_head: bool = False, top: bool = False) -> Form:
-        """Of a matrix.
+    def form(self, size: int, *, in_head: bool = False, top: str = "") -> Form | None:
+        """Of a matrix; None: as floats.
 
         Args:
           size: its inputs, those of one head where a group lies in one (`in_head`).
-          top: it is the embedding or the head.
+          top: "embed" or "lm_head", which it is.
 
         Raises:
           ValueError: groups do not divide the inputs.
         """
-        if top and self.kind == "int4":
-            return Form("int8", None)
-        if self.group_size is None or top:
-            grouped = self.kind == "int4"
+        place = getattr(self, top) if top else "layers"
+        if place == "float":
+            return None
+        if place is None:
+            return Form("int8" if self.kind == "int4" else self.kind, None, self.scale_dtype)
+        group = self.group_size
+        if group is None and self.kind == "int4":
             most = min(INT4_GROUP, size)
-            fitting = max(n for n in range(1, most + 1) if size % n == 0)
-            return Form(self.kind, fitting if grouped else None)
+            group = max(n for n in range(1, most + 1) if size % n == 0)
+        if group in (None, PER_OUTPUT):
+            return Form(self.kind, None, self.scale_dtype)
         if in_head:
-            return Form(self.kind, math.gcd(size, self.group_size))
-        if size % self.group_size:
-            raise ValueError(
-                f"group_size {self.group_size} does not divide the {size} inputs of a matrix"
-            )
-        return Form(self.kind, self.group_size)
+            group = math.gcd(size, group)
+        if size % group:
+            raise ValueError(f"group_size {group} does not divide the {size} inputs of a matrix")
+        return Form(self.kind, group, self.scale_dtype)
 
 
 class Quantized(struct.PyTreeNode):
@@ -157,6 +177,7 @@ def quantise(w: jax.Array, inputs: tuple[int, ...], form: Form) -> Quantized:
         count = w.shape[axis] // form.group
         blocks = wide.reshape(*w.shape[:axis], count, form.group, *w.shape[axis + 1 :])
         axes, kind = (axis + 1,), jnp.dtype(jnp.bfloat16)
+    kind = kind if form.scale_dtype is None else jnp.dtype(form.scale_dtype)
     scales = (jnp.max(jnp.abs(blocks), axis=axes, keepdims=True) / largest_code).astype(kind)
     wide_scales = scales.astype(wide.dtype)
     codes = blocks / jnp.where(wide_scales > 0, wide_scales, 1)

@@ -206,9 +206,9 @@ class Params(struct.PyTreeNode, kw_only=True):
 
 
 def form_of(
-    inputs: str, config: ModelConfig, quantization: Quantization | None, *, top: bool = False
+    name: str, inputs: str, config: ModelConfig, quantization: Quantization | None
 ) -> Form | None:
-    """How a matrix of these inputs is stored; None: as floats, like what has none.
+    """How a matrix of this name and these inputs is stored; None: as floats, like what has none.
 
     Raises:
       ValueError: its groups do not divide them.
@@ -216,6 +216,9 @@ def form_of(
     if quantization is None or not inputs:
         return None
     size = {"D": config.embed_dim, "F": config.mlp_dim, "H": config.head_dim}[inputs[-1]]
+    top = name if name in (EMBED.name, HEAD.name) else ""
+    if top and config.tie_embeddings:
+        top = EMBED.name
     return quantization.form(size, in_head=inputs[-1] == "H", top=top)
 
 
@@ -225,8 +228,8 @@ def check_groups(config: ModelConfig, quantization: Quantization | None) -> None
     Raises:
       ValueError: they do not divide the inputs of a matrix.
     """
-    for inputs in set(INPUTS.values()):
-        form_of(inputs, config, quantization)
+    for name, inputs in INPUTS.items():
+        form_of(name, inputs, config, quantization)
 
 
 def scale_dims(dims: str, inputs: str, form: Form) -> str:
@@ -245,15 +248,14 @@ def quantised(
       ValueError: groups do not divide the inputs of one.
     """
     found = {}
-    for table, top in ((LAYER_WEIGHTS, False), (TOP_WEIGHTS, True)):
-        for weight in table:
-            if weight.name not in part:
-                continue
-            w = part[weight.name]
-            form = form_of(weight.inputs, config, quantization, top=top)
-            if form is not None and not isinstance(w, Quantized):
-                w = quantise(w, tuple(map(weight.dims.index, weight.inputs)), form)
-            found[weight.name] = w
+    for weight in (*LAYER_WEIGHTS, *TOP_WEIGHTS):
+        if weight.name not in part:
+            continue
+        w = part[weight.name]
+        form = form_of(weight.name, weight.inputs, config, quantization)
+        if form is not None and not isinstance(w, Quantized):
+            w = quantise(w, tuple(map(weight.dims.index, weight.inputs)), form)
+        found[weight.name] = w
     return found
 
 
@@ -265,12 +267,12 @@ def specs(
 ) -> Params:
     """The PartitionSpec of every array of a model of these groups."""
 
-    def split(names: Iterable[str], lead: str = "", top: bool = False) -> dict[str, Any]:
+    def split(names: Iterable[str], lead: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name in names:
             dims, inputs = lead + arranged_dims(name, layout), INPUTS.get(name, "")
             found[name] = layout.spec(dims)
-            form = form_of(inputs, config, quantization, top=top)
+            form = form_of(name, inputs, config, quantization)
             if form is not None:
                 scales = layout.spec(scale_dims(dims, inputs, form))
                 found[name] = Quantized(found[name], scales, form.group)
@@ -288,7 +290,7 @@ def specs(
         return Block(attention=(attention,) * layout.num_slots(size), mlp=(mlp,) * size)
 
     names = ["final_norm", "lm_head"] + ["embed"] * (not config.tie_embeddings)
-    return Params(blocks=tuple(block(size) for size in partition), **split(names, top=True))
+    return Params(blocks=tuple(block(size) for size in partition), **split(names))
 
 
 def read_dims(dims: str) -> str:

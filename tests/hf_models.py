@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 import convert
 from easyspec_jax import checkpoint, weights
 from easyspec_jax.hf_config import config_from_hf
+from easyspec_jax.quantized import Quantized, dequantise
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -182,16 +183,23 @@ def write_hf_folder(
 
 
 def load_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
-    """The arrays of one part, which must have the shapes of the config and the noted dtype."""
-    from orbax.checkpoint import v1 as ocp
-
+    """The arrays of one part, which must have the shapes of the config and the noted dtype; codes
+    as floats.
+    """
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
-    dtype = np.dtype(json.loads((folder / checkpoint.METADATA_FILE).read_text())["dtype"])
+    metadata = json.loads((folder / checkpoint.METADATA_FILE).read_text())
+    codes, dtype = checkpoint.stored_quantization(metadata), np.dtype(metadata["dtype"])
     table = weights.TOP_WEIGHTS if part == checkpoint.TOP_PART else weights.LAYER_WEIGHTS
     shapes = {n: w.shape(config) for n, w in weights.present(table, config).items()}
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    abstract = {n: jax.ShapeDtypeStruct(s, dtype, sharding=device) for n, s in shapes.items()}
-    return {name: np.asarray(value) for name, value in ocp.load(folder / part, abstract).items()}
+    plain = {n: jax.ShapeDtypeStruct(s, dtype) for n, s in shapes.items()}
+    abstract = jax.eval_shape(lambda part: weights.quantised(part, config, codes), plain)
+    abstract = jax.tree.map(lambda x: x.update(sharding=device), abstract)
+    found = checkpoint.read_part(folder, part, abstract)
+    return {
+        name: np.asarray(dequantise(x) if isinstance(x, Quantized) else x)
+        for name, x in found.items()
+    }
 
 
 def load_all(folder: pathlib.Path, num_layers: int = 3) -> dict[str, np.ndarray]:

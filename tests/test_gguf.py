@@ -20,6 +20,7 @@ from hf_models import (
 from tokenizers import Tokenizer
 
 import convert
+import easyspec_jax as es
 from convert.gguf_source import GgufSource
 from convert.gguf_tokenizer import _SPLITS, write_tokenizer
 from easyspec_jax import checkpoint
@@ -44,9 +45,11 @@ def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def write_gguf(
-    path, raw: dict, *, kind="F32", vector_kind="F32", metadata=(), tensors=()
+    path, raw: dict, *, kind="F32", vector_kind="F32", metadata=(), tensors=(), kinds=()
 ) -> pathlib.Path:
-    """A GGUF file of the random weights of a tiny config; `metadata` and `tensors` are added."""
+    """A GGUF file of the random weights of a tiny config; `metadata` and `tensors` are added, and
+    `kinds` says which matrices are of others.
+    """
     arch, config = raw["model_type"], config_from_hf(raw)
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_layers)
@@ -69,7 +72,8 @@ def write_gguf(
     for name, array in (stored | dict(tensors)).items():
         if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             array = to_interleaved(array, config.head_dim)
-        wanted = gguf.GGMLQuantizationType[kind if array.ndim > 1 else vector_kind]
+        own = dict(kinds).get(name, kind)
+        wanted = gguf.GGMLQuantizationType[own if array.ndim > 1 else vector_kind]
         data = gguf.quants.quantize(array, wanted)
         writer.add_tensor(name, data, raw_dtype=wanted)
     writer.write_header_to_file()
@@ -110,6 +114,54 @@ def test_types_and_quantisation(kind, dtype, tmp_path):
         assert not np.array_equal(top["embed"], embed)
     else:
         np.testing.assert_array_equal(top["embed"], embed.astype(np.dtype(dtype)))
+
+
+# Groups of 32 inputs over heads of 8, whose rows llama has in another order.
+BLOCKS = tiny_config("llama", intermediate_size=64, num_hidden_layers=1)
+
+
+@untokenized
+@pytest.mark.parametrize(
+    "kind, kinds, want, line",
+    [
+        ("Q8_0", {}, es.Quantization("int8", 32, None, "layers", "layers", "float16"), "stay"),
+        (
+            "Q4_0",
+            {"output.weight": "Q8_0"},
+            es.Quantization("int4", 32, None, "layers", "float", "float16"),
+            "stay codes and scales; output.weight is int8 with a scale for 32 inputs and becomes "
+            "floats",
+        ),
+        (
+            "Q4_0",
+            {"output.weight": "Q4_1", "token_embd.weight": "F16"},
+            es.Quantization("int4", 32, None, "float", "float", "float16"),
+            "stay codes and scales; output.weight is Q4_1 and becomes floats",
+        ),
+        ("Q4_1", {}, None, "become floats: blk.0.attn_q.weight is Q4_1"),
+        (
+            "Q4_0",
+            {"blk.0.ffn_down.weight": "Q8_0"},
+            None,
+            "become floats: blk.0.ffn_down.weight is int8 with a scale for 32 inputs, "
+            "blk.0.attn_q.weight is int4 with a scale for 32 inputs",
+        ),
+        ("F16", {"token_embd.weight": "Q8_0"}, None, "become floats: blk.0.attn_q.weight is stor"),
+    ],
+)
+def test_codes_are_kept_bit_for_bit(kind, kinds, want, line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("convert.tensors.CHUNK_BYTES", 1200)
+    file = write_gguf(tmp_path / "m.gguf", BLOCKS, kind=kind, kinds=kinds)
+    floats = load_all(run(file, tmp_path / "floats", dequantize=True), 1)
+    out = convert.convert(file, tmp_path / "out", progress=None)
+    told = capsys.readouterr().err
+    assert told.startswith(f"{file}: weights of ") and f" {line}" in told
+    assert told.count("\n") == 1
+    assert checkpoint.stored_quantization(checkpoint.read_metadata(out)[1]) == want
+    got = load_all(out, 1)
+    assert got.keys() == floats.keys()
+    for name, array in floats.items():
+        np.testing.assert_array_equal(got[name], array, strict=True, err_msg=name)
 
 
 @untokenized

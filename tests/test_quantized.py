@@ -96,25 +96,25 @@ TIED = es.ModelConfig(**{**vars(WIDE), "tie_embeddings": True, "vocab_size": 64}
 # 32 columns of an MLP on 8 devices: groups of 8 lie on two, on GPUs behind padding. On 2 x 4
 # devices share a kv head.
 @pytest.mark.parametrize(
-    "gpus, shape, config, kind, group",
+    "gpus, shape, config, kind, group, top",
     [
-        (False, (1, 1), WIDE, "fp8", None),
-        (True, (1, 1), TIED, "int4", None),
-        (True, (1, 8), WIDE, "int4", 8),
-        (False, (2, 4), TIED, "int8", None),
-        pytest.param(False, (1, 8), TIED, "int4", 8, marks=pytest.mark.slow),
-        pytest.param(True, (2, 4), WIDE, "int8", 4, marks=pytest.mark.slow),
-        pytest.param(True, (8, 1), TIED, "fp8", 8, marks=pytest.mark.slow),
+        (False, (1, 1), WIDE, "fp8", None, "float"),
+        (True, (1, 1), TIED, "int4", None, "layers"),
+        (True, (1, 8), WIDE, "int4", 8, "layers"),
+        (False, (2, 4), TIED, "int8", None, None),
+        pytest.param(False, (1, 8), TIED, "int4", 8, None, marks=pytest.mark.slow),
+        pytest.param(True, (2, 4), WIDE, "int8", 4, "layers", marks=pytest.mark.slow),
+        pytest.param(True, (8, 1), TIED, "fp8", 8, "float", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_of_codes_says_what_its_rounded_floats_say(
-    pretend, gpus, shape, config, kind, group
+    pretend, gpus, shape, config, kind, group, top
 ):
     pretend(gpus)
     mesh = es.make_mesh(*shape)
     codes, floats = (
         es.random_model(
-            config, mesh, dtype="float64", quantization=es.Quantization(kind, group, keep)
+            config, mesh, dtype="float64", quantization=es.Quantization(kind, group, keep, top, top)
         )
         for keep in (True, False)
     )
@@ -244,7 +244,18 @@ def test_damage_is_found(stored, tmp_path):
         file.write_text(text)
 
 
+def test_metadata_without_the_later_fields_is_read():
+    for text in ({"kind": "int8", "group_size": None}, {"kind": "int4", "group_size": 8}):
+        found = checkpoint.stored_quantization({"quantization": text})
+        assert found == es.Quantization(**text)
+        assert es.Quantization(**found.stored) == found
+
+
 def test_refusals(source, tmp_path):
+    with pytest.raises(ValueError, match='lm_head must be "layers" or "float", got \'int4\''):
+        es.Quantization("int4", lm_head="int4")
+    with pytest.raises(ValueError, match="got 'float64'"):
+        es.Quantization("int4", scale_dtype="float64")
     with pytest.raises(ValueError, match='must be "int8" or "int4" or "fp8", got \'int3\''):
         es.load_model(source, quantization="int3")
     for size in (0, 1.5, True):

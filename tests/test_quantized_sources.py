@@ -1,11 +1,4 @@
-"""Folders of quantised safetensors: read as the floats that their formats say, or refused.
-
-Every checkpoint is made here from codes, zero points and scales that are drawn, packed one by one
-as the definition of the format has it; what must come back is (code - zero point) * scale, one
-by one, in float32. Definitions: for fp8 the kernel that DeepSeek published with its weights and OCP
-OFP8 for the numbers; for compressed-tensors `pack_to_int32` and `dequantize` of that library; for
-gptq the slow path of AutoGPTQ's linear layer; for awq the gemm packing of AutoAWQ.
-"""
+"""Folders of quantised safetensors: read as what their formats say, or refused."""
 
 from __future__ import annotations
 
@@ -15,246 +8,21 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_models import load_all, random_tensors, run, tiny_config, write_hf_folder, write_tensors
+from hf_models import load_all, run, tiny_config, write_hf_folder, write_tensors
+from quantized_folders import AWQ, BF16, CASES, F16, FP8, GPTQ, compressed, float_folder, write
 
 import convert
 import easyspec_jax as es
+from convert.__main__ import main as command
 from convert.folder import FolderSource
 from convert.quantization_config import read_scheme
-from easyspec_jax import checkpoint, sources
+from easyspec_jax import checkpoint, sharding, sources
 
-F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
-BLOCK = "model.layers.0"
-Q = f"{BLOCK}.self_attn.q_proj"
-
-
-def pack(codes, bits: int) -> np.ndarray:
-    """Codes along a line in words of 32 bits, the first in the lowest bits."""
-    count = 32 // bits
-    words = [0] * -(-len(codes) // count)
-    for j, code in enumerate(codes):
-        words[j // count] |= int(code) << (bits * (j % count))
-    return np.array(words, np.uint32).view(np.int32)
-
-
-def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
-    return np.stack([pack(row, bits) for row in codes])
-
-
-def pack_awq(codes: np.ndarray) -> np.ndarray:
-    """[in, out] of 4 bits: nibble i of a word holds the column that stands at i in this order."""
-    order = [0, 2, 4, 6, 1, 3, 5, 7]
-    return np.stack(
-        [pack([row[k + j] for k in range(0, len(row), 8) for j in order], 4) for row in codes]
-    )
-
-
-def e4m3(byte: int) -> float:
-    """The number that a byte is in OFP8 E4M3."""
-    sign, exponent, fraction = byte >> 7, byte >> 3 & 15, byte & 7
-    size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    return -size if sign else size
-
-
-def dense(codes, zero_of, scale_of) -> np.ndarray:
-    """f32[out, in]: (code - zero point) * scale, one by one."""
-    out = np.empty(np.shape(codes), np.float32)
-    for o, i in np.ndindex(*out.shape):
-        out[o, i] = np.float32(codes[o][i] - int(zero_of(o, i))) * np.float32(scale_of(o, i))
-    return out
-
-
-def fp8(rng, shape, *, scales: Callable, index: Callable, name="weight_scale", dtype=np.float32):
-    """Bytes and scales of shape `scales(out, in)`, of which element o, i has that at `index`."""
-    codes = rng.integers(0, 256, shape, dtype=np.uint8)
-    codes[codes & 127 == 127] = 0  # not a number
-    scale = (rng.uniform(1, 2, scales(*shape)) / 2000).astype(dtype)
-    numbers = [[e4m3(int(code)) for code in row] for row in codes]
-    want = dense(numbers, lambda o, i: 0, lambda o, i: scale[index(o, i)])
-    return {"weight": codes.view(ml_dtypes.float8_e4m3fn), name: np.asarray(scale)}, want
-
-
-def whole(rng, shape, *, group: int | None, bits=8, packed=False, zeros="", tensor=False):
-    """Integers of compressed-tensors; `zeros`: "" without, "plain" or "packed"."""
-    half, (outputs, inputs) = 2 ** (bits - 1), shape
-    size = group or inputs
-    grid = (1, 1) if tensor else (outputs, inputs // size)
-    codes = rng.integers(-half, half, shape)
-    zero = rng.integers(-half, half, grid) if zeros else np.zeros(grid, int)
-    scale = (rng.uniform(1, 2, grid) / 4 / half).astype(BF16)
-    at = (lambda o, i: (0, 0)) if tensor else (lambda o, i: (o, i // size))
-    want = dense(codes, lambda o, i: zero[at(o, i)], lambda o, i: scale[at(o, i)])
-    stored = {"weight_scale": scale.reshape(-1) if tensor else scale}
-    if packed:
-        stored["weight_packed"] = pack_rows(codes + half, bits)
-        stored["weight_shape"] = np.array(shape, np.int64)
-    else:
-        stored["weight"] = codes.astype(np.int8)
-    if zeros == "plain":
-        stored["weight_zero_point"] = zero.astype(np.int8)
-    elif zeros:
-        stored["weight_zero_point"] = pack_rows((zero + half).T, bits).T.copy()
-    return stored, want
-
-
-def gptq(rng, shape, *, bits=4, group: int | None = 16, offset=1, order="even"):
-    """Codes along inputs, zero points along outputs, less `offset`; the group of every input is
-    said ("even"), drawn ("drawn") or left out ("").
-    """
-    outputs, inputs = shape
-    size, top = group or inputs, 2**bits
-    index = np.arange(inputs, dtype=np.int32) // size
-    if order == "drawn":
-        rng.shuffle(index)
-    codes = rng.integers(0, top, shape)
-    zero = rng.integers(0, top, (outputs, inputs // size))
-    scale = (rng.uniform(1, 2, zero.shape) / 2 / top).astype(F16)
-    want = dense(codes, lambda o, i: zero[o, index[i]], lambda o, i: scale[o, index[i]])
-    stored = {
-        "qweight": pack_rows(codes, bits).T.copy(),
-        "qzeros": pack_rows((zero.T - offset) % top, bits),
-        "scales": scale.T.copy(),
-    }
-    return stored | ({"g_idx": index} if order else {}), want
-
-
-def awq(rng, shape, *, group: int = 16):
-    codes = rng.integers(0, 16, shape)
-    zero = rng.integers(0, 16, (shape[0], shape[1] // group))
-    scale = (rng.uniform(1, 2, zero.shape) / 32).astype(F16)
-    want = dense(codes, lambda o, i: zero[o, i // group], lambda o, i: scale[o, i // group])
-    stored = {"qweight": pack_awq(codes.T), "qzeros": pack_awq(zero.T), "scales": scale.T.copy()}
-    return stored, want
-
-
-def compressed(layout: str, bits: int, strategy: str, group=None, symmetric=True, kind="int"):
-    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": symmetric}
-    weights |= {"group_size": group, "dynamic": False, "observer": "minmax", "actorder": None}
-    group_0 = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "config_groups": {"group_0": group_0},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-        "quantization_status": "compressed",
-    }
-
-
-@dataclasses.dataclass
-class Case:
-    """A format: what config.json says, and how a matrix is made."""
-
-    config: dict
-    make: Callable
-    options: dict
-    dtype: np.dtype = BF16  # of what is stored as floats
-    hidden: int = 32
-    head: bool = False  # quantised as well
-
-
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "GEMM", "zero_point": True}
-CASES = {
-    # blocks that fit neither the outputs nor the inputs
-    "fp8 blocks": Case(
-        FP8 | {"weight_block_size": [20, 24], "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]},
-        fp8,
-        {
-            "scales": lambda o, i: (-(-o // 20), -(-i // 24)),
-            "index": lambda o, i: (o // 20, i // 24),
-            "name": "weight_scale_inv",
-        },
-    ),
-    "fp8 tensor": Case(
-        FP8 | {"ignored_layers": ["lm_head"]},
-        fp8,
-        {"scales": lambda o, i: (), "index": lambda o, i: ()},
-    ),
-    "fp8 channels": Case(
-        compressed("float-quantized", 8, "channel", kind="float"),
-        fp8,
-        {"scales": lambda o, i: (o, 1), "index": lambda o, i: (o, 0), "dtype": BF16},
-    ),
-    "int8 tensor": Case(
-        compressed("naive-quantized", 8, "tensor"), whole, {"group": None, "tensor": True}
-    ),
-    "int8 channels": Case(compressed("int-quantized", 8, "channel"), whole, {"group": None}),
-    "int8 groups": Case(
-        compressed("int-quantized", 8, "group", 16, symmetric=False),
-        whole,
-        {"group": 16, "zeros": "plain"},
-    ),
-    # words of eight codes that the inputs do not fill
-    "packed int4": Case(
-        compressed("pack-quantized", 4, "group", 4),
-        whole,
-        {"group": 4, "bits": 4, "packed": True},
-        hidden=36,
-    ),
-    "packed int4 with zeros": Case(
-        compressed("pack-quantized", 4, "group", 4, symmetric=False),
-        whole,
-        {"group": 4, "bits": 4, "packed": True, "zeros": "packed"},
-        hidden=36,
-    ),
-    "packed int8": Case(
-        compressed("pack-quantized", 8, "channel", symmetric=False),
-        whole,
-        {"group": None, "packed": True, "zeros": "plain"},
-    ),
-    "gptq": Case(GPTQ, gptq, {}, F16),
-    "gptq in order": Case(
-        GPTQ | {"desc_act": True, "checkpoint_format": "gptq", "lm_head": True},
-        gptq,
-        {"order": "drawn"},
-        F16,
-        head=True,
-    ),
-    "gptq_v2": Case(
-        GPTQ | {"bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
-        gptq,
-        {"bits": 8, "group": None, "offset": 0, "order": ""},
-        F16,
-    ),
-    "gptq of 8 bits": Case(GPTQ | {"bits": 8}, gptq, {"bits": 8}, F16),
-    "awq": Case(AWQ, awq, {}, F16),
-}
-
-
-def write(path: pathlib.Path, name: str, *, config=None, change=None) -> dict[str, np.ndarray]:
-    """Write the quantised folder of a case, its config and tensors changed; what its weights are
-    as floats. The head has 64 outputs, so that all is whole words.
-    """
-    case = CASES[name]
-    raw = tiny_config("llama", num_hidden_layers=1, hidden_size=case.hidden, vocab_size=64)
-    write_hf_folder(path, raw, dtype=case.dtype)
-    said = case.config | (config or {})
-    (path / "config.json").write_text(json.dumps(raw | {"quantization_config": said}))
-    rng, stored, floats = np.random.default_rng(0), {}, {}
-    for weight, array in random_tensors(raw, dtype=case.dtype).items():
-        floats[weight] = array.astype(np.float32)
-        kept = weight == "lm_head.weight" and not case.head
-        if kept or array.ndim == 1 or "embed" in weight:
-            stored[weight] = array
-            continue
-        parts, floats[weight] = case.make(rng, array.shape, **case.options)
-        stored |= {weight.removesuffix("weight") + part: value for part, value in parts.items()}
-    if change is not None:
-        change(stored)
-    write_tensors(path, stored)
-    return floats
-
-
-def float_folder(path: pathlib.Path, name: str, floats: dict[str, np.ndarray]) -> pathlib.Path:
-    raw = tiny_config("llama", num_hidden_layers=1, hidden_size=CASES[name].hidden, vocab_size=64)
-    write_hf_folder(path, raw)
-    write_tensors(path, floats)
-    return path
+Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -266,6 +34,81 @@ def test_weights_are_what_their_format_says_to_the_last_bit(name, tmp_path, monk
     for key, array in load_all(out, 1).items():
         np.testing.assert_array_equal(array, want[key], strict=True)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    codes, case = stored_codes(out), CASES[name]
+    assert case.kept == (codes and (codes.kind, codes.group_size))
+    if codes is not None:
+        places = ("float", "layers" if case.head else "float")
+        assert (codes.embed, codes.lm_head) == places
+
+
+def stored_codes(folder: pathlib.Path) -> es.Quantization | None:
+    return checkpoint.stored_quantization(checkpoint.read_metadata(folder)[1])
+
+
+def test_codes_are_kept_on_a_mesh_and_say_what_the_floats_say(tmp_path, monkeypatch):
+    """On two layers at once, in the order of GPUs; greedily, and from disk to disk."""
+    write(tmp_path / "hf", "gptq symmetric", layers=2)
+    codes = run(tmp_path / "hf", tmp_path / "codes")
+    floats = run(tmp_path / "hf", tmp_path / "floats", dequantize=True, dtype="float32")
+    assert stored_codes(floats) is None
+    plain = es.load_model(floats, es.make_mesh(1, 1), dtype="float64", progress=False)
+    want = es.Decoder(plain).generate([[5, 9, 33]], max_new_tokens=12).tokens
+    monkeypatch.setattr(sharding, "has_gpus", lambda mesh: True)
+    mesh = es.make_mesh(4, 2)
+    options = {"group_size": 2, "progress": False}
+    model = es.load_model(codes, mesh, dtype="float64", **options)
+    assert model.quantization is not None and model.params.embed.dtype == np.float64
+    assert model.params.lm_head.scales.dtype == np.float16
+    assert es.Decoder(model).generate([[5, 9, 33]], max_new_tokens=12).tokens == want
+    half = es.load_model(codes, mesh, dtype="float16", **options)
+    es.save_model(half, tmp_path / "again", like=codes)
+    assert checkpoint.read_metadata(tmp_path / "again") == checkpoint.read_metadata(codes)
+
+
+def said(capsys, src, dst, *options: str) -> str:
+    """What the command has to say of a source, all of it one line."""
+    assert command([str(src), str(dst), *options]) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith(f"{src}: ")]
+    return line.removeprefix(f"{src}: ")
+
+
+def test_one_line_says_what_becomes_of_codes(tmp_path, capsys):
+    write(tmp_path / "kept", "fp8 tensor")
+    line = said(capsys, tmp_path / "kept", tmp_path / "a")
+    assert line.startswith("fp8 weights stay codes and scales; activations stay floats")
+    line = said(capsys, tmp_path / "kept", tmp_path / "b", "--dequantize")
+    assert line.startswith("fp8 weights become floats; activations") and not stored_codes(
+        tmp_path / "b"
+    )
+    line = said(capsys, tmp_path / "kept", tmp_path / "c", "--quantization", "int8")
+    assert line.startswith("fp8 weights are rounded to int8; activations")
+    assert stored_codes(tmp_path / "c") == es.Quantization("int8")
+    write(tmp_path / "not", "awq")
+    line = said(capsys, tmp_path / "not", tmp_path / "d")
+    assert line == f"weights of 4 bits (awq) become floats: {Q}.qweight has zero points"
+
+
+def test_scales_of_several_types_are_kept_in_one_that_holds_them(tmp_path):
+    def wider(stored):
+        stored[f"{Q}.weight_scale"] = stored[f"{Q}.weight_scale"].astype(np.float32) + np.float32(
+            2.0**-20
+        )
+
+    write(tmp_path / "hf", "int8 channels", change=wider)
+    out = run(tmp_path / "hf", tmp_path / "codes", dtype="float32")
+    want = load_all(run(tmp_path / "hf", tmp_path / "a", dtype="float32", dequantize=True), 1)
+    assert stored_codes(out).scale_dtype == "float32"
+    jax.tree.map(np.testing.assert_array_equal, load_all(out, 1), want)
+
+
+def test_codes_that_are_no_numbers_are_refused(tmp_path):
+    def spoil(stored):
+        stored[f"{Q}.weight"].view(np.uint8)[3, 5] = 0x7F
+
+    write(tmp_path / "hf", "fp8 tensor", change=spoil)
+    with pytest.raises(ValueError, match=r"q_proj\.weight holds values that are not finite"):
+        run(tmp_path / "hf", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.slow
@@ -278,9 +121,9 @@ def test_a_folder_loads_and_predicts_as_its_floats_do(name, tmp_path, monkeypatc
     same = run(float_folder(tmp_path / "floats", name, floats), tmp_path / "same", dtype=dtype)
     assert sources.read_config(tmp_path / "hf")[0].vocab_size == 64
     model = es.load_model(tmp_path / "hf", es.make_mesh(1, 1))
-    said = capsys.readouterr().err
-    assert said.count("dequantised to floats") == 1
-    assert ("activations stay floats" in said) == name.startswith("fp8")
+    told = capsys.readouterr().err
+    assert told.count("become floats") == 1
+    assert ("activations stay floats" in told) == name.startswith("fp8")
     want = es.logits(es.load_model(same, es.make_mesh(1, 1), progress=False), [[5, 9, 33]])
     stored = sources.find_checkpoint(tmp_path / "hf")
     assert checkpoint.read_metadata(stored)[1]["dtype"] == dtype
@@ -344,7 +187,7 @@ def test_biases_of_zeros_are_dropped_and_others_are_not(tmp_path):
         run(tmp_path / "b", tmp_path / "out2")
 
 
-def test_a_matrix_that_is_ignored_or_left_as_floats_is_read_as_such(tmp_path):
+def test_a_matrix_that_is_left_as_floats_makes_floats_of_all(tmp_path, capsys):
     rows = np.full((32, 36), 0.5, BF16)
 
     def plain(stored):
@@ -353,45 +196,61 @@ def test_a_matrix_that_is_ignored_or_left_as_floats_is_read_as_such(tmp_path):
         stored[f"{Q}.weight"] = rows
 
     write(tmp_path / "hf", "packed int4", config={"ignore": ["re:.*q_proj"]}, change=plain)
-    out = load_all(run(tmp_path / "hf", tmp_path / "out"), 1)
+    line = said(capsys, tmp_path / "hf", tmp_path / "out")
+    assert (
+        line == f"weights of 4 bits (pack-quantized) become floats: {Q}.weight is stored as floats"
+    )
+    out = load_all(tmp_path / "out", 1)
     assert (out["0.wq"] == 0.5).all() and out["0.wq"].dtype == BF16
 
 
-def without(part: str) -> Callable:
-    return lambda stored: stored.pop(f"{Q}.{part}")
+def without(key: str) -> Callable:
+    return lambda stored: stored.pop(key)
 
 
-def with_part(part: str, value, module: str = Q) -> Callable:
-    return lambda stored: stored.update({f"{module}.{part}": value})
+def with_part(key: str, value) -> Callable:
+    return lambda stored: stored.update({key: value})
 
 
 WRONG_TENSORS = [
-    ("fp8 blocks", without("weight_scale_inv"), r"missing: .*q_proj\.weight_scale"),
-    ("fp8 tensor", with_part("input_scale", np.ones(1, BF16)), "quantised activations.*q_pro"),
-    ("fp8 tensor", with_part("self_attn.k_scale", np.ones(1, BF16), BLOCK), "cache.*k_scale"),
+    ("fp8 blocks", without(f"{Q}.weight_scale_inv"), r"missing: .*q_proj\.weight_scale"),
+    ("fp8 tensor", with_part(f"{Q}.input_scale", np.ones(1, BF16)), "quantised activations.*q_pro"),
+    ("fp8 tensor", with_part("model.layers.0.self_attn.k_scale", np.ones(1, BF16)), "cache.*k_sca"),
     (
         "fp8 blocks",
-        with_part("weight_scale_inv", np.ones((2, 1), np.float32)),
+        with_part(f"{Q}.weight_scale_inv", np.ones((2, 1), np.float32)),
         r"wrong shape: .*q_proj\.weight_scale_inv \[2, 1\] instead of \[2, 2\]",
     ),
-    ("fp8 channels", with_part("weight_scale_inv", np.ones(1, BF16)), "not part of the model"),
+    ("fp8 channels", with_part(f"{Q}.weight_scale_inv", np.ones(1, BF16)), "not part of the model"),
     (
         "fp8 channels",
-        with_part("weight", np.ones((32, 32), ml_dtypes.float8_e5m2)),
+        with_part(f"{Q}.weight", np.ones((32, 32), ml_dtypes.float8_e5m2)),
         r"a type that is not read: .*q_proj\.weight \(F8_E5M2\)",
     ),
-    ("fp8 channels", with_part("weight", np.ones((64, 32), np.int8), "lm_head"), "out: lm_head"),
-    ("packed int4", without("weight_shape"), r"missing: .*q_proj\.weight_shape"),
-    ("packed int4", with_part("weight_shape", np.array([32, 40])), r"32, 40\] instead of \[32, 36"),
-    ("packed int4", with_part("weight_g_idx", np.zeros(36, np.int32)), "act-order.*weight_g_"),
-    ("packed int4", with_part("weight", np.ones((32, 36), BF16)), "there twice.*q_proj.weigh"),
-    ("packed int4 with zeros", without("weight_zero_point"), "missing: .*weight_zero_point"),
-    ("gptq", without("qweight"), r"missing: .*q_proj\.weight.*not part .*q_proj\.qzeros"),
-    ("gptq", without("scales"), r"missing: .*q_proj\.scales"),
-    ("gptq in order", without("g_idx"), r"missing: .*q_proj\.g_idx"),
-    ("gptq", with_part("g_idx", np.full(32, 2, np.int32)), "group that is none of its 2"),
-    ("awq", with_part("qweight", np.ones((4, 32), np.int32)), r"\[4, 32\] instead of \[32, 4\]"),
-    ("awq", with_part("spare", np.ones(4, F16), BLOCK), "not part of the model: .*spare"),
+    (
+        "fp8 channels",
+        with_part("lm_head.weight", np.ones((64, 32), np.int8)),
+        r"leaves them out: lm_head",
+    ),
+    ("packed int4", without(f"{Q}.weight_shape"), r"missing: .*q_proj\.weight_shape"),
+    (
+        "packed int4",
+        with_part(f"{Q}.weight_shape", np.array([32, 40])),
+        r"weight_shape says \[32, 40\] instead of \[32, 36\]",
+    ),
+    ("packed int4", with_part(f"{Q}.weight_g_idx", np.zeros(36, np.int32)), "act-order.*weight_g_"),
+    ("packed int4", with_part(f"{Q}.weight", np.ones((32, 36), BF16)), "there twice.*q_proj.weigh"),
+    ("packed int4 with zeros", without(f"{Q}.weight_zero_point"), "missing: .*weight_zero_point"),
+    ("gptq", without(f"{Q}.qweight"), r"missing: .*q_proj\.weight.*not part .*q_proj\.qzeros"),
+    ("gptq", without(f"{Q}.scales"), r"missing: .*q_proj\.scales"),
+    ("gptq in order", without(f"{Q}.g_idx"), r"missing: .*q_proj\.g_idx"),
+    ("gptq", with_part(f"{Q}.g_idx", np.full(32, 2, np.int32)), "group that is none of its 2"),
+    (
+        "awq",
+        with_part(f"{Q}.qweight", np.ones((4, 32), np.int32)),
+        r"qweight \[4, 32\] instead of \[32, 4\]",
+    ),
+    ("awq", with_part("model.layers.0.spare", np.ones(4, F16)), "not part of the model: .*spare"),
 ]
 
 
