@@ -247,22 +247,8 @@ def _gptq(config: dict[str, Any]) -> Scheme:
     ordered = config.get("desc_act", False)
     if not isinstance(ordered, bool):
         raise ValueError(f"{KEY}: desc_act must be true or false, not {ordered!r}.")
-<<<<<<< HEAD
     offset = int(layout == "gptq")
     return _in_words("gptq", bits, group, layout, zero_offset=offset, needs_index=ordered)
-=======
-    return Scheme(
-        method="gptq",
-        storage="gptq",
-        bits=bits,
-        code="I32",
-        block=(1, group),
-        needs_zeros=True,
-        zero_offset=int(layout == "gptq"),
-        needs_index=ordered,
-        codes=f"weights of {bits} bits ({layout})",
-    )
->>>>>>> formats
 
 
 def _awq(config: dict[str, Any]) -> Scheme:
@@ -293,13 +279,8 @@ def _in_words(method: str, bits: int, group: int | None, layout: str, **more: An
         code="I32",
         block=(1, group),
         needs_zeros=True,
-<<<<<<< HEAD
-        note=f"weights of {bits} bits ({layout}) are dequantised to floats",
+        codes=f"weights of {bits} bits ({layout})",
         **more,
-=======
-        ignored=_names(config, "modules_to_not_convert"),
-        codes="weights of 4 bits (awq)",
->>>>>>> formats
     )
 
 
