@@ -91,7 +91,7 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, Any]) -> str:
     return shown_digest(digest(arrays))
 
 
-def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict[str, Any]:
     """One part of a checkpoint, as the abstract arrays say; its digest is not looked at.
 
     Raises:

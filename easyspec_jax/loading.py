@@ -184,7 +184,7 @@ def random_model(
         make = _random_part(tuple(abstract.items()))
         return make(jax.random.fold_in(root, index))
 
-    options = dict(
+    options: dict[str, Any] = dict(
         mesh=mesh, group_size=group_size, dtype=dtype, layout=layout, attention=attention
     )
     return _build(config, part, quantization=quantization, kv_dtype=kv_dtype, **options)

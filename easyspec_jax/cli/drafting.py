@@ -210,9 +210,8 @@ def planned_model(config: es.ModelConfig, metadata: dict[str, Any], mesh: Any, *
     """The shapes of a checkpoint's model, its matrices as they are stored unless `options` (of
     `abstract_model`) say otherwise.
     """
-    return es.abstract_model(
-        config, mesh, **{"quantization": stored_quantization(metadata)} | options
-    )
+    how: dict[str, Any] = {"quantization": stored_quantization(metadata)}
+    return es.abstract_model(config, mesh, **how | options)
 
 
 def draft_layout(args: argparse.Namespace) -> LayoutRules:
