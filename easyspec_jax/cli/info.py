@@ -117,7 +117,8 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
     rows["parameters"] += f", stored as {metadata.get('dtype')}"
     codes = stored_quantization(metadata)
     if codes is not None:
-        of = "" if codes.group_size is None else f" in groups of {codes.group_size} inputs"
+        grouped = (codes.group_size or 0) > 0
+        of = f" in groups of {codes.group_size} inputs" if grouped else ""
         rows["parameters"] += f", matrices as {codes.kind}{of}"
     path = path if pathlib.Path(path).exists() else str(conversion(path))  # a hub id
     ids = stop_ids(read_generation_config(path), c)

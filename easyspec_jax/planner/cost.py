@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,6 +69,7 @@ class Piece:
     weights: int = 0  # bytes of one device
     rows: int = 0  # that are multiplied with them
     products: int = 1  # in which
+    reads: float = 1.0  # how often the weights' bytes are moved for them
     cache: float = 0.0  # bytes of entries
     scores: float = 0.0  # of attention: row x head x entry
     outputs: float = 0.0  # numbers that products write, those of each part counted
@@ -139,7 +139,7 @@ class Pass:
             if isinstance(work, Exchange):
                 total += Counts(1.0, 0.0, 1) * times
             else:
-                moved = work.weights + work.cache + _SCORE_BYTES * work.scores
+                moved = work.reads * work.weights + work.cache + _SCORE_BYTES * work.scores
                 moved += _OUTPUT_BYTES * work.outputs
                 total += Counts(work.kernels, moved) * times
         return total
@@ -187,6 +187,7 @@ class Pass:
             weights=device_bytes(weights),
             rows=self.rows,
             products=_products(weights),
+            reads=self._reads(weights.wo, self.rows),
             cache=self._cache_bytes,
             scores=self.rows * heads * self.entries,
             outputs=self.rows * parts if self.rows > 1 else 0,
@@ -199,7 +200,8 @@ class Pass:
         parts = 2 * _PARTS["gate, up"] * c.mlp_dim // layout.devices_along(layout.mlp)
         parts += _PARTS["down"] * c.embed_dim
         outputs = self.rows * parts if self.rows > 1 else 0
-        rows = {"rows": self.rows, "products": 2, "outputs": outputs}
+        reads = self._reads(block.mlp[0].w_down, self.rows)
+        rows = {"rows": self.rows, "products": 2, "outputs": outputs, "reads": reads}
         return Work([Piece(kernels=kernels, weights=size, **rows)])
 
     def _ends(self) -> Work:
@@ -209,6 +211,7 @@ class Pass:
             kernels=self.device.pass_kernels + self.device.grow_kernels * (self.best > 1),
             weights=device_bytes(params.lm_head),
             rows=self.heads,
+            reads=self._reads(params.lm_head, self.heads),
             numbers=self.heads * self.model.config.vocab_size // layout.devices_along(layout.vocab),
         )
         # Of each device the likeliest tokens, ids and scores; in a tree what all scores come to.
@@ -237,7 +240,7 @@ class Pass:
                 seconds = max(seconds, _COLLECTIVE_LAUNCHES * device.kernel)
             return Cost(collectives=seconds)
         cost = Cost(
-            weights=self._product(one.weights, one.rows, one.products) if one.weights else 0.0,
+            weights=self._product(one) if one.weights else 0.0,
             attention=one.cache / device.bandwidth + device.score * one.scores,
             sampling=device.logit * one.numbers,
             kernels=one.kernels * device.kernel,
@@ -253,13 +256,18 @@ class Pass:
         """Of a layer's keys and values on a device."""
         return device_bytes(self.model.abstract_cache(self.batch, self.entries).blocks[0][0])
 
-    def _product(self, weights: float, rows: float, count: int) -> float:
-        """Seconds of multiplying so many rows with weights of so many bytes in `count` products."""
-        size, times, matrix = self._itemsize, 1.0, self.model.params.blocks[0].mlp[0].w_down
-        if isinstance(matrix, Quantized):
-            size, times = matrix.weight_bytes, matrix.times_read(math.ceil(rows), size)
-        seconds = self.device.product(weights, rows, size, count)
-        return max(seconds, times * weights / self.device.bandwidth)
+    def _product(self, one: Piece) -> float:
+        """Seconds of its products."""
+        matrix = self.model.params.blocks[0].mlp[0].w_down
+        size = matrix.weight_bytes if isinstance(matrix, Quantized) else self._itemsize
+        seconds = self.device.product(one.weights, one.rows, size, one.products)
+        return max(seconds, one.reads * one.weights / self.device.bandwidth)
+
+    def _reads(self, matrix: Any, rows: int) -> float:
+        """How often the bytes of a matrix are moved for so many rows."""
+        if not isinstance(matrix, Quantized):
+            return 1.0
+        return matrix.times_read(rows, self._itemsize)
 
 
 def _products(weights: Any) -> int:
