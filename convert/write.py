@@ -73,6 +73,8 @@ def convert(
     if dtype is not None and dtype not in tensors.DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(tensors.DTYPES)}.")
     codes = Quantization.of(quantization)
+    if dequantize and codes is not None:
+        raise ValueError("dequantize makes floats and quantization codes: choose one of the two.")
     hidden = None if progress is None else not progress  # None: shown on a terminal alone
     _make_way(dst)
     with contextlib.ExitStack() as stack:

@@ -8,6 +8,7 @@ the part is read.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -34,8 +35,10 @@ from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.json_files import read_object
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.quantized import Quantization, Quantized
+from easyspec_jax.weights import check_groups
 
 FORMAT = 2
+WITH_CODES = 3  # the same, of matrices that are codes: what knows only floats refuses it by name
 # {"format": 2, "dtype": "float16", "tokenizer": sha256 of the ordinary vocabulary, or null,
 #  "parts": {name: digest}, "weights": `digest_of` all parts,
 #  "quantization": `Quantization.stored`, where matrices are codes}
@@ -216,7 +219,9 @@ def make_metadata(
       parts: the digest of each.
     """
     metadata = {"format": FORMAT, "dtype": dtype, "tokenizer": tokenizer, "parts": parts}
-    codes = {} if quantization is None else {"quantization": quantization.stored}
+    codes = {}
+    if quantization is not None:
+        codes = {"format": WITH_CODES, "quantization": quantization.stored}
     return metadata | {"weights": digest_of(parts)} | codes
 
 
@@ -224,6 +229,27 @@ def stored_quantization(metadata: dict[str, Any]) -> Quantization | None:
     """How the matrices of a checkpoint are stored; None: as floats."""
     codes = metadata.get("quantization")
     return None if codes is None else Quantization(**codes)
+
+
+def agreed_quantization(
+    metadata: dict[str, Any], wanted: str | Quantization | None, model: str | os.PathLike
+) -> Quantization | None:
+    """How a model is loaded that is stored as its metadata say; None: as floats.
+
+    Raises:
+      ValueError: codes are stored, and others are wanted.
+    """
+    stored, wanted = stored_quantization(metadata), Quantization.of(wanted)
+    if stored is None or wanted is None:
+        return stored or wanted
+    asked = {name: value for name, value in wanted.stored.items() if value is not None}
+    if not asked.items() <= stored.stored.items():
+        size = "" if wanted.group_size is None else f" --group-size {wanted.group_size}"
+        raise ValueError(
+            f"{model} holds codes, {stored}, and cannot be loaded as {wanted}: convert the source "
+            f"again, with --quantization {wanted.kind}{size}"
+        )
+    return dataclasses.replace(stored, keep_codes=wanted.keep_codes)
 
 
 def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
@@ -239,7 +265,7 @@ def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]
             f"make one with `easyspec convert {folder} DST`"
         )
     metadata = read_object(folder / METADATA_FILE)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, WITH_CODES):
         raise ValueError(
             f"{folder} has checkpoint format {metadata.get('format')}, "
             f"but this version reads {FORMAT}: convert it again"
@@ -248,7 +274,10 @@ def read_metadata(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]
     parts, tokenizer = metadata.get("parts"), metadata.get("tokenizer")
     sound = metadata.get("dtype") in DTYPES and isinstance(tokenizer, str | None)
     try:
-        stored_quantization(metadata)
+        codes = stored_quantization(metadata)
+        check_groups(config, codes)
+        sound &= (codes is None) == (metadata["format"] == FORMAT)
+        sound &= codes is None or codes.keep_codes is None
     except (TypeError, ValueError):
         sound = False
     if not sound or not isinstance(parts, dict) or metadata.get("weights") != digest_of(parts):

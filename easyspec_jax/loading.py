@@ -25,7 +25,7 @@ from easyspec_jax.json_files import write_object
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
-from easyspec_jax.quantized import Form, Quantization, Quantized, dequantise
+from easyspec_jax.quantized import Form, Quantization, Quantized, dequantise, wide_type
 from easyspec_jax.sharding import (
     KV_CODES,
     LAYER,
@@ -84,17 +84,17 @@ def load_model(
     """
     options: dict[str, Any] = dict(mesh=mesh, dtype=dtype, layout=layout, attention=attention)
     options["kv_dtype"] = kv_dtype
-    options["quantization"] = Quantization.of(quantization)
     tuned = isinstance(group_size, str) and group_size == TUNED
     local = pathlib.Path(path)
     if local.exists() and not (local / METADATA_FILE).is_file():  # to be converted, for minutes
         groups: Any = 1 if tuned else group_size
-        abstract_model(read_config(local)[0], group_size=groups, **options)
+        source, about = read_config(local)
+        options["quantization"] = checkpoint.agreed_quantization(about, quantization, local)
+        abstract_model(source, group_size=groups, **options)
     folder = find_checkpoint(path, progress=progress).absolute()
     config, metadata = checkpoint.read_metadata(folder)
     codes = checkpoint.stored_quantization(metadata)
-    if codes is not None:
-        options["quantization"] = _same(codes, options["quantization"], folder)
+    options["quantization"] = checkpoint.agreed_quantization(metadata, quantization, folder)
     if tuned:
         group_size = checkpoint.read_partition(folder, config.num_layers, metadata["weights"])
     checkpoint.check_whole(folder, config, metadata["parts"])
@@ -207,6 +207,9 @@ def quantize_model(model: Model, quantization: str | Quantization) -> Model:
     config, layout = model.config, model.layout
     codes = _kept(how, config, layout)
     _tell(how, codes)
+    params = _abstract_params(config, layout, model.partition, model.dtype, codes)
+    held = {"weights as they are": device_bytes(model.params)}
+    check_memory(layout.mesh, {"weights": device_bytes(params)}, held)
     blocks = []
     for block in model.params.blocks:
         arrange = _jit_arrange(len(block.mlp), config, layout, model.dtype, how, codes)
@@ -297,23 +300,6 @@ def _build(
     return model.replace(params=weights.Params(blocks=tuple(blocks), **arranged))
 
 
-def _same(stored: Quantization, wanted: Quantization | None, folder: pathlib.Path) -> Quantization:
-    """What a checkpoint of codes is loaded as.
-
-    Raises:
-      ValueError: other codes are wanted.
-    """
-    if wanted is None:
-        return stored
-    asked = {name: value for name, value in wanted.stored.items() if value is not None}
-    if not asked.items() <= stored.stored.items():
-        raise ValueError(
-            f"{folder} holds {stored} and cannot be loaded as {wanted}: convert the model again, "
-            f"with --quantization {wanted.kind}"
-        )
-    return dataclasses.replace(stored, keep_codes=wanted.keep_codes)
-
-
 def _kept(how: Quantization | None, config: ModelConfig, layout: Layout) -> Quantization | None:
     """What devices hold of it: None where weights are rounded and kept as floats.
 
@@ -328,8 +314,8 @@ def _kept(how: Quantization | None, config: ModelConfig, layout: Layout) -> Quan
 
 
 def _tell(how: Quantization | None, codes: Quantization | None) -> None:
-    """One line where codes were asked for, or are stored, and floats are kept."""
-    if how is not None and codes is None:
+    """One line where codes were asked for, or are stored, and a CPU keeps floats."""
+    if how is not None and codes is None and how.keep_codes is None:
         logger.warning("%s weights are rounded and kept as floats: CPUs multiply those", how.kind)
 
 
@@ -345,10 +331,12 @@ def _made(
     """
     found = {}
     for name, x in weights.quantised(part, config, how).items():
-        if isinstance(x, Quantized):
-            x = x if codes is not None else dequantise(x).astype(dtype)
-        else:
+        if not isinstance(x, Quantized):
             x = x.astype(dtype)
+        elif codes is None:
+            x = dequantise(x).astype(dtype)
+        elif x.group is None and codes.scale_dtype is None:  # scales of outputs: as the model is
+            x = x.replace(scales=x.scales.astype(wide_type(dtype)))
         found[name] = x
     return found
 

@@ -88,6 +88,10 @@ class Quantization:
         """What an argument `quantization` means: a kind, or all of it."""
         return wanted if isinstance(wanted, Quantization | None) else Quantization(wanted)
 
+    def __str__(self) -> str:
+        grouped = self.group_size not in (None, PER_OUTPUT)
+        return self.kind + (f" in groups of {self.group_size} inputs" if grouped else "")
+
     @property
     def stored(self) -> dict[str, Any]:
         """What tells it from others, as metadata of a checkpoint has it."""

@@ -6,6 +6,7 @@ named after the source and what its files are, so a source that changed is anoth
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import hashlib
@@ -24,6 +25,7 @@ from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.json_files import read_object
 
 # owner/name, or owner/name@revision
+KEY = "quantization_config"  # of a config.json
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -78,7 +80,7 @@ def find_checkpoint(model: str | os.PathLike, *, progress: bool | None = None) -
 def read_config(model: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     """Configuration and metadata of a model as in `find_checkpoint`, or of a config.json alone;
     nothing is converted, of a hub id only config.json is fetched, and what is no checkpoint has no
-    metadata.
+    metadata but "quantization", where a conversion would keep codes.
 
     Raises:
       ValueError, OSError: as `find_checkpoint`.
@@ -90,9 +92,10 @@ def read_config(model: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     if is_gguf(file):
         from convert.gguf_source import GgufSource
 
-        return GgufSource(file).config, {}
+        source = GgufSource(file)
+        return source.config, _codes_of(source)
     if file.is_file():
-        return _hf_config(file), {}
+        return _hf_config(file), _codes_in(path)
     folder = conversion(model)
     if (folder / METADATA_FILE).is_file():
         return read_metadata(folder)
@@ -102,10 +105,30 @@ def read_config(model: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     return _hf_config(download(repo, revision, "config.json") / "config.json"), {}
 
 
+def _codes_of(source: Any) -> dict[str, Any]:
+    """How a checkpoint of a source would keep its codes, as in metadata."""
+    from convert.codes import kept
+
+    how = kept(source)[0]
+    return {} if how is None else {"quantization": how.stored}
+
+
+def _codes_in(folder: pathlib.Path) -> dict[str, Any]:
+    """The same of a Hugging Face folder; nothing of a config.json alone."""
+    if not folder.is_dir() or read_object(folder / "config.json").get(KEY) is None:
+        return {}
+    from convert.folder import INDEX, WEIGHTS, FolderSource
+
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        return {}
+    with contextlib.ExitStack() as stack:
+        return _codes_of(FolderSource(folder, stack))
+
+
 def _hf_config(file: pathlib.Path) -> ModelConfig:
     """The model of a config.json, as it is once it is converted."""
     raw = read_object(file)
-    if raw.get("quantization_config") is None:  # nothing of `convert` is needed
+    if raw.get(KEY) is None:  # nothing of `convert` is needed
         return config_from_hf(raw)
     from convert.quantization_config import read_hf_config
 

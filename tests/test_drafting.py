@@ -201,6 +201,10 @@ POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
         ),
         ((*POLYBASIC, "--middle", "nowhere"), "nowhere is no model"),
         ((*POLYBASIC, "--middle", "foreign"), "have different tokenizers"),
+        (
+            (*POLYBASIC, "--middle-bits", 4, "--quantization", "int8"),
+            "--middle-bits makes codes of a base of floats: name a --middle instead",
+        ),
         ((*POLYBASIC, "--middle-bits", 4, "--mu", 0), "--mu must be at least 1, got 0"),
         ((*POLYBASIC, "--middle-bits", 4, "--exits", "1"), "polybasic does not take --exits"),
         ((*POLYBASIC, "--middle-bits", 4, "--tree-width", 2), "does not take --tree-width"),

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from decoders import CONFIG, GROUPS, PROMPTS, model
 from hf_models import run, tiny_config, write_hf_folder
+from test_gguf import write_gguf
 
 import easyspec_jax as es
-from easyspec_jax import checkpoint, quantized, sharding, weights
+from easyspec_jax import checkpoint, quantized, sharding, sources, weights
 from easyspec_jax.cache import LayerKV
+from easyspec_jax.cli import drafting
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.quantized import Form, Quantized, dequantise, product, quantise
 
@@ -220,9 +222,9 @@ def test_cpus_keep_floats_and_one_line_says_so(stored, caplog):
 def test_other_codes_than_those_stored_are_refused(stored):
     how, folder = stored
     other = "int4" if how.kind != "int4" else "int8"
-    with pytest.raises(ValueError, match="convert the model again"):
+    with pytest.raises(ValueError, match="convert the source again"):
         es.load_model(folder, quantization=other)
-    with pytest.raises(ValueError, match="convert the model again"):
+    with pytest.raises(ValueError, match="convert the source again"):
         es.load_model(folder, quantization=es.Quantization(how.kind, 16))
 
 
@@ -231,15 +233,18 @@ def test_damage_is_found(stored, tmp_path):
     file = folder / checkpoint.METADATA_FILE
     text = file.read_text()
     try:
-        for wrong in ({"kind": "int5"}, {"kind": "int8", "more": 1}, "int8", 8):
+        kept_on = {"kind": "int8", "keep_codes": True}
+        wrongs = ({"kind": "int5"}, {"kind": "int8", "more": 1}, "int8", 8, kept_on)
+        for wrong in (*wrongs, {"kind": "int8", "group_size": 3}):
             file.write_text(json.dumps(json.loads(text) | {"quantization": wrong}))
             with pytest.raises(ValueError, match=r"easyspec.json is damaged"):
                 es.load_model(folder)
         metadata = json.loads(text)
         del metadata["quantization"]
-        file.write_text(json.dumps(metadata))
-        with pytest.raises(ValueError, match="is damaged: remove"):
-            es.load_model(folder)
+        for number in (checkpoint.FORMAT, checkpoint.WITH_CODES):
+            file.write_text(json.dumps(metadata | {"format": number}))
+            with pytest.raises(ValueError, match="is damaged: remove"):
+                es.load_model(folder)
     finally:
         file.write_text(text)
 
@@ -333,3 +338,40 @@ def test_attention_over_codes_finds_much_the_same(pretend, gpus):
     assert np.abs(coarse - exact).max() < 0.2 * size
     with pytest.raises(ValueError, match='kv_dtype must be "int8" or "fp8", got \'int4\''):
         es.random_model(WIDE, mesh, kv_dtype="int4")
+
+
+def test_scales_are_of_the_models_own_type(stored, tmp_path):
+    """A model in another type than its checkpoint is saved as what is read again."""
+    how, folder = stored
+    model = es.load_model(folder, es.make_mesh(1, 1), dtype="float64", quantization=how)
+    es.save_model(model, tmp_path / "wide", like=folder)
+    again = es.load_model(tmp_path / "wide", es.make_mesh(1, 1), dtype="float64", quantization=how)
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+def test_commands_refuse_other_codes_before_anything_is_loaded(stored, source, easyspec):
+    how, folder = stored
+    other = "int4" if how.kind != "int4" else "int8"
+    pair = ("--base", source, "--draft", folder, "--draft-quantization", other)
+    for command in (("info", folder, "--quantization", other), ("plan", *pair, "--device", "h200")):
+        status, _, error = easyspec(*command)
+        assert status == 1 and error.count("\n") == 1
+        assert f"{folder} holds codes, {how.kind}" in error and "convert the source" in error
+    about, mesh = checkpoint.read_metadata(folder), es.make_mesh(1, 1)
+    with pytest.raises(ValueError, match="convert the source again"):  # of generate and program
+        drafting.planned_model(str(folder), *about, mesh, quantization=other)
+    status, _, error = easyspec("info", source, "--draft-quantization", "int8")
+    assert status == 1 and "--draft-quantization needs --draft" in error
+    with pytest.raises(ValueError, match="choose one of the two"):
+        run(source, folder.parent / "none", quantization="int8", dequantize=True)
+
+
+def test_what_a_conversion_would_keep_is_known_before_it(tmp_path, monkeypatch):
+    """A source of codes is planned as such, and refused as others, without being converted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "m.gguf", tiny_config("llama", intermediate_size=64), kind="Q8_0")
+    _, about = sources.read_config(file)
+    assert checkpoint.stored_quantization(about).kind == "int8"
+    with pytest.raises(ValueError, match="holds codes, int8 in groups of 32 inputs"):
+        es.load_model(file, quantization="int4")
+    assert not (tmp_path / "cache").exists()

@@ -103,7 +103,7 @@ def check_fits(args: argparse.Namespace, setup: Setup, tokens: int) -> None:
     """Refuse what can be refused of the models together, a lack of memory for `tokens` included."""
 
     def planned(path, **options):
-        return drafting.planned_model(*read_metadata(path), setup.mesh, **options)
+        return drafting.planned_model(path, *read_metadata(path), setup.mesh, **options)
 
     decoder = drafting.make_decoder(args, planned)
     budget = decoder.memory(max_new_tokens=tokens - 1, prompt_len=1, sampling=setup.sampling)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.checkpoint import TUNED, read_metadata, read_partition, stored_quantization
+from easyspec_jax.checkpoint import TUNED, agreed_quantization, read_metadata, read_partition
 from easyspec_jax.cli.options import (
     COUNT,
     COUNTS,
@@ -97,6 +97,8 @@ def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
 
 
 def _polybasic(args: argparse.Namespace, base: es.Model, load: Load):
+    if args.middle is None and (args.quantization or base.quantization):
+        raise ValueError("--middle-bits makes codes of a base of floats: name a --middle instead")
     if args.middle is not None:
         middle = load(args.middle, **_every_model(args))
     elif isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
@@ -206,12 +208,16 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--drafter {drafter} needs {' or '.join(map(flag, names))}{either}")
 
 
-def planned_model(config: es.ModelConfig, metadata: dict[str, Any], mesh: Any, **options: Any):
-    """The shapes of a checkpoint's model, its matrices as they are stored unless `options` (of
-    `abstract_model`) say otherwise.
+def planned_model(
+    path: str, config: es.ModelConfig, metadata: dict[str, Any], mesh: Any, **options: Any
+) -> es.Model:
+    """The shapes of a model as `load_model` would load it, with options of `abstract_model`.
+
+    Raises:
+      ValueError: it holds other codes than the options ask for.
     """
-    how: dict[str, Any] = {"quantization": stored_quantization(metadata)}
-    return es.abstract_model(config, mesh, **how | options)
+    agreed = agreed_quantization(metadata, options.pop("quantization", None), path)
+    return es.abstract_model(config, mesh, quantization=agreed, **options)
 
 
 def draft_layout(args: argparse.Namespace) -> LayoutRules:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 import easyspec_jax as es
 from easyspec_jax import weights
-from easyspec_jax.checkpoint import stored_quantization
+from easyspec_jax.checkpoint import agreed_quantization, stored_quantization
 from easyspec_jax.cli.drafting import add_option, draft_layout, partition_of
 from easyspec_jax.cli.options import (
     MODEL_HELP,
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is, how the mesh and the groups of `args` would split it, and what
     it takes on each device, with the draft where there is one.
     """
+    if args.draft is None and args.draft_quantization is not None:
+        raise ValueError("--draft-quantization needs --draft")
     c, metadata = read_config(args.checkpoint)
     draft, extra = (None, metadata) if args.draft is None else read_config(args.draft)
     grouped = c if draft is None else draft
@@ -78,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     }
     tokens = max_len(args, c)
     codes = [
-        _codes(args.quantization, metadata),
-        _codes(args.draft_quantization, {} if draft is None else extra),
+        _codes(args.quantization, metadata, args.checkpoint),
+        _codes(args.draft_quantization, {} if draft is None else extra, args.draft),
     ]
     pairs = {d: _decoder(args, c, draft, mesh, partition, d, codes) for d in SHOWN_DTYPES}
     budgets = {
@@ -112,14 +114,13 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
         kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
         weight = f"{count_parameters(c) * size / 1e6:,.1f} MB"
         rows[dtype] = f"{weight}, KV cache {kv:,} bytes per token"
-    if not metadata:
-        return rows
-    rows["parameters"] += f", stored as {metadata.get('dtype')}"
     codes = stored_quantization(metadata)
+    if "dtype" in metadata:
+        rows["parameters"] += f", stored as {metadata['dtype']}"
     if codes is not None:
-        grouped = (codes.group_size or 0) > 0
-        of = f" in groups of {codes.group_size} inputs" if grouped else ""
-        rows["parameters"] += f", matrices as {codes.kind}{of}"
+        rows["parameters"] += f", matrices as {codes}"
+    if "dtype" not in metadata:  # no checkpoint
+        return rows
     path = path if pathlib.Path(path).exists() else str(conversion(path))  # a hub id
     ids = stop_ids(read_generation_config(path), c)
     return rows | {
@@ -159,9 +160,11 @@ def _splits(layout: Any) -> str:
     return ", ".join(parts) or "whole on every device"
 
 
-def _codes(wanted: str | None, metadata: dict[str, Any]) -> es.Quantization | None:
+def _codes(
+    wanted: str | None, metadata: dict[str, Any], path: str | None
+) -> es.Quantization | None:
     """How the matrices of a model are stored on a device that keeps codes."""
-    how = stored_quantization(metadata) if wanted is None else es.Quantization(wanted)
+    how = agreed_quantization(metadata, wanted, path or "")
     return None if how is None else dataclasses.replace(how, keep_codes=True)
 
 

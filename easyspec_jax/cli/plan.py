@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from easyspec_jax.checkpoint import stored_quantization
+from easyspec_jax.checkpoint import agreed_quantization
 from easyspec_jax.cli import drafting
 from easyspec_jax.cli.options import (
     COUNT,
@@ -23,7 +23,6 @@ from easyspec_jax.cli.options import (
     max_len,
 )
 from easyspec_jax.planner.device import Device, read_device
-from easyspec_jax.quantized import Quantization
 from easyspec_jax.request import check_tokenizers
 from easyspec_jax.sources import read_config
 
@@ -82,11 +81,8 @@ def run(args: argparse.Namespace) -> int:
     if args.acceptance is not None:
         acceptance = read_acceptance(args.acceptance, draft.num_layers)
     codes = {
-        f"{name}_codes": stored_quantization(metadata) if kind is None else Quantization(kind)
-        for name, kind, metadata in (
-            ("base", args.quantization, about),
-            ("draft", args.draft_quantization, other),
-        )
+        "base_codes": agreed_quantization(about, args.quantization, args.base),
+        "draft_codes": agreed_quantization(other, args.draft_quantization, args.draft),
     }
     if args.measure and jax.default_backend() == "cpu":
         codes = {}  # weights are rounded there and stay floats

@@ -122,7 +122,7 @@ def _decoder(args: argparse.Namespace) -> es.Decoder:
     def load(path: str, *, group_size: Any = 1, **options: Any) -> es.Model:
         config, about = read_config(path)
         partition = drafting.partition_of(group_size, path, config, about)
-        model = drafting.planned_model(config, about, mesh, group_size=partition, **options)
+        model = drafting.planned_model(path, config, about, mesh, group_size=partition, **options)
         return model.replace(tokenizer=about.get("tokenizer"))
 
     return drafting.make_decoder(args, load)
