@@ -74,8 +74,13 @@ def frozen(prompts):
 @pytest.mark.parametrize(
     ("name", "shape", "mesh_shape"),
     [
-        *((*way, (1, 1)) for way in SHAPES),
-        # the others' own tests run them on a mesh
+        *((*way, (1, 1)) for way in SHAPES if way[0] != "polybasic"),
+        # the others' own tests run them on a mesh, and polybasic's on one device
+        *(
+            pytest.param(*way, (1, 1), marks=pytest.mark.slow)
+            for way in SHAPES
+            if way[0] == "polybasic"
+        ),
         ("prompt-lookup", (3, 2), (4, 2)),
         *(pytest.param(*way, (4, 2), marks=pytest.mark.slow) for way in SHAPES[:-1]),
     ],

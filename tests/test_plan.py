@@ -63,7 +63,7 @@ def pair(layout, *, mesh, partition=(1, 4, 3, 1), gamma=3, width=2):
 @pytest.mark.parametrize(
     ("layout", "partition"),
     [
-        ("tensor", (1,) * 9),
+        pytest.param("tensor", (1,) * 9, marks=pytest.mark.slow),
         ("grouped", (1, 4, 3, 1)),
         pytest.param(
             es.LayoutRules(heads=("tensor",), group="layer", mlp=()),

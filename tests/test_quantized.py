@@ -100,10 +100,10 @@ TIED = es.ModelConfig(**{**vars(WIDE), "tie_embeddings": True, "vocab_size": 64}
 @pytest.mark.parametrize(
     "gpus, shape, config, kind, group, top",
     [
-        (False, (1, 1), WIDE, "fp8", None, "float"),
+        pytest.param(False, (1, 1), WIDE, "fp8", None, "float", marks=pytest.mark.slow),
         (True, (1, 1), TIED, "int4", None, "layers"),
         (True, (1, 8), WIDE, "int4", 8, "layers"),
-        (False, (2, 4), TIED, "int8", None, None),
+        pytest.param(False, (2, 4), TIED, "int8", None, None, marks=pytest.mark.slow),
         pytest.param(False, (1, 8), TIED, "int4", 8, None, marks=pytest.mark.slow),
         pytest.param(True, (2, 4), WIDE, "int8", 4, "layers", marks=pytest.mark.slow),
         pytest.param(True, (8, 1), TIED, "fp8", 8, "float", marks=pytest.mark.slow),
@@ -137,7 +137,7 @@ def decoder_of(mesh_shape, kind, group, *, draft_only=False, **options):
 @pytest.mark.parametrize(
     "gpus, shape, kind, group, options",
     [
-        (False, (4, 2), "int4", 8, {"num_draft_tokens": 3}),
+        pytest.param(False, (4, 2), "int4", 8, {"num_draft_tokens": 3}, marks=pytest.mark.slow),
         (True, (4, 2), "int4", 8, {"num_draft_tokens": 3, "tree_width": 2}),
         pytest.param(True, (1, 8), "int8", None, {}, marks=pytest.mark.slow),
         pytest.param(False, (2, 4), "fp8", None, {"tree_width": 2}, marks=pytest.mark.slow),
@@ -176,7 +176,10 @@ def source(tmp_path_factory):
     return write_hf_folder(tmp_path_factory.mktemp("hf"), tiny_config("llama"))
 
 
-@pytest.fixture(scope="module", params=[("int8", None), ("int4", 8), ("fp8", None)], ids=str)
+STORED = [("int8", None), ("int4", 8), pytest.param(("fp8", None), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=STORED, ids=str)
 def stored(request, source, tmp_path_factory):
     """How a checkpoint stores its matrices, and where it lies."""
     kind, group = request.param
@@ -324,7 +327,7 @@ def test_speculation_over_caches_of_codes_is_lossless(pretend, gpus, shape, kind
     model.cache_clear()
 
 
-@pytest.mark.parametrize("gpus", [False, True])
+@pytest.mark.parametrize("gpus", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_attention_over_codes_finds_much_the_same(pretend, gpus):
     pretend(gpus)
     mesh = es.make_mesh(1, 1)
