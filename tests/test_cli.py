@@ -301,6 +301,7 @@ def test_the_demo_compares_three_ways(easyspec):
     assert "shows acceptance, not" in out and "--draft DRAFT_MODEL" in out
 
 
+@pytest.mark.slow
 def test_the_demo_reports_a_divergence(easyspec, monkeypatch):
     original = es.Decoder.generate
 

@@ -47,15 +47,12 @@ def others(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "counter"),
     [
         (("early-exit", "--exits", "1,2", "--num-draft-tokens", 3), "layer_passes"),
-        pytest.param(
-            ("polybasic", "--draft", "draft", "--middle-bits", 4, "--mu", 2),
-            "middle_passes",
-            marks=pytest.mark.slow,
-        ),
+        (("polybasic", "--draft", "draft", "--middle-bits", 4, "--mu", 2), "middle_passes"),
     ],
 )
 def test_other_drafters_write_the_same_text_and_say_how(easyspec, options, counter):

@@ -175,7 +175,7 @@ def pair(suite):
     return suite.model("tiny-base"), suite.model("tiny-draft")
 
 
-@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_acceptance_is_what_is_set(suite, pair, width):
     arm = gpu_setup.Arm("tiny-base", "tiny-draft", 3, width)
     decoder = suite.decoder(arm, *pair)
@@ -189,6 +189,7 @@ def test_the_acceptance_is_what_is_set(suite, pair, width):
         assert abs(24 / steps[0.5] - 1.875) < 0.15  # 1 + 1/2 + 1/4 + 1/8 but for the last step
 
 
+@pytest.mark.slow
 def test_a_step_of_the_library_copies_no_cache_entry(suite, monkeypatch):
     compile_ = jax.stages.Lowered.compile
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_(lowered, EMITTERS))

@@ -109,9 +109,10 @@ def test_an_exact_pass_records_what_each_layer_reads_and_makes(exact):
     assert queries.shape == (t, 8, 6)
 
 
-@pytest.mark.parametrize(("parallel", "run_block"), [
-    pytest.param("attention", run_fuzzy, marks=pytest.mark.slow), ("layer", run_whole_layers),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "run_block"), [("attention", run_fuzzy), ("layer", run_whole_layers)]
+)
 def test_a_calibrated_pass_is_one_fuzzy_token_behind_an_exact_text(exact, parallel, run_block):
     _, text, seen = exact
     model = grouped_model()

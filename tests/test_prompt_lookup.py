@@ -191,9 +191,8 @@ def tiny_lookup(label="llama", *, width=1):
     return es.Decoder(base, es.PromptLookupDrafter(), num_draft_tokens=2, tree_width=width)
 
 
-@pytest.mark.parametrize(
-    ("width", "s"), [pytest.param(1, PLAIN, marks=pytest.mark.slow), (2, FILTERED)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "s"), [(1, PLAIN), (2, FILTERED)])
 def test_sampled_sequences_follow_the_base(width, s):
     """Drafts are likely behind this prompt: every token but one has occurred."""
     found, stats = lookup_surprise(tiny_lookup(width=width), s)

@@ -352,6 +352,7 @@ def test_programs_are_compiled_for_the_rows_of_their_passes(monkeypatch):
     assert asked == [1 + 3 * 2, 16]
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_program_of_this_machine(easyspec, tmp_path):
     mesh = ("--device", "here", "--layer", 2, "--tensor", 2)
     options = ("--draft", "draft", "--num-draft-tokens", 3, "--max-len", 32)

@@ -198,6 +198,7 @@ def test_a_checkpoint_that_was_not_tuned_is_refused(easyspec, monkeypatch, comma
     assert status == 1 and "draft was not tuned: it has no partition.json" in err
 
 
+@pytest.mark.slow
 def test_a_text_that_differs_is_reported(easyspec, pair, monkeypatch):
     original = es.Decoder.generate
 
