@@ -63,6 +63,16 @@ class LayerKV(struct.PyTreeNode):
         return values if scales is None else values.astype(scales.dtype) * scales[..., None]
 
     @property
+    def numbers(self) -> tuple[Any, ...]:
+        """The arrays without those of scales."""
+        return self.arrays[:-2] if self._scaled else self.arrays
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether keys and values are codes."""
+        return self.letters[-1].endswith("1")
+
+    @property
     def _in_one(self) -> bool:
         """Whether keys and values are one array."""
         return self.letters[0].startswith("E")
@@ -70,8 +80,7 @@ class LayerKV(struct.PyTreeNode):
     def _stored(self, index: int) -> tuple[Any, Any | None]:
         """What is stored of keys (0) or values (1), and their scales."""
         numbers = self.arrays[0][index] if self._in_one else self.arrays[index]
-        scaled = self.letters[-1].endswith("1")
-        return numbers, (self.arrays[index - 2][..., 0] if scaled else None)
+        return numbers, (self.arrays[index - 2][..., 0] if self._scaled else None)
 
     def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
         """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is
@@ -79,7 +88,7 @@ class LayerKV(struct.PyTreeNode):
         """
         new = (k, v)
         scales: tuple[jax.Array, ...] = ()
-        if self.letters[-1].endswith("1"):
+        if self._scaled:
             new, scales = zip(*(_rounded(x, self.arrays[0].dtype) for x in new), strict=True)
         new = ((jnp.concatenate(new),) if self._in_one else new) + scales
         return self._each(lambda x, axis, i: _write(x, new[i].swapaxes(1, axis), start, axis))

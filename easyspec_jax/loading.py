@@ -25,7 +25,7 @@ from easyspec_jax.json_files import write_object
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
-from easyspec_jax.quantized import Form, Quantization, Quantized, dequantise, wide_type
+from easyspec_jax.quantized import Quantization, Quantized, dequantise, wide_type
 from easyspec_jax.sharding import (
     KV_CODES,
     LAYER,
@@ -211,9 +211,9 @@ def quantize_model(model: Model, quantization: str | Quantization) -> Model:
     held = {"weights as they are": device_bytes(model.params)}
     check_memory(layout.mesh, {"weights": device_bytes(params)}, held)
     blocks = []
+    separate = jax.jit(functools.partial(weights.separate_block, layout=layout))
     for block in model.params.blocks:
         arrange = _jit_arrange(len(block.mlp), config, layout, model.dtype, how, codes)
-        separate = jax.jit(functools.partial(weights.separate_block, layout=layout))
         blocks.append(arrange(separate(block)))
     separate = jax.jit(functools.partial(weights.separate_top, layout=layout))
     top = separate(model.params.replace(blocks=()))
@@ -370,14 +370,9 @@ def _abstract(
         shape = weight.shape(config)
         finest = layout.finest(weight.dims, shape)
         whole = jax.ShapeDtypeStruct(shape, dtype, sharding=finest)
-        made: Any = jax.eval_shape(quantised, {name: whole})[name]
-        if isinstance(made, Quantized):
-            dims = weights.scale_dims(weight.dims, weight.inputs, Form("", made.group))
-            scales = layout.named(weights.read_dims(dims))
-            whole = made.replace(
-                codes=made.codes.update(sharding=finest), scales=made.scales.update(sharding=scales)
-            )
-        found[name] = whole
+        made = jax.eval_shape(quantised, {name: whole})[name]
+        where = weights.placed_as(weight, made, finest, layout)
+        found[name] = jax.tree.map(lambda x, at: x.update(sharding=at), made, where)
     return found
 
 

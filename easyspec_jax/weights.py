@@ -232,9 +232,9 @@ def check_groups(config: ModelConfig, quantization: Quantization | None) -> None
         form_of(name, inputs, config, quantization)
 
 
-def scale_dims(dims: str, inputs: str, form: Form) -> str:
-    """Letters of the scales of a matrix; 1: one for all."""
-    if form.group is not None:
+def scale_dims(dims: str, inputs: str, group: int | None) -> str:
+    """Letters of the scales of a matrix in such groups; 1: one for all."""
+    if group is not None:
         return dims
     return "".join("1" if letter in inputs else letter for letter in dims)
 
@@ -274,7 +274,7 @@ def specs(
             found[name] = layout.spec(dims)
             form = form_of(name, inputs, config, quantization)
             if form is not None:
-                scales = layout.spec(scale_dims(dims, inputs, form))
+                scales = layout.spec(scale_dims(dims, inputs, form.group))
                 found[name] = Quantized(found[name], scales, form.group)
         return found
 
@@ -293,9 +293,14 @@ def specs(
     return Params(blocks=tuple(block(size) for size in partition), **split(names))
 
 
-def read_dims(dims: str) -> str:
-    """Letters of scales as they are read: groups along F need not divide among devices."""
-    return dims.replace("F", "1")
+def placed_as(weight: Weight, x: Any, codes: Any, layout: Layout) -> Any:
+    """Where a weight as checkpoints hold it lies: an array or codes at `codes`, scales whole along
+    F, as groups along it need not divide among devices.
+    """
+    if not isinstance(x, Quantized):
+        return codes
+    dims = scale_dims(weight.dims, weight.inputs, x.group).replace("F", "1")
+    return x.replace(codes=codes, scales=layout.named(dims))
 
 
 def _each(fn: Callable[..., Any], *parts: Any) -> Any:
@@ -328,10 +333,7 @@ def arrange_block(layers: list[dict[str, Any]], layout: Layout) -> Block:
 def _placed(name: str, x: Any, layout: Layout) -> Any:
     """A weight of a layer on the devices that need its parts."""
     weight = next(weight for weight in LAYER_WEIGHTS if weight.name == name)
-    where: Any = layout.named(weight.dims)
-    if isinstance(x, Quantized):
-        dims = scale_dims(weight.dims, weight.inputs, Form("", x.group))
-        where = x.replace(codes=where, scales=layout.named(read_dims(dims)))
+    where = placed_as(weight, x, layout.named(weight.dims), layout)
     return lax.with_sharding_constraint(x, where)
 
 

@@ -16,6 +16,7 @@ import itertools
 import pathlib
 from typing import Any
 
+from ahead import CONFIGS, PAIRS
 from lemma import chain_seconds
 from records import append, commit, versions, without_places
 
@@ -25,11 +26,7 @@ from easyspec_jax.planner.plan import Planner
 from easyspec_jax.quantized import Quantization
 from easyspec_jax.sources import read_config
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
-PAIRS = {
-    "Llama-3 70B + 8B": ("llama3-70b", "llama3-8b"),
-    "Llama-3 8B + 1B": ("llama3-8b", "llama3.2-1b"),
-}
+PRICED = ["Llama-3 70B + 8B", "Llama-3 8B + 1B"]
 KINDS = ((None, None), ("int8", None), ("int8", "int8"), ("int4", None), ("int4", "int4"))
 MU, GAMMA = (
     (4, 6, 8, 12, 16),
@@ -82,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--pair", nargs="+", choices=PAIRS, default=list(PAIRS))
+    p.add_argument("--pair", nargs="+", choices=PAIRS, default=PRICED)
     p.add_argument("--device", choices=PRESETS, default="h200")
     p.add_argument("--num-devices", nargs="+", type=int, default=[1, 2, 4, 8])
     p.add_argument("--rate", type=float, default=0.8, help="of the draft's tokens accepted")

@@ -43,9 +43,17 @@ def test_generate_prints_the_text_and_then_the_statistics(easyspec):
     assert "tok/s" in err and "of which compiling" in err
 
 
-def test_a_draft_changes_the_statistics_and_not_the_text(easyspec):
-    options = ("--group-size", "1,3,1", "--parallel", "layer", "--num-draft-tokens", 2)
-    status, out, err = generate(easyspec, "--draft", "draft", "--no-calibrate", *options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--group-size", "1,3,1", "--parallel", "layer"),
+        pytest.param(
+            ("--num-draft-tokens", 2, "--no-calibrate", "--group-size", 3), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_draft_changes_the_statistics_and_not_the_text(easyspec, options):
+    status, out, err = generate(easyspec, "--draft", "draft", *options)
     assert (status, out) == (0, expected_text() + "\n")
     assert "acceptance rate" in err and "accepted draft tokens:steps  0:" in err
     assert "siblings" not in err

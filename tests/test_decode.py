@@ -109,6 +109,7 @@ def test_without_calibration_errors_stay():
     [
         ((1, 1), GROUPS, 3, True, "attention"),
         ((1, 1), GROUPS, 1, False, "attention"),
+        pytest.param((1, 1), 1, 1, True, "attention", marks=slow),
         pytest.param((1, 1), GROUPS, 5, False, "attention", marks=slow),
         # two slots, one layer of padding
         pytest.param((2, 4), (3,), 2, False, "attention", marks=slow),

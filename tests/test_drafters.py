@@ -100,7 +100,7 @@ def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 @settings(max_examples=12, deadline=None)
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=16), min_size=3, max_size=3),
+    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=3, max_size=3),
     new=st.integers(1, 30),
     eos=st.lists(st.integers(0, 60), max_size=3),
 )

@@ -100,7 +100,12 @@ def finish(process, timeout=240):
 WARM = ("--temperature", 0.8, "--tree-width", 2)
 
 
-@pytest.mark.parametrize(("drafter", "how"), [(GROUPED, ()), (GROUPED, WARM), (LOOKUP, WARM)])
+CODES = ("--quantization", "int8", "--draft-quantization", "int4", "--kv-dtype", "int8")
+
+
+@pytest.mark.parametrize(
+    ("drafter", "how"), [(GROUPED, ()), (GROUPED, WARM), (LOOKUP, WARM), (GROUPED, CODES)]
+)
 def test_two_processes_give_the_tokens_of_one(checkpoints, drafter, how):
     alone = start(easyspec("--cpu-devices", 8, *how, drafter=drafter), checkpoints)
     status, want, err = finish(alone)

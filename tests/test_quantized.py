@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from decoders import CONFIG, GROUPS, PROMPTS, model
+from decoders import CONFIG, GROUPS, PROMPTS, model, started
 from hf_models import run, tiny_config, write_hf_folder
+from test_decode import SHORT, cache_errors
 from test_gguf import write_gguf
 
 import easyspec_jax as es
@@ -324,6 +325,27 @@ def test_speculation_over_caches_of_codes_is_lossless(pretend, gpus, shape, kind
         jnp.dtype(quantized.KINDS[kind][0]), jnp.dtype("float64")
     }  # fmt: skip
     assert 2 * device_bytes(caches) < device_bytes(model(shape).abstract_cache(1, 64))
+    model.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus, shape, width", [(False, (4, 2), 4), (True, (1, 1), 1)])
+def test_caches_of_codes_are_those_of_a_fresh_prefill(pretend, gpus, shape, width):
+    """As test_decode.py has it of floats: rolled back, kept and calibrated; and donated."""
+    pretend(gpus)
+    model.cache_clear()
+    codes = {"kv_dtype": "int8", "quantization": kept("int8")}
+    draft = model(shape, group_size=GROUPS, layout="grouped", **codes)
+    decoder = es.Decoder(
+        model(shape, **codes), es.LayerParallelDrafter(draft), num_draft_tokens=3, tree_width=width
+    )
+    run = started(decoder, SHORT)
+    for _ in range(3):
+        before = jax.tree.leaves((run.state.cache.blocks, run.state.draft.blocks))
+        run.step()
+        assert all(x.is_deleted() for x in before)
+    assert np.asarray(run.state.counters.accepted)[:, 1:].any()
+    assert max(cache_errors(run)) < 1e-9
     model.cache_clear()
 
 

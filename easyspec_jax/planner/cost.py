@@ -259,8 +259,9 @@ class Pass:
     def _product(self, one: Piece) -> float:
         """Seconds of its products."""
         matrix = self.model.params.blocks[0].mlp[0].w_down
-        size = matrix.weight_bytes if isinstance(matrix, Quantized) else self._itemsize
-        seconds = self.device.product(one.weights, one.rows, size, one.products)
+        if not isinstance(matrix, Quantized):
+            return self.device.product(one.weights, one.rows, self._itemsize, one.products)
+        seconds = self.device.product(one.weights, one.rows, matrix.weight_bytes, one.products)
         return max(seconds, one.reads * one.weights / self.device.bandwidth)
 
     def _reads(self, matrix: Any, rows: int) -> float:

@@ -102,7 +102,9 @@ def prefill_floor(decoder: Decoder, batch: int, entries: int, chunk: int) -> Flo
 
 
 def smallest_entry(decoder: Decoder, batch: int, entries: int) -> int:
-    """Bytes on a device of the keys, or values, of a layer whose cache is the smallest."""
+    """Bytes on a device of the keys, or values, of a layer whose cache is the smallest, without
+    scales.
+    """
     models = (decoder.base, *decoder.drafter.models())
     blocks = [block for m in models for block in m.abstract_cache(batch, entries).blocks]
-    return min(device_bytes(kv) // 2 for block in blocks for kv in block)
+    return min(device_bytes(kv.numbers) // 2 for block in blocks for kv in block)
