@@ -121,12 +121,12 @@ def accept_path(
 ) -> Verdict:
     """Accept a path from the root down so that the base model's distribution is kept.
 
-    At every node its children are tried in order; the first accepted one is the next node, and
-    where all are rejected (or there are none) the step's last token is drawn from what is left of
-    p. A chosen child x is accepted with p(x) over the mass its siblings left; a drawn one with
-    min(1, p(x) / q(x)), a rejection leaving p = norm(max(p - q, 0)) and q without x (Leviathan et
-    al. 2023, Algorithm 1, for a chain; Jeon et al. 2024, recursive rejection sampling without
-    replacement, for a tree). Greedily, a child is accepted if it is the base's argmax.
+    A chain that was drawn is decided as a block (`_accept_block`). Elsewhere the children of a node
+    are tried in order; the first accepted one is the next node, and where all are rejected (or
+    there are none) the step's last token is drawn from what is left of p. A chosen child x is
+    accepted with p(x) over the mass its siblings left; a drawn one with min(1, p(x) / q(x)), a
+    rejection leaving p = norm(max(p - q, 0)) and q without x (Jeon et al. 2024, recursive rejection
+    sampling without replacement). Greedily, a child is accepted if it is the base's argmax.
 
     Args:
       scores: logits [B, n + 1, V] of the base model at the root and behind each node.
@@ -147,6 +147,8 @@ def accept_path(
         passes = _pass_chosen(p, proposal, u)
         verdict, last = _follow(proposal, passes)
         rest = _without_children(_at(p, last), proposal, last)
+    elif proposal.is_chain:
+        verdict, rest = _accept_block(p, proposal, u)
     else:
         passes, rest = _try_drawn(p, proposal, u)
         verdict, _ = _follow(proposal, passes)
@@ -209,6 +211,47 @@ def _without_children(p: jax.Array, proposal: Proposal, last: jax.Array) -> jax.
     rest = jax.vmap(lambda row, x: row.at[x].set(0.0, mode="drop"))(p, nowhere)
     # The children had all of p up to rounding: then every draw from p is right.
     return jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
+
+
+def _accept_block(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[Verdict, jax.Array]:
+    """Accept the longest prefix of a drawn chain that its own draw (f32[B, n]) allows: block
+    verification (Sun et al. 2024, arXiv 2403.10444), which accepts as many tokens as any rule can.
+
+    Returns:
+      the verdict, without its last token, and what is left of p where the chain ends, f32[B, V].
+    """
+    node = jnp.arange(proposal.tokens.shape[1], dtype=jnp.int32)[None]
+    length = jnp.where(proposal.valid, node.shape[1], node).min(axis=1, keepdims=True)
+    drafted = node < length
+    weight, q = _block_weights(p, proposal), _q_ahead(proposal, drafted)
+    left = jnp.maximum(weight[..., None] * p - q, 0.0).sum(axis=-1)
+    # u < left / (left + 1 - weight), without a division of nothing by nothing.
+    stops = u * (left + (1.0 - weight))[:, 1:] < left[:, 1:]
+    num = jnp.where(drafted & stops, node + 1, 0).max(axis=1)
+    p, rest = _at(p, num), jnp.maximum(_at(weight, num)[:, None] * _at(p, num) - _at(q, num), 0.0)
+    # p = q up to rounding leaves nothing: then every draw from p is right.
+    rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
+    tries = (drafted & (node <= num[:, None])).astype(jnp.int32)
+    path = jnp.broadcast_to(node, tries.shape)
+    return Verdict(num_accepted=num, path=path, next_token=num, tries=tries), rest
+
+
+def _block_weights(p: jax.Array, proposal: Proposal) -> jax.Array:
+    """How likely at least i tokens of a chain are accepted, given the first i: f32[B, n + 1]."""
+    assert proposal.probs is not None  # drawn nodes come with what they were drawn from
+    p_x, q_x = (_at_node(x, proposal.parents + 1, proposal.tokens) for x in (p, proposal.probs))
+    ratio = p_x / jnp.maximum(q_x, jnp.finfo(q_x.dtype).tiny)
+    weights = [jnp.ones_like(ratio[:, 0])]
+    for i in range(ratio.shape[1]):
+        weights.append(jnp.minimum(weights[-1] * ratio[:, i], 1.0))
+    return jnp.stack(weights, axis=1)
+
+
+def _q_ahead(proposal: Proposal, drafted: jax.Array) -> jax.Array:
+    """q of the token behind the first i of a chain, f32[B, n + 1, V]; zero where none follows, so that
+    all of p is left there.
+    """
+    return jnp.pad(jnp.where(drafted[..., None], proposal.probs, 0.0), ((0, 0), (0, 1), (0, 0)))
 
 
 def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array, jax.Array]:
