@@ -248,8 +248,8 @@ def _block_weights(p: jax.Array, proposal: Proposal) -> jax.Array:
 
 
 def _q_ahead(proposal: Proposal, drafted: jax.Array) -> jax.Array:
-    """q of the token behind the first i of a chain, f32[B, n + 1, V]; zero where none follows, so that
-    all of p is left there.
+    """q of the token behind the first i of a chain, f32[B, n + 1, V]; zero where none follows, and
+    all of p is left.
     """
     return jnp.pad(jnp.where(drafted[..., None], proposal.probs, 0.0), ((0, 0), (0, 1), (0, 0)))
 
