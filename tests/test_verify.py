@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mutation import mutate
+from mutation import BROKEN_RULES, mutate
 
 import easyspec_jax as es
 from easyspec_jax import verify
@@ -22,6 +22,7 @@ DRAFTS = list(itertools.product(range(V), repeat=DEPTH))
 PLAIN = es.Sampling(temperature=1.0)
 FILTERED = es.Sampling(temperature=0.8, top_k=2)  # an id of three is impossible, another in p and q
 ROUNDING = 1e-12
+slow = pytest.mark.slow
 
 
 def tables(sampling, *, seed=3):
@@ -118,8 +119,11 @@ def law_distance(sampling=PLAIN, least=0.0):
     return distance(emitted(p, proposal, draft), base)
 
 
-@pytest.mark.parametrize("least", [0.0, 0.2], ids=["whole", "stops early"])
-@pytest.mark.parametrize("sampling", [PLAIN, FILTERED], ids=["plain", "filtered"])
+@pytest.mark.parametrize(
+    ("sampling", "least"),
+    [(PLAIN, 0.0), pytest.param(PLAIN, 0.2, marks=slow), pytest.param(FILTERED, 0.0, marks=slow)]
+    + [(FILTERED, 0.2)],
+)
 def test_what_is_emitted_over_several_steps_follows_the_base(sampling, least):
     assert law_distance(sampling, least) < ROUNDING
 
@@ -150,12 +154,14 @@ BROKEN = {
 }  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_rules_are_noticed(monkeypatch, broken):
     mutate(monkeypatch, verify, *BROKEN[broken])
     assert law_distance() > 1e-3
 
 
+@slow
 def test_q_behind_the_end_of_a_draft_is_noticed(monkeypatch):
     mutate(monkeypatch, verify, "_q_ahead", "drafted[..., None]", "True")
     assert law_distance(PLAIN, 0.2) > 1e-3
@@ -191,10 +197,151 @@ def test_the_papers_example_by_hand(monkeypatch):
     assert mean_accepted(p, proposal, chance) == pytest.approx((11 / 9, 10 / 9), abs=ROUNDING)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
 def test_more_is_accepted_than_token_by_token(seed):
     base, draft = tables(PLAIN, seed=seed)
     p, proposal = proposals(base, draft)
     q = [np.prod([draft[x + d[:i]][t] for i, t in enumerate(d)]) for x in PREFIXES for d in DRAFTS]
     block, single = mean_accepted(p, proposal, np.array(q) / len(PREFIXES))
     assert single + 0.01 < block
+
+
+# Trees: every one that stochastic beam search may grow.
+
+TEXT = 3  # tokens of a text, of steps over trees of two levels
+SHORT = [x for length in range(TEXT) for x in itertools.product(range(V), repeat=length)]
+
+
+def grown(q, below, width):
+    """Every tree of two levels and its probability, {((token, children), ...): probability}: the
+    `width` tokens, and the leaves below them, that come first in a race of all leaves whose rates
+    are their probabilities.
+    """
+    rates, found = {(a, b): q[a] * below[a][b] for a in range(V) for b in range(V)}, {}
+
+    def race(leaves, chance):
+        tokens = list(dict.fromkeys(a for a, _ in leaves))[:width]
+        kept = [leaf for leaf in leaves if leaf[0] in tokens]
+        # Only those count that may still be a node, or bring one.
+        wanted = [a for a in range(V) if (a in tokens) == (len(tokens) == width)]
+        wanted += tokens if len(kept) < width else []
+        rest = {
+            leaf: rate
+            for leaf, rate in rates.items()
+            if leaf not in leaves and leaf[0] in wanted and rate > 0
+        }
+        if not rest or (len(tokens) == width and len(kept) >= width):
+            kept = kept[:width]
+            tree = tuple((a, tuple(b for c, b in kept if c == a)) for a in tokens)
+            found[tree] = found.get(tree, 0.0) + chance
+        else:
+            for leaf, rate in rest.items():
+                race([*leaves, leaf], chance * rate / sum(rest.values()))
+
+    race([], 1.0)
+    return found
+
+
+@functools.cache
+def tree_rows(sampling, width):
+    """Every tree behind every prefix: (prefix, tree, probability), p and the proposal."""
+    base, draft = tables(sampling)
+    rows, p, q, nodes = [], [], [], []
+    for x in SHORT:
+        for tree, chance in grown(draft[x], [draft[(*x, a)] for a in range(V)], width).items():
+            level = [(-1, a, True) for a, _ in tree]
+            level += [(-1, 0, False)] * (width - len(level))
+            leaves = [(i, b, True) for i, (_, below) in enumerate(tree) for b in below]
+            leaves += [(0, 0, False)] * (width - len(leaves))
+            texts = [x, *((*x, a) for _, a, _ in level)]
+            texts += [(*texts[1 + i], b) for i, b, _ in leaves]
+            rows.append((x, tree, chance))
+            nodes.append([*level, *leaves])
+            p.append([base[text] for text in texts])
+            q.append([draft[text] for text in texts[: 1 + width]])
+    parents, tokens, valid = (np.array(x) for x in np.moveaxis(np.array(nodes), -1, 0))
+    proposal = Proposal(
+        tokens=tokens.astype(np.int32),
+        parents=parents.astype(np.int32),
+        valid=valid.astype(bool),
+        probs=np.array(q),
+        depth=2,
+    )
+    return rows, np.array(p), proposal
+
+
+@functools.partial(jax.jit, static_argnames="broken")
+def tree_outcomes(p, proposal, broken):
+    """Thresholds f64[rows, n] of each node's own draw, by bisection, and what is left at the root
+    and each node, [rows, n + 1, V]; `broken` changes nothing but the key of jit's cache.
+    """
+    del broken
+
+    def halve(_, bounds):
+        middle = bounds.mean(axis=0)
+        accepted, _ = verify._traverse(p, proposal, middle)
+        return jnp.where(jnp.stack([accepted, ~accepted]), middle[None], bounds)
+
+    zero = jnp.zeros(proposal.tokens.shape)
+    bounds = jax.lax.fori_loop(0, 50, halve, jnp.stack([zero, zero + 1]))
+    return jnp.where(proposal.valid, bounds[1], 0.0), verify._traverse(p, proposal, zero)[1]
+
+
+def tree_law(width, sampling=PLAIN, broken=None):
+    """The law of the texts of several steps, the base's distributions, and the accepted tokens of a
+    step.
+    """
+    base, _ = tables(sampling)
+    rows, p, proposal = tree_rows(sampling, width)
+    chance, left = map(np.asarray, tree_outcomes(p, proposal, broken))
+    left = left / np.maximum(left.sum(axis=-1, keepdims=True), 1e-300)
+    law, accepted = {x: {x: 1.0} for x in itertools.product(range(V), repeat=TEXT)}, 0.0
+    for x in reversed(SHORT):
+        law[x] = dict.fromkeys(itertools.product(range(V), repeat=TEXT), 0.0)
+    for b, (x, tree, reach) in reversed(list(enumerate(rows))):
+        ends, leaf = [], width  # leaves before their parents, the root at last
+        for i, (a, below) in enumerate(tree):
+            for token in below:
+                ends.append((chance[b, leaf], leaf + 1, (a, token)))
+                leaf += 1
+            ends.append((chance[b, i], i + 1, (a,)))
+        for here, node, path in [*ends, (1.0, 0, ())]:
+            accepted += reach * here * len(path) * (x == ())
+            for y in range(V):
+                for text, more in law[(*x, *path, y)[:TEXT]].items():
+                    law[x][text] += reach * here * left[b, node, y] * more
+            reach *= 1 - here
+    return law[()], base, accepted
+
+
+@pytest.mark.parametrize(
+    ("sampling", "width"),
+    [
+        pytest.param(PLAIN, 2, marks=slow),
+        pytest.param(FILTERED, 2, marks=slow),
+        (PLAIN, 3),
+        pytest.param(FILTERED, 3, marks=slow),
+    ],
+)
+def test_what_trees_emit_over_several_steps_follows_the_base(sampling, width):
+    law, base, _ = tree_law(width, sampling)
+    assert distance(law, base) < ROUNDING
+
+
+BROKEN_TREES = {
+    "q is not scaled": ("_reject_children", "jnp.where(there, q.sum(axis=-1), q_sum)", "q_sum"),
+    "the weight it had": ("_reject_children", "jnp.where(reject, mass / total, weight)", "weight"),
+    "weights of single tokens": ("_reject_children", "weight[..., None] * p", "p"),
+    "weights before any was rejected": (
+        "_traverse", "rest, own, weight =", "own = weight; rest, _, weight ="
+    ),
+    **{what: how for (kind, what), how in BROKEN_RULES.items() if kind == "drawn"},
+}  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize("broken", BROKEN_TREES)
+def test_broken_rules_of_trees_are_noticed(monkeypatch, broken):
+    mutate(monkeypatch, verify, *BROKEN_TREES[broken])
+    law, base, _ = tree_law(2, broken=broken)
+    assert distance(law, base) > 1e-3
