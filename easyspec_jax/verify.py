@@ -130,12 +130,12 @@ def accept_path(
 ) -> Verdict:
     """Accept a path from the root down so that the base model's distribution is kept.
 
-    At every node its children are tried in order; the first accepted one is the next node, and
-    where all are rejected (or there are none) the step's last token is drawn from what is left of
-    p. A chosen child x is accepted with p(x) over the mass its siblings left; a drawn one with
-    min(1, p(x) / q(x)), a rejection leaving p = norm(max(p - q, 0)) and q without x (Leviathan et
-    al. 2023, Algorithm 1, for a chain; Jeon et al. 2024, recursive rejection sampling without
-    replacement, for a tree). Greedily, a child is accepted if it is the base's argmax.
+    A chain that was drawn is decided as a block (`_accept_block`). Elsewhere the children of a node
+    are tried in order; the first accepted one is the next node, and where all are rejected (or
+    there are none) the step's last token is drawn from what is left of p. A chosen child x is
+    accepted with p(x) over the mass its siblings left; a drawn one with min(1, p(x) / q(x)), a
+    rejection leaving p = norm(max(p - q, 0)) and q without x (Jeon et al. 2024, recursive rejection
+    sampling without replacement). Greedily, a child is accepted if it is the base's argmax.
 
     Args:
       scores: logits [B, n + 1, V] of the base model at the root and behind each node.
@@ -156,9 +156,13 @@ def accept_path(
         passes = _pass_chosen(p, proposal, u)
         verdict, last = _follow(proposal, passes)
         rest = _without_children(_at(p, last), proposal, last)
+    elif proposal.is_chain:
+        verdict, rest = _accept_block(p, proposal, u)
     else:
-        passes, rest = _try_drawn(p, proposal, u)
-        verdict, _ = _follow(proposal, passes)
+        accepted, left = _traverse(p, proposal, u)
+        passes = (ancestry(proposal) & accepted[..., None]).any(axis=1)
+        verdict, last = _follow(proposal, passes)
+        rest = _at(left, last)
     return verdict.replace(next_token=sample(sample_key, rest))
 
 
@@ -220,40 +224,103 @@ def _without_children(p: jax.Array, proposal: Proposal, last: jax.Array) -> jax.
     return jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
 
 
-def _try_drawn(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Try drawn nodes (p: f32[B, n + 1, V], uniforms f32[B, n]) on the way down from the root.
+def _accept_block(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[Verdict, jax.Array]:
+    """Accept the longest prefix of a drawn chain that its own draw (f32[B, n]) allows: block
+    verification (Sun et al. 2024, arXiv 2403.10444), which accepts as many tokens as any rule can.
 
     Returns:
-      bool[B, n], the accepted nodes, and what is left of p where the path ends, f32[B, V].
+      the verdict, without its last token, and what is left of p where the chain ends, f32[B, V].
     """
-    n, vocab, probs = proposal.tokens.shape[1], p.shape[-1], proposal.probs
-    assert probs is not None  # drawn nodes come with what they were drawn from
-    ids = jnp.arange(vocab, dtype=jnp.int32)[None]
+    node = jnp.arange(proposal.tokens.shape[1], dtype=jnp.int32)[None]
+    length = jnp.where(proposal.valid, node.shape[1], node).min(axis=1, keepdims=True)
+    drafted = node < length
+    weight, q = _block_weights(p, proposal), _q_ahead(proposal, drafted)
+    left = jnp.maximum(weight[..., None] * p - q, 0.0).sum(axis=-1)
+    # u < left / (left + 1 - weight), without a division of nothing by nothing.
+    stops = u * (left + (1.0 - weight))[:, 1:] < left[:, 1:]
+    num = jnp.where(drafted & stops, node + 1, 0).max(axis=1)
+    p, rest = _at(p, num), jnp.maximum(_at(weight, num)[:, None] * _at(p, num) - _at(q, num), 0.0)
+    # p = q up to rounding leaves nothing: then every draw from p is right.
+    rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
+    tries = (drafted & (node <= num[:, None])).astype(jnp.int32)
+    path = jnp.broadcast_to(node, tries.shape)
+    return Verdict(num_accepted=num, path=path, next_token=num, tries=tries), rest
 
-    def try_node(i, state):
-        last, rest, p_sum, q, q_sum, passes = state
-        x = proposal.tokens[:, i]
-        tried = proposal.valid[:, i] & (proposal.parents[:, i] == last - 1)
-        # u < p / q, each normalised, and neither product so small that it vanishes.
-        accept = tried & (u[:, i] * (_at(q, x) / q_sum) < _at(rest, x) / p_sum)
-        left = jnp.maximum(rest / p_sum[:, None] - q / q_sum[:, None], 0.0)
-        # p = q up to rounding leaves nothing: then every draw from p is right.
-        left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, rest)
-        reject = (tried & ~accept)[:, None]
-        last = jnp.where(accept, i + 1, last)
-        rest = jnp.where(accept[:, None], p[:, i + 1], jnp.where(reject, left, rest))
-        below = probs[:, jnp.minimum(i + 1, probs.shape[1] - 1)]
-        without = jnp.where(ids == x[:, None], 0.0, q)
-        q = jnp.where(accept[:, None], below, jnp.where(reject, without, q))
-        p_sum = jnp.where(accept, 1.0, jnp.where(tried, rest.sum(axis=-1), p_sum))
-        q_sum = jnp.where(accept, 1.0, jnp.where(tried, q.sum(axis=-1), q_sum))
-        return last, rest, p_sum, q, q_sum, passes.at[:, i].set(accept)
 
-    one = jnp.ones_like(p[:, 0, 0])
-    root = jnp.zeros_like(proposal.tokens[:, 0])
-    state = (root, p[:, 0], one, probs[:, 0], one, jnp.zeros_like(proposal.valid))
-    _, rest, _, _, _, passes = lax.fori_loop(0, n, try_node, state)
-    return passes, rest
+def _block_weights(p: jax.Array, proposal: Proposal) -> jax.Array:
+    """How likely at least i tokens of a chain are accepted, given the first i: f32[B, n + 1]."""
+    assert proposal.probs is not None  # drawn nodes come with what they were drawn from
+    p_x, q_x = (_at_node(x, proposal.parents + 1, proposal.tokens) for x in (p, proposal.probs))
+    ratio = p_x / jnp.maximum(q_x, jnp.finfo(q_x.dtype).tiny)
+    weights = [jnp.ones_like(ratio[:, 0])]
+    for i in range(ratio.shape[1]):
+        weights.append(jnp.minimum(weights[-1] * ratio[:, i], 1.0))
+    return jnp.stack(weights, axis=1)
+
+
+def _q_ahead(proposal: Proposal, drafted: jax.Array) -> jax.Array:
+    """q of the token behind the first i of a chain, f32[B, n + 1, V]; zero where none follows, and
+    all of p is left.
+    """
+    return jnp.pad(jnp.where(drafted[..., None], proposal.probs, 0.0), ((0, 0), (0, 1), (0, 0)))
+
+
+def _traverse(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which nodes of a drawn tree their own draws (f32[B, n]) accept, from the leaves up: traversal
+    verification (Weng et al. 2025, arXiv 2505.12398).
+
+    A node is asked when all below it were rejected, so only the first that is accepted counts; but
+    its weight hangs on nothing that happened, and all are decided at once.
+
+    Returns:
+      bool[B, n], and what is left of p where every child is rejected, f32[B, n + 1, V].
+    """
+    depth, width = proposal.depth, proposal.tokens.shape[1] // proposal.depth
+    rank = jnp.where(proposal.valid, _siblings_before(proposal).sum(axis=-1, dtype=jnp.int32), -1)
+    ranks = jnp.arange(width, dtype=jnp.int32)[None, None, None]
+    weight, weights, left = jnp.ones_like(p[:, :1, 0]), [], []
+    for d in range(depth):
+        nodes = slice(d * width, (d + 1) * width)
+        first, end = (0, 1) if d == 0 else (1 + (d - 1) * width, 1 + d * width)
+        row = jnp.arange(first, end, dtype=jnp.int32)[None, None]
+        below = (proposal.parents[:, nodes, None] + 1 == row)[..., None]
+        below = below & (rank[:, nodes, None, None] == ranks)
+        parents = p[:, first:end], proposal.probs[:, first:end]
+        rest, own, weight = _reject_children(*parents, weight, below, proposal.tokens[:, nodes])
+        weights.append(own)
+        left.append(rest)
+    accepted = u < jnp.concatenate([*weights[1:], weight], axis=1)
+    left.append(p[:, -width:])  # of leaves
+    return accepted & proposal.valid, jnp.concatenate(left, axis=1)
+
+
+def _reject_children(p, q, weight, below, tokens):
+    """p (f32[B, m, V]) and weights (f32[B, m]) of a level when all children are rejected, each of
+    which leaves max(weight p - q, 0) and q without it; and the weights of the children.
+
+    Args:
+      below: bool[B, w, m, w], entry [b, i, j, r] says whether node i is the r-th child of parent j.
+      tokens: i32[B, w], of the children.
+    """
+    ids, tiny = jnp.arange(p.shape[-1], dtype=jnp.int32)[None, None], jnp.finfo(p.dtype).tiny
+    left, q_sum = weight[..., None] * p, jnp.ones_like(weight)
+    weights = jnp.zeros_like(tokens, p.dtype)
+    for r in range(below.shape[-1]):
+        child = below[..., r]
+        there = child.any(axis=1)
+        x = jnp.where(child, tokens[..., None], 0).sum(axis=1, dtype=jnp.int32)[..., None]
+        left_x, q_x = (jnp.take_along_axis(rows, x, axis=-1)[..., 0] for rows in (left, q))
+        weight_x = jnp.minimum(left_x * q_sum / jnp.maximum(q_x, tiny), 1.0)
+        weights += jnp.where(child, weight_x[:, None], 0.0).sum(axis=-1)
+        rest = jnp.maximum(left - q / jnp.maximum(q_sum, tiny)[..., None], 0.0)
+        mass = rest.sum(axis=-1)
+        total = mass + (1.0 - weight)
+        reject = there & (total > 0)  # p = q leaves nothing: it is accepted
+        left = jnp.where(reject[..., None], rest / total[..., None], left)
+        weight = jnp.where(reject, mass / total, weight)
+        q = jnp.where(there[..., None] & (ids == x), 0.0, q)
+        q_sum = jnp.where(there, q.sum(axis=-1), q_sum)
+    return left, weight, weights
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

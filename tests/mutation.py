@@ -20,10 +20,10 @@ BROKEN_RULES = {
     ("chosen", "no renormalisation"): ("_pass_chosen", "u * jnp.maximum(1.0 - removed, 0.0)", "u"),
     ("chosen", "too easily"): ("_pass_chosen", "< p_x", "< 1.3 * p_x"),
     ("chosen", "nothing removed"): ("_without_children", "set(0.0, mode", "add(0.0, mode"),
-    ("drawn", "q instead of p"): ("_try_drawn", "_at(rest, x) / p_sum", "_at(q, x) / q_sum"),
-    ("drawn", "no renormalisation"): ("_try_drawn", "_at(q, x) / q_sum", "_at(q, x)"),
-    ("drawn", "q keeps its token"): ("_try_drawn", "jnp.where(ids == x[:, None], 0.0, q)", "q"),
-    ("drawn", "no residual"): ("_try_drawn", "jnp.where(reject, left, rest)", "rest"),
+    ("drawn", "too easily"): ("_reject_children", "jnp.minimum(left_x", "jnp.minimum(1.3 * left_x"),
+    ("drawn", "no renormalisation"): ("_reject_children", "left_x * q_sum", "left_x"),
+    ("drawn", "q keeps its token"): ("_reject_children", "there[..., None] & (ids == x)", "False"),
+    ("drawn", "no residual"): ("_reject_children", "rest / total[..., None], left)", "left, left)"),
 }  # fmt: skip
 
 

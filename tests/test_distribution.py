@@ -125,7 +125,9 @@ def test_a_duplicate_sibling_is_noticed(monkeypatch, candidates):
 def test_broken_sampling_is_noticed(monkeypatch, broken):
     decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken
     if broken == "no residual":
-        mutate(monkeypatch, es.verify, "_try_drawn", "jnp.where(reject, left, rest)", "rest")
+        mutate(
+            monkeypatch, es.verify, "_accept_block", "rest.sum(axis=-1, keepdims=True) > 0", "False"
+        )
     elif broken == "q of another temperature":
         mutate(monkeypatch, es.tree, "_best", "log_q + jax", "3 * log_q + jax")
     else:
