@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from convert.tensors import Source, check_finite, check_rows, model_parts, rows_of
+from convert.tensors import Source, check_finite, check_rows, half_range, model_parts, rows_of
 from easyspec_jax.checkpoint import TOP_PART
 from easyspec_jax.quantized import KINDS, PER_OUTPUT, Form, Quantization, Quantized
 from easyspec_jax.weights import EMBED, HEAD, Weight, form_of
@@ -29,7 +29,9 @@ def kept(source: Source) -> tuple[Quantization | None, str]:
                 (top if part == TOP_PART else layers)[name] = source.form(name)
     if {*layers.values(), *top.values()} == {None}:
         return None, ""
-    (first, form), *_ = layers.items()
+    # The one whose form all should have: with minima if any has, which those without can be given.
+    first = next((n for n, one in layers.items() if _has_minima(one)), next(iter(layers)))
+    form = layers[first]
     odd = next((n for n, one in layers.items() if isinstance(one, str)), None)
     odd = odd or next((n for n, one in layers.items() if not _alike(one, form)), None)
     if odd is not None or not isinstance(form, Form):
@@ -39,13 +41,14 @@ def kept(source: Source) -> tuple[Quantization | None, str]:
             reason += f", {source.label(first)} {_described(form)}"
         return None, f"{source.codes} become floats: {reason}"
     same = {name for name, one in top.items() if _alike(one, form)}
-    scales = {one.scale_dtype for one in (layers | top).values() if _alike(one, form)}
+    alike = [one for one in (layers | top).values() if _alike(one, form)]
     how = Quantization(
         form.kind,
         PER_OUTPUT if form.group is None and form.kind == "int4" else form.group,
         embed="layers" if EMBED.hf in same else "float",
         lm_head=None if HEAD.hf not in top else "layers" if HEAD.hf in same else "float",
-        scale_dtype=scales.pop() if len(scales) == 1 else "float32",  # which holds the others
+        scale_dtype=_common({one.scale_dtype for one in alike}),
+        minimum_dtype=_common({one.minimum_dtype for one in alike}),
     )
     line = f"{source.codes} stay codes and scales"
     for name, one in top.items():
@@ -54,9 +57,24 @@ def kept(source: Source) -> tuple[Quantization | None, str]:
     return how, line
 
 
+def _has_minima(one: Form | str | None) -> TypeGuard[Form]:
+    return isinstance(one, Form) and one.minimum_dtype is not None
+
+
+def _common(names: set[str | None]) -> str | None:
+    """The type that holds numbers of these: float32 where there are several."""
+    return names.pop() if len(names) == 1 else "float32"
+
+
 def _alike(one: Form | str | None, other: Form | str | None) -> TypeGuard[Form]:
-    """Whether both are codes of one kind in groups of one size, whatever the type of scales."""
-    return isinstance(one, Form) and isinstance(other, Form) and one[:2] == other[:2]
+    """Whether codes are of one kind in groups of one size, whatever the type of scales, and can be
+    given minima if the other has them: only products with scales of 16 bits are exact.
+    """
+    if not isinstance(one, Form) or not isinstance(other, Form) or one[:2] != other[:2]:
+        return False
+    if not _has_minima(other):
+        return not _has_minima(one)
+    return _has_minima(one) or one.scale_dtype != "float32"
 
 
 def _described(form: Form | str | None) -> str:
@@ -66,7 +84,8 @@ def _described(form: Form | str | None) -> str:
     if form is None:
         return "is stored as floats"
     group = "every output" if form.group is None else f"{form.group} inputs"
-    return f"is {form.kind} with a scale for {group}"
+    shared = "a scale" if form.minimum_dtype is None else "a scale and a minimum"
+    return f"is {form.kind} with {shared} for {group}"
 
 
 def read_codes(source: Source, tensor: str, weight: Weight, how: Quantization) -> Quantized:
@@ -86,6 +105,7 @@ def read_codes(source: Source, tensor: str, weight: Weight, how: Quantization) -
         sizes[inputs[-1]] //= form.group
     codes = np.empty(shape, np.dtype(KINDS[form.kind][0]))
     scales = np.empty(sizes, np.dtype(form.scale_dtype))
+    minima = None if form.minimum_dtype is None else np.empty(sizes, np.dtype(form.minimum_dtype))
     code_rows, scale_rows = rows_of(codes, weight), rows_of(scales, weight)
     # A group of the source may span heads, and those of a checkpoint do not.
     times = 1 if form.group is None or found.group is None else found.group // form.group
@@ -94,8 +114,12 @@ def read_codes(source: Source, tensor: str, weight: Weight, how: Quantization) -
         stop = start + len(rows.codes)
         check_finite(source, tensor, rows.dequantised())
         if stop <= len(code_rows):
+            if minima is not None:
+                rows = rows if rows.minima is not None else rows.from_zero(form.kind)
+                rows_of(minima, weight)[start:stop] = np.repeat(rows.minima, times, axis=1)
+                rows = rows._replace(codes=rows.codes.astype(np.int16) - half_range(form.kind))
             code_rows[start:stop] = rows.codes.astype(codes.dtype, copy=False)
             scale_rows[start:stop] = np.repeat(rows.scales, times, axis=1)
         start = stop
     check_rows(source, tensor, start, len(code_rows))
-    return Quantized(codes, scales, form.group)
+    return Quantized(codes, scales, minima, form.group)

@@ -28,8 +28,13 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _FLOATS = ("F32", "F16", "BF16")
-_KEPT = {"Q8_0": "int8", "Q4_0": "int4"}  # types whose codes a checkpoint can hold, as what
-_BLOCK = 32  # inputs that share a scale there
+_BLOCK = 32  # inputs that share a scale in those of these types
+# Types whose codes a checkpoint can hold, as what.
+_KEPT = {
+    "Q8_0": Form("int8", _BLOCK, "float16"),
+    "Q4_0": Form("int4", _BLOCK, "float16"),
+    "Q4_1": Form("int4", _BLOCK, "float16", "float16"),
+}
 _MAX_ENTRIES = 2**24  # of a list in the metadata: no vocabulary is so large
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -121,21 +126,27 @@ class GgufSource:
         kind = self._stored[self.label(name)].tensor_type.name
         if kind in _FLOATS:
             return None
-        found = _KEPT.get(kind)
-        return f"is {kind}" if found is None else Form(found, _BLOCK, "float16")
+        return _KEPT.get(kind, f"is {kind}")
 
     def coded(self, name: str) -> Iterator[Rows]:
-        """Consecutive slices of a matrix along its outputs; every 32 inputs are a scale and their
-        codes: of Q8_0 one by one, of Q4_0 each of the first 16 below one of the others.
+        """Consecutive slices of a matrix along its outputs; every 32 inputs are a scale, of Q4_1 a
+        minimum, and their codes: of Q8_0 one by one, else each of the first 16 below one of the
+        others.
         """
         shape = self.tensors[name].shape
         for rows, kind in self._stored_rows(name):
             blocks = np.ascontiguousarray(rows).reshape(len(rows), shape[1] // _BLOCK, -1)
-            scales, codes = blocks[..., :2].copy().view(np.float16)[..., 0], blocks[..., 2:]
+            floats = 4 if kind.name == "Q4_1" else 2  # bytes of them
+            shared, codes = blocks[..., :floats].copy().view(np.float16), blocks[..., floats:]
+            if kind.name != "Q8_0":
+                codes = np.concatenate([codes & 15, codes >> 4], axis=-1)
             if kind.name == "Q4_0":
-                codes = np.concatenate([codes & 15, codes >> 4], axis=-1) - np.uint8(8)
-            codes = codes.view(np.int8).reshape(len(rows), -1)
-            yield Rows(self._in_order(name, codes), None, self._in_order(name, scales), _BLOCK)
+                codes = codes - np.uint8(8)
+            codes = codes.view(np.uint8 if floats == 4 else np.int8).reshape(len(rows), -1)
+            codes, scales, *minima = (
+                self._in_order(name, x) for x in (codes, *np.moveaxis(shared, -1, 0))
+            )
+            yield Rows(codes, None, scales, _BLOCK, *minima)
 
     def _stored_rows(self, name: str) -> Iterator[tuple[np.ndarray, Any]]:
         """Consecutive slices of a tensor as bytes, and their type."""

@@ -8,6 +8,7 @@ one says whether a checkpoint can hold the codes. Only the rows that are asked f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -149,23 +150,35 @@ class Matrix:
             return "has groups of inputs that do not lie side by side (act-order)"
         if self.shape[1] % self.group:
             return f"is not made of whole groups of {self.group} inputs"
-        zeros = self._zeros(slice(0, self.shape[0]))
-        if zeros is not None and (zeros != self._middle).any():
-            return "has zero points"
-        scheme = self.scheme
-        kind = {"F8_E4M3": "fp8", "I8": "int8"}.get(scheme.code, "int4")
-        if scheme.storage != "plain":
-            kind = f"int{scheme.bits}"
+        kind, group = self._kind, self.scheme.block[1]
         scales = self.stored["scales" if self._transposed else self._scale_name()]
-        return Form(kind, scheme.block[1], _NAMES[scales.get_dtype()])
+        scale_dtype = _NAMES[scales.get_dtype()]
+        if self._symmetric:
+            return Form(kind, group, scale_dtype)
+        if scale_dtype == "float32":  # in which zero point times scale is rounded
+            return "has zero points and scales in float32"
+        return Form(kind, group, scale_dtype, "float32")
+
+    @property
+    def _kind(self) -> str:
+        """Of `quantized.KINDS`, which holds the codes."""
+        plain = {"F8_E4M3": "fp8", "I8": "int8"}.get(self.scheme.code, "int4")
+        return plain if self.scheme.storage == "plain" else f"int{self.scheme.bits}"
+
+    @functools.cached_property
+    def _symmetric(self) -> bool:
+        """Whether all zero points are in the middle."""
+        zeros = self._zeros(slice(0, self.shape[0]))
+        return zeros is None or bool((zeros == self._middle).all())
 
     def coded(self) -> Iterator[Rows]:
         """As `Source` has it."""
         for part in row_ranges(self.shape, 4):
             rows = self.read(part)
-            codes = rows.codes
-            if self._middle:
-                codes = _signed(codes, self.scheme.bits)
+            if not self._symmetric:
+                yield rows.from_zero(self._kind)
+                continue
+            codes = _signed(rows.codes, self.scheme.bits) if self._middle else rows.codes
             yield rows._replace(codes=codes, zeros=None)
 
     def wrong_values(self) -> str | None:

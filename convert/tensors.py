@@ -17,7 +17,7 @@ import numpy as np
 
 from easyspec_jax.checkpoint import TOP_PART, layer_name
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.quantized import Form
+from easyspec_jax.quantized import KINDS, Form, smallest_code
 from easyspec_jax.weights import EMBED, HEAD, HF_PREFIX, LAYER_WEIGHTS, TOP_WEIGHTS, Weight, present
 
 DTYPES = {
@@ -44,10 +44,11 @@ class Rows(NamedTuple):
     scales: np.ndarray  # [R, G] floats, as stored
     # Inputs of a group, lying side by side; or the group of every input, [in].
     groups: int | np.ndarray
+    minima: np.ndarray | None = None  # [R, G] floats, weights of code 0, which is the smallest then
 
     def dequantised(self) -> np.ndarray:
-        """f32[R, in]: (code - zero point) * scale; the difference is exact, the product rounded
-        once.
+        """f32[R, in]: (code - zero point) * scale, the difference exact and the product rounded
+        once; and the minimum, rounded once, where products are exact.
 
         The references compute in the type of the scales, where the difference is exact as well: a
         cast to that type gives their values.
@@ -57,7 +58,28 @@ class Rows(NamedTuple):
             if self.zeros is not None:
                 dense -= _spread(self.zeros, self.groups, dense.shape[1])
             dense *= _spread(self.scales, self.groups, dense.shape[1])
+            if self.minima is not None:
+                dense += _spread(self.minima, self.groups, dense.shape[1])
         return dense
+
+    def from_zero(self, kind: str) -> Rows:
+        """The same with codes that have no sign, and minima in place of zero points: exact, as
+        scales have 16 bits.
+
+        Args:
+          kind: "int4" or "int8", which holds the codes.
+        """
+        half = 0 if self.codes.dtype == np.uint8 else half_range(kind)
+        codes = (self.codes.astype(np.int16) + half).astype(np.uint8)
+        zeros = np.int16(half) + (0 if self.zeros is None else self.zeros.astype(np.int16))
+        # + 0 as -0 would not survive sums of what devices have
+        minima = (-zeros).astype(np.float32) * self.scales.astype(np.float32) + np.float32(0)
+        return Rows(codes, None, self.scales, self.groups, minima)
+
+
+def half_range(kind: str) -> int:
+    """How many codes of "int4" or "int8" are below 0."""
+    return -smallest_code(KINDS[kind][0])
 
 
 def _spread(values: np.ndarray, groups: int | np.ndarray, inputs: int) -> np.ndarray:
@@ -98,7 +120,9 @@ class Source(Protocol):
         ...
 
     def coded(self, name: str) -> Iterator[Rows]:
-        """Of a matrix that has a form, as `chunks`; zero points are taken off."""
+        """Of a matrix that has a form, as `chunks`; with minima in place of zero points where it
+        has them.
+        """
         ...
 
     def write_tokenizer(self, folder) -> None:

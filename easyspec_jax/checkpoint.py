@@ -52,7 +52,8 @@ TUNED = "tuned"  # as a group size: that of the partition file
 # Arrays are stored in pieces of at most this many bytes, and no piece holds two kv heads, so that a
 # process reads little more than its own share.
 PIECE = 4 * 2**20
-SCALES = ".scales"  # behind the name of a matrix that is stored as codes: its scales
+# Behind the name of a matrix that is stored as codes: its scales, and its minima.
+SCALES, MINIMA = ".scales", ".minima"
 
 
 def layer_name(index: int) -> str:
@@ -74,7 +75,7 @@ def save_part(folder: pathlib.Path, name: str, arrays: dict[str, Any]) -> str:
 
     def pieces(keypath, value):
         del value
-        letters = dims[keypath[-1].key.removesuffix(SCALES)]
+        letters = dims[keypath[-1].key.removesuffix(SCALES).removesuffix(MINIMA)]
         heads = (letters.index("K"),) if "K" in letters else None
         return ocp.options.ArrayOptions.Saving.StorageOptions(
             chunk_byte_size=PIECE, shard_axes=heads
@@ -119,7 +120,9 @@ def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict
             raise OSError(f"{folder / name} cannot be read: {str(error)[:300]}") from error
         raise ValueError(damaged(folder, name)) from error
     return {
-        name: x.replace(codes=found[name], scales=found[name + SCALES])
+        name: x.replace(
+            codes=found[name], scales=found[name + SCALES], minima=found.get(name + MINIMA)
+        )
         if isinstance(x, Quantized)
         else found[name]
         for name, x in abstract.items()
@@ -132,6 +135,7 @@ def _flat(arrays: dict[str, Any]) -> dict[str, Any]:
     for name, x in arrays.items():
         if isinstance(x, Quantized):
             found |= {name: x.codes, name + SCALES: x.scales}
+            found |= {} if x.minima is None else {name + MINIMA: x.minima}
         else:
             found[name] = x
     return found

@@ -1,10 +1,11 @@
 """Matrices that are stored as codes and scales, and the one function that multiplies by a matrix.
 
 A code is a number of 4 or 8 bits; an output of the matrix has one scale, or one for each group of
-inputs that lie side by side. Codes are multiplied as they are read, so a step reads no more than
-what is stored: scales of outputs are multiplied in behind the sum, those of groups inside of it.
-Few rows are a multiply and a sum each, which XLA:GPU makes one kernel that reads the codes once for
-every eight rows; where there are many, the matrix is dequantised first.
+inputs that lie side by side, and where zero points are not in the middle the weight of the smallest
+code as well. Codes are multiplied as they are read, so a step reads no more than what is stored:
+scales of outputs behind the sum, those of groups inside of it. Few rows are a multiply and a sum
+each, which XLA:GPU makes one kernel that reads the codes once for every eight rows; where there
+are many, the matrix is dequantised first.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Form(NamedTuple):
     kind: str  # of KINDS
     group: int | None  # inputs that share a scale; None: all of an output
     scale_dtype: str | None = None  # None: that of the matrix, at least float32; of groups bfloat16
+    minimum_dtype: str | None = None  # of the weights of the smallest code; None: code 0 is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Quantization:
         floats. None: as `kind` says. A tied head is the embedding.
       scale_dtype: "float32", "bfloat16" or "float16". None: float32, or float64 where the model is;
         of groups bfloat16.
+      minimum_dtype: one of these, where what shares a scale has a minimum, too: codes of "int4" and
+        "int8" go from its least weight to its largest. None: 0 is a code, as many are on each side.
 
     Raises:
       ValueError: no such kind, type or place, or a group size that is no whole number above 0.
@@ -67,6 +71,7 @@ class Quantization:
     embed: str | None = None
     lm_head: str | None = None
     scale_dtype: str | None = None
+    minimum_dtype: str | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -79,9 +84,13 @@ class Quantization:
             if getattr(self, name) not in (None, "layers", "float"):
                 found = getattr(self, name)
                 raise ValueError(f'{name} must be "layers" or "float", got {found!r}')
-        if self.scale_dtype not in (None, *SCALE_DTYPES):
-            known = " or ".join(f'"{name}"' for name in SCALE_DTYPES)
-            raise ValueError(f"scale_dtype must be {known}, got {self.scale_dtype!r}")
+        for name in ("scale_dtype", "minimum_dtype"):
+            found = getattr(self, name)
+            if found not in (None, *SCALE_DTYPES):
+                known = " or ".join(f'"{name}"' for name in SCALE_DTYPES)
+                raise ValueError(f"{name} must be {known}, got {found!r}")
+        if self.kind == "fp8" and self.minimum_dtype is not None:
+            raise ValueError("fp8 has no minimum_dtype: its codes have a sign")
 
     @staticmethod
     def of(wanted: Quantization | str | None) -> Quantization | None:
@@ -90,13 +99,16 @@ class Quantization:
 
     def __str__(self) -> str:
         grouped = self.group_size not in (None, PER_OUTPUT)
-        return self.kind + (f" in groups of {self.group_size} inputs" if grouped else "")
+        groups = f" in groups of {self.group_size} inputs" if grouped else ""
+        return self.kind + groups + (" with minima" if self.minimum_dtype is not None else "")
 
     @property
     def stored(self) -> dict[str, Any]:
         """What tells it from others, as metadata of a checkpoint has it."""
         found = dataclasses.asdict(self)
         del found["keep_codes"]
+        if self.minimum_dtype is None:  # what was written before there were minima reads the same
+            del found["minimum_dtype"]
         return found
 
     def form(self, size: int, *, in_head: bool = False, top: str = "") -> Form | None:
@@ -119,23 +131,24 @@ class Quantization:
             most = min(INT4_GROUP, size)
             group = max(n for n in range(1, most + 1) if size % n == 0)
         if group in (None, PER_OUTPUT):
-            return Form(self.kind, None, self.scale_dtype)
+            return Form(self.kind, None, self.scale_dtype, self.minimum_dtype)
         if in_head:
             group = math.gcd(size, group)
         if size % group:
             raise ValueError(f"group_size {group} does not divide the {size} inputs of a matrix")
-        return Form(self.kind, group, self.scale_dtype)
+        return Form(self.kind, group, self.scale_dtype, self.minimum_dtype)
 
 
 class Quantized(struct.PyTreeNode):
     """A matrix of codes, in the place of an array.
 
     Its scales have the same axes: along an input axis as many as there are groups, or one for all;
-    along any other as many as there are codes.
+    along any other as many as there are codes. So have minima, where there are any.
     """
 
     codes: Any
     scales: Any
+    minima: Any = None  # weights of the smallest code; None: code 0 is 0
     group: int | None = struct.field(pytree_node=False, default=None)  # inputs, in a checkpoint
 
     @property
@@ -147,7 +160,7 @@ class Quantized(struct.PyTreeNode):
         """Bytes that a product with so many rows moves on a GPU, over those of the matrix, as
         compiled programs have it; `dense`: bytes of a weight that is dequantised.
         """
-        if self.group is None:
+        if self.group is None and self.minima is None:
             return 1.0
         if rows <= FEW_ROWS:
             return float(-(-rows // ROWS_AT_ONCE))
@@ -155,9 +168,10 @@ class Quantized(struct.PyTreeNode):
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of one weight, its share of scales included."""
+        """Bytes of one weight, its share of scales and minima included."""
         code = 0.5 if self.codes.dtype == jnp.int4 else 1.0
-        return code + self.scales.size * self.scales.dtype.itemsize / self.codes.size
+        shared = jax.tree.leaves((self.scales, self.minima))
+        return code + sum(x.size * x.dtype.itemsize for x in shared) / self.codes.size
 
 
 def wide_type(dtype: Any) -> jnp.dtype:
@@ -165,9 +179,14 @@ def wide_type(dtype: Any) -> jnp.dtype:
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def smallest_code(dtype: Any) -> int:
+    """Of a type of whole numbers."""
+    return int(jnp.iinfo(dtype).min)
+
+
 def quantise(w: jax.Array, inputs: tuple[int, ...], form: Form) -> Quantized:
-    """A matrix rounded to the nearest codes, symmetrically: the largest magnitude that shares a
-    scale has the largest code.
+    """A matrix rounded to the nearest codes: the largest magnitude that shares a scale has the
+    largest code; or the least weight the smallest and the largest weight the largest.
 
     Args:
       w: floats, of any axes.
@@ -182,23 +201,52 @@ def quantise(w: jax.Array, inputs: tuple[int, ...], form: Form) -> Quantized:
         blocks = wide.reshape(*w.shape[:axis], count, form.group, *w.shape[axis + 1 :])
         axes, kind = (axis + 1,), jnp.dtype(jnp.bfloat16)
     kind = kind if form.scale_dtype is None else jnp.dtype(form.scale_dtype)
-    scales = (jnp.max(jnp.abs(blocks), axis=axes, keepdims=True) / largest_code).astype(kind)
+    minima, smallest, steps = None, -largest_code, largest_code
+    sizes = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+    if form.minimum_dtype is not None:
+        smallest, steps = smallest_code(dtype), largest_code - smallest_code(dtype)
+        minima = jnp.min(blocks, axis=axes, keepdims=True)
+        sizes = jnp.max(blocks, axis=axes, keepdims=True) - minima
+        minima = minima.astype(form.minimum_dtype)
+        blocks = blocks - minima.astype(wide.dtype)
+    scales = (sizes / steps).astype(kind)
     wide_scales = scales.astype(wide.dtype)
     codes = blocks / jnp.where(wide_scales > 0, wide_scales, 1)
-    codes = jnp.clip(codes if form.kind == "fp8" else jnp.round(codes), -largest_code, largest_code)
+    codes = codes if form.kind == "fp8" else jnp.round(codes)
+    codes = jnp.clip(codes if minima is None else codes + smallest, smallest, largest_code)
     if form.group is not None:
-        scales = jnp.squeeze(scales, axes)
-    return Quantized(codes.astype(dtype).reshape(w.shape), scales, form.group)
+        scales, minima = (_each(lambda x: jnp.squeeze(x, axes), x) for x in (scales, minima))
+    return Quantized(codes.astype(dtype).reshape(w.shape), scales, minima, form.group)
+
+
+def _each(fn: Any, tree: Any) -> Any:
+    return jax.tree.map(fn, tree)
 
 
 def dequantise(w: Quantized) -> jax.Array:
-    """code * scale, in at least float32."""
-    wide = wide_type(w.scales.dtype)
-    scales = w.scales.astype(wide)
-    for axis, (all_of_it, groups) in enumerate(zip(w.codes.shape, scales.shape, strict=True)):
-        if 1 < groups < all_of_it:
-            scales = jnp.repeat(scales, all_of_it // groups, axis)
-    return w.codes.astype(wide) * scales
+    """The weights, in at least float32: `_weights` of scales and minima for every one of them."""
+    sizes = w.codes.shape
+
+    def spread(x: jax.Array) -> jax.Array:
+        for axis, (all_of_it, groups) in enumerate(zip(sizes, x.shape, strict=True)):
+            if 1 < groups < all_of_it:
+                x = jnp.repeat(x, all_of_it // groups, axis)
+        return x
+
+    minima = None if w.minima is None else spread(w.minima)
+    return _weights(w.codes, spread(w.scales), minima, wide_type(w.scales.dtype))
+
+
+def _weights(codes: jax.Array, scales: jax.Array, minima: jax.Array | None, wide: Any) -> jax.Array:
+    """code * scale; or, counted from the smallest code, code * scale + minimum.
+
+    Of scales in 16 bits the product is exact in float32, so the sum is rounded once: that is what
+    (code - zero point) * scale is where the minimum is that of code 0, and GGUF's d * q + m.
+    """
+    if minima is None:
+        return codes.astype(wide) * scales.astype(wide)
+    counted = codes.astype(wide) - smallest_code(codes.dtype)
+    return counted * scales.astype(wide) + minima.astype(wide)
 
 
 def product(
@@ -215,14 +263,15 @@ def product(
     if isinstance(w, Quantized):
         if not outputs_first:
             return product(x.astype(wide), dequantise(w).astype(wide), outputs_first=False)
-        scales = w.scales.reshape(math.prod(w.shape) // x.shape[-1], -1)
-        if scales.shape[1] == 1:
+        outputs = math.prod(w.shape) // x.shape[-1]
+        scales, minima = (_each(lambda a: a.reshape(outputs, -1), a) for a in (w.scales, w.minima))
+        if scales.shape[1] == 1 and minima is None:
             codes = w.codes.astype(x.dtype)
             out = product(x, codes, outputs_first=True, explicit_gemv=explicit_gemv)
             return out * scales[None, None, :, 0].astype(wide)
         if x.shape[0] * x.shape[1] > FEW_ROWS:
             return product(x, dequantise(w).astype(x.dtype), outputs_first=True)
-        return _by_groups(x, w.codes.reshape(*scales.shape, -1), scales)
+        return _by_groups(x, w.codes.reshape(*scales.shape, -1), scales, minima)
     inputs = x.shape[-1]
     if not outputs_first:
         return jnp.einsum("bti,io->bto", x, w.reshape(inputs, -1), preferred_element_type=wide)
@@ -232,12 +281,15 @@ def product(
     return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=wide)
 
 
-def _by_groups(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """x [B, T, I] times codes [O, groups, inputs of one] with scales [O, groups]: a sum for every
-    row, which the compiler fuses.
+def _by_groups(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None
+) -> jax.Array:
+    """x [B, T, I] times codes [O, groups, inputs of one] with scales, and minima, [O, groups]: a
+    sum for every row, which the compiler fuses.
     """
     wide = wide_type(x.dtype)
-    w = codes.astype(wide) * scales[..., None].astype(wide)
+    scales, minima = (_each(lambda a: a[..., None], a) for a in (scales, minima))
+    w = _weights(codes, scales, minima, wide_type(scales.dtype)).astype(wide)
     wide_x = lax.optimization_barrier(x.astype(wide))  # else it is made again for every row
     rows = wide_x.reshape(-1, 1, *codes.shape[1:])
     found = [(rows[i] * w).sum(axis=(1, 2)) for i in range(len(rows))]

@@ -275,7 +275,8 @@ def specs(
             form = form_of(name, inputs, config, quantization)
             if form is not None:
                 scales = layout.spec(scale_dims(dims, inputs, form.group))
-                found[name] = Quantized(found[name], scales, form.group)
+                minima = None if form.minimum_dtype is None else scales
+                found[name] = Quantized(found[name], scales, minima, form.group)
         return found
 
     def block(size: int) -> Block:
@@ -294,17 +295,18 @@ def specs(
 
 
 def placed_as(weight: Weight, x: Any, codes: Any, layout: Layout) -> Any:
-    """Where a weight as checkpoints hold it lies: an array or codes at `codes`, scales whole along
-    F, as groups along it need not divide among devices.
+    """Where a weight as checkpoints hold it lies: an array or codes at `codes`, scales and minima
+    whole along F, as groups along it need not divide among devices.
     """
     if not isinstance(x, Quantized):
         return codes
     dims = scale_dims(weight.dims, weight.inputs, x.group).replace("F", "1")
-    return x.replace(codes=codes, scales=layout.named(dims))
+    scales = layout.named(dims)
+    return x.replace(codes=codes, scales=scales, minima=None if x.minima is None else scales)
 
 
 def _each(fn: Callable[..., Any], *parts: Any) -> Any:
-    """`fn` of arrays, or of codes and of scales: an operation on axes that both have."""
+    """`fn` of arrays, or of codes, scales and minima: an operation on axes that all have."""
     return jax.tree.map(fn, *parts)
 
 
@@ -393,22 +395,25 @@ def pad_mlp(x: Any, axis: int, layout: Layout, *, back: bool = False) -> Any:
     """A matrix with zeros behind every device's share of an axis of F; or `back` without.
 
     Where inputs lie along the axis (0), groups that share a scale become as small as the shares
-    ask for, with the same scales.
+    ask for, with the same scales. A padded weight may be a minimum: what it is multiplied by is 0.
     """
     if not isinstance(x, Quantized):
         return _padded(x, axis, layout, layout.mlp_padding, back=back)
-    scales, group = x.scales, x.group if axis == 0 else 1
-    if group is not None:
+    group = x.group if axis == 0 else 1
+
+    def shared(scales: Any) -> Any:
+        if group is None:
+            return scales
         padded = x.codes.shape[axis] // layout.devices_along(layout.mlp)
         own = padded - layout.mlp_padding if back else padded
         part = math.gcd(group, own, layout.mlp_padding)
         if not back:
             scales = jnp.repeat(scales, group // part, axis)
         scales = _padded(scales, axis, layout, layout.mlp_padding // part, back=back)
-        if back:
-            scales = lax.slice_in_dim(scales, 0, None, group // part, axis)
+        return lax.slice_in_dim(scales, 0, None, group // part, axis) if back else scales
+
     codes = _padded(x.codes, axis, layout, layout.mlp_padding, back=back)
-    return x.replace(codes=codes, scales=scales)
+    return x.replace(codes=codes, scales=shared(x.scales), minima=_each(shared, x.minima))
 
 
 def _padded(x: Any, axis: int, layout: Layout, padding: int, *, back: bool) -> Any:

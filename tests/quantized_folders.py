@@ -146,7 +146,8 @@ class Case:
     dtype: np.dtype = BF16  # of what is stored as floats
     hidden: int = 32
     head: bool = False  # quantised as well
-    kept: tuple[str, int | None] | None = None  # kind and group of what a checkpoint has of it
+    # Kind and group of what a checkpoint has of it, and whether with minima.
+    kept: tuple[str, int | None] | tuple[str, int | None, str] | None = None
 
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -198,6 +199,7 @@ CASES = {
         compressed("int-quantized", 8, "group", 16, symmetric=False),
         whole,
         {"group": 16, "zeros": "plain"},
+        kept=("int8", 16, "minima"),
     ),
     # words of eight codes that the inputs do not fill
     "packed int4": Case(
@@ -218,13 +220,15 @@ CASES = {
         whole,
         {"group": 4, "bits": 4, "packed": True, "zeros": "packed"},
         hidden=36,
+        kept=("int4", 4, "minima"),
     ),
     "packed int8": Case(
         compressed("pack-quantized", 8, "channel", symmetric=False),
         whole,
         {"group": None, "packed": True, "zeros": "plain"},
+        kept=("int8", None, "minima"),
     ),
-    "gptq": Case(GPTQ, gptq, {}, F16),
+    "gptq": Case(GPTQ, gptq, {}, F16, kept=("int4", 16, "minima")),
     "gptq in order": Case(
         GPTQ | {"desc_act": True, "checkpoint_format": "gptq", "lm_head": True},
         gptq,
@@ -237,8 +241,9 @@ CASES = {
         gptq,
         {"bits": 8, "group": None, "offset": 0, "order": ""},
         F16,
+        kept=("int8", None, "minima"),
     ),
-    "gptq of 8 bits": Case(GPTQ | {"bits": 8}, gptq, {"bits": 8}, F16),
+    "gptq of 8 bits": Case(GPTQ | {"bits": 8}, gptq, {"bits": 8}, F16, kept=("int8", 16, "minima")),
     # groups of 16 inputs over heads of 8
     "gptq symmetric": Case(
         GPTQ | {"sym": True, "lm_head": True},
@@ -255,7 +260,7 @@ CASES = {
         F16,
         kept=("int8", None),
     ),
-    "awq": Case(AWQ, awq, {}, F16),
+    "awq": Case(AWQ, awq, {}, F16, kept=("int4", 16, "minima")),
 }
 
 

@@ -118,13 +118,14 @@ def test_types_and_quantisation(kind, dtype, tmp_path):
 
 # Groups of 32 inputs over heads of 8, whose rows llama has in another order.
 BLOCKS = tiny_config("llama", intermediate_size=64, num_hidden_layers=1)
+ALL = ("layers", "layers")
 
 
 @untokenized
 @pytest.mark.parametrize(
     "kind, kinds, want, line",
     [
-        ("Q8_0", {}, es.Quantization("int8", 32, None, "layers", "layers", "float16"), "stay"),
+        ("Q8_0", {}, es.Quantization("int8", 32, None, *ALL, "float16"), "stay"),
         (
             "Q4_0",
             {"output.weight": "Q8_0"},
@@ -136,9 +137,18 @@ BLOCKS = tiny_config("llama", intermediate_size=64, num_hidden_layers=1)
             "Q4_0",
             {"output.weight": "Q4_1", "token_embd.weight": "F16"},
             es.Quantization("int4", 32, None, "float", "float", "float16"),
-            "stay codes and scales; output.weight is Q4_1 and becomes floats",
+            "stay codes and scales; output.weight is int4 with a scale and a minimum for 32 inputs and "
+            "becomes floats",
         ),
-        ("Q4_1", {}, None, "become floats: blk.0.attn_q.weight is Q4_1"),
+        ("Q4_1", {}, es.Quantization("int4", 32, None, *ALL, "float16", "float16"), "stay"),
+        # those without a minimum are given one
+        (
+            "Q4_1",
+            {"blk.0.ffn_up.weight": "Q4_0", "output.weight": "Q4_0"},
+            es.Quantization("int4", 32, None, *ALL, "float16", "float32"),
+            "stay",
+        ),
+        ("Q5_0", {}, None, "become floats: blk.0.attn_q.weight is Q5_0"),
         (
             "Q4_0",
             {"blk.0.ffn_down.weight": "Q8_0"},

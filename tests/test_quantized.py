@@ -4,6 +4,7 @@ on any mesh and in either order, and the same from disk.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -48,6 +49,29 @@ def reference(w, kind, group):
     return codes.clip(-LARGEST[kind], LARGEST[kind]), scales
 
 
+def test_minima_reach_from_the_least_weight_to_the_largest():
+    """Against a reference that takes one group of one output after another; and where all weights
+    of a group are the same.
+    """
+    w = np.random.default_rng(0).standard_normal((24, 5)) + 0.3
+    w[8:16, 3] = 0.25
+    for kind, group in (("int4", 8), ("int8", None)):
+        form = Form(kind, group, "float32", "float16")
+        found = quantise(jnp.asarray(w), (0,), form)
+        steps = 2 * LARGEST[kind] + 1
+        for start in range(0, 24, group or 24):
+            own = slice(start, start + (group or 24))
+            least = w[own].min(0).astype(np.float16)
+            scale = ((w[own].max(0) - w[own].min(0)) / steps).astype(np.float32)
+            at = start // (group or 24)
+            np.testing.assert_array_equal(found.minima[at], least)
+            np.testing.assert_allclose(found.scales[at], scale, rtol=1e-7)
+            counted = np.rint((w[own] - least) / np.where(scale > 0, scale, 1)).clip(0, steps)
+            np.testing.assert_array_equal(found.codes[own].astype(int), counted - LARGEST[kind] - 1)
+            want = np.float32(counted * scale) + least.astype(np.float32)
+            np.testing.assert_allclose(dequantise(found)[own], want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "kind, group", [("int8", None), ("int8", 4), ("int4", 8), ("int4", 24), ("fp8", None)]
 )
@@ -70,11 +94,21 @@ def test_codes_and_scales_are_those_of_the_reference(kind, group):
 
 
 @pytest.mark.parametrize("outputs_first", [False, True])
-@pytest.mark.parametrize("kind, group", [("int8", None), ("int4", 8), ("fp8", None)])
-def test_a_product_is_that_with_the_floats(outputs_first, kind, group):
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form("int8", None),
+        Form("int4", 8),
+        Form("fp8", None),
+        Form("int4", 8, "float16", "float32"),
+        Form("int8", None, "float16", "float32"),
+    ],
+    ids=str,
+)
+def test_a_product_is_that_with_the_floats(outputs_first, form):
     """Of one row, of few, of two texts, and of so many that the matrix is dequantised first."""
     draw = np.random.default_rng(1).standard_normal
-    w = quantise(jnp.asarray(draw((24, 2, 5))), (0,), Form(kind, group))
+    w = quantise(jnp.asarray(draw((24, 2, 5))), (0,), form)
     floats = np.asarray(dequantise(w), np.float64).reshape(24, 10)
     if outputs_first:
         turned = jax.tree.map(lambda a: a.transpose(1, 2, 0), w)
@@ -104,6 +138,9 @@ TIED = es.ModelConfig(**{**vars(WIDE), "tie_embeddings": True, "vocab_size": 64}
         pytest.param(False, (1, 1), WIDE, "fp8", None, "float", marks=pytest.mark.slow),
         (True, (1, 1), TIED, "int4", None, "layers"),
         (True, (1, 8), WIDE, "int4", 8, "layers"),
+        pytest.param(True, (1, 8), WIDE, "int4", 8, "minima", marks=pytest.mark.slow),
+        (True, (2, 4), TIED, "int8", None, "minima"),
+        pytest.param(False, (8, 1), TIED, "int4", 4, "minima", marks=pytest.mark.slow),
         pytest.param(False, (2, 4), TIED, "int8", None, None, marks=pytest.mark.slow),
         pytest.param(False, (1, 8), TIED, "int4", 8, None, marks=pytest.mark.slow),
         pytest.param(True, (2, 4), WIDE, "int8", 4, "layers", marks=pytest.mark.slow),
@@ -114,10 +151,14 @@ def test_a_model_of_codes_says_what_its_rounded_floats_say(
     pretend, gpus, shape, config, kind, group, top
 ):
     pretend(gpus)
-    mesh = es.make_mesh(*shape)
+    mesh, minima = es.make_mesh(*shape), "float32" if top == "minima" else None
+    top = "layers" if minima else top
     codes, floats = (
         es.random_model(
-            config, mesh, dtype="float64", quantization=es.Quantization(kind, group, keep, top, top)
+            config,
+            mesh,
+            dtype="float64",
+            quantization=es.Quantization(kind, group, keep, top, top, None, minima),
         )
         for keep in (True, False)
     )
@@ -125,11 +166,12 @@ def test_a_model_of_codes_says_what_its_rounded_floats_say(
     assert codes.dtype == floats.dtype == jnp.float64
     for text in ([[5, 3, 8, 1, 9]], [[7]]):
         np.testing.assert_allclose(es.logits(codes, text), es.logits(floats, text), atol=1e-12)
-    assert 3 * device_bytes(codes.params.blocks) < device_bytes(floats.params.blocks)
+    assert 2.5 * device_bytes(codes.params.blocks) < device_bytes(floats.params.blocks)
 
 
-def decoder_of(mesh_shape, kind, group, *, draft_only=False, **options):
-    codes = {"quantization": kept(kind, group)}
+def decoder_of(mesh_shape, kind, group, *, draft_only=False, minima=None, **options):
+    how = dataclasses.replace(kept(kind, group), minimum_dtype=minima)
+    codes = {"quantization": how}
     base = model(mesh_shape, **{} if draft_only else codes)
     draft = model(mesh_shape, group_size=GROUPS, layout="grouped", seed=3, **codes)
     return es.Decoder(base, es.LayerParallelDrafter(draft), **options)
@@ -143,6 +185,8 @@ def decoder_of(mesh_shape, kind, group, *, draft_only=False, **options):
         pytest.param(True, (1, 8), "int8", None, {}, marks=pytest.mark.slow),
         pytest.param(False, (2, 4), "fp8", None, {"tree_width": 2}, marks=pytest.mark.slow),
         pytest.param(True, (8, 1), "int4", 2, {"draft_only": True}, marks=pytest.mark.slow),
+        pytest.param(True, (4, 2), "int4", 8, {"minima": "float16"}, marks=pytest.mark.slow),
+        pytest.param(False, (2, 4), "int8", None, {"minima": "float32"}, marks=pytest.mark.slow),
     ],
 )
 def test_speculation_says_what_the_same_base_says_alone(pretend, gpus, shape, kind, group, options):
@@ -263,6 +307,10 @@ def test_metadata_without_the_later_fields_is_read():
 def test_refusals(source, tmp_path):
     with pytest.raises(ValueError, match='lm_head must be "layers" or "float", got \'int4\''):
         es.Quantization("int4", lm_head="int4")
+    with pytest.raises(ValueError, match="minimum_dtype must be .*, got 'int8'"):
+        es.Quantization("int4", minimum_dtype="int8")
+    with pytest.raises(ValueError, match="fp8 has no minimum_dtype"):
+        es.Quantization("fp8", minimum_dtype="float32")
     with pytest.raises(ValueError, match="got 'float64'"):
         es.Quantization("int4", scale_dtype="float64")
     with pytest.raises(ValueError, match='must be "int8" or "int4" or "fp8", got \'int3\''):
