@@ -18,6 +18,7 @@ from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.distributed import initialize_distributed
 from easyspec_jax.drafter import Drafter
 from easyspec_jax.drafters.early_exit import EarlyExitDrafter
+from easyspec_jax.drafters.fallback import FallbackDrafter
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.drafters.polybasic import PolybasicDrafter
 from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
@@ -45,6 +46,7 @@ __all__ = [
     "Decoder",
     "Drafter",
     "EarlyExitDrafter",
+    "FallbackDrafter",
     "Generation",
     "LayerParallelDrafter",
     "LayoutRules",

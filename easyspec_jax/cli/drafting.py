@@ -67,6 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no_calibrate": _FLAG | dict(help="leave the draft's cache fuzzy"),
     "parallel": dict(choices=PARALLEL, help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
+    "min_ngram": COUNT | dict(help="of them must be found (default 1; 3 before a draft model)"),
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
     "middle": dict(metavar="MODEL", help="a model between base and draft"),
     "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
@@ -89,7 +90,13 @@ def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
 
 
 def _prompt_lookup(args: argparse.Namespace, base: es.Model, load: Load):
-    return es.PromptLookupDrafter(**given(args, "max_ngram"))
+    return es.PromptLookupDrafter(**given(args, "max_ngram", "min_ngram"))
+
+
+def _fallback(args: argparse.Namespace, base: es.Model, load: Load):
+    least = {"min_ngram": min(args.max_ngram or 3, 3)}
+    lookup = es.PromptLookupDrafter(**least | given(args, "max_ngram", "min_ngram"))
+    return es.FallbackDrafter(lookup, _layer_parallel(args, base, load))
 
 
 def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
@@ -119,10 +126,12 @@ class Kind:
 
 
 _ALL = ("num_draft_tokens", "show_draft")
-_DRAFT = (
+_MODEL = (
     "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "draft_quantization",
-    "no_calibrate", "parallel", "min_draft_probability",
+    "no_calibrate", "parallel",
 )  # fmt: skip
+_DRAFT = (*_MODEL, "min_draft_probability")
+_NGRAMS = ("max_ngram", "min_ngram")
 KINDS = {
     "layer-parallel": Kind(
         "a draft model (default with --draft)",
@@ -130,7 +139,13 @@ KINDS = {
         (*_DRAFT, "tree_width"),
         needs=(("draft",),),
     ),
-    "prompt-lookup": Kind("the text itself", _prompt_lookup, ("max_ngram", "tree_width")),
+    "prompt-lookup": Kind("the text itself", _prompt_lookup, (*_NGRAMS, "tree_width")),
+    "prompt-lookup+layer-parallel": Kind(
+        "the text itself, else a draft model",
+        _fallback,
+        (*_MODEL, *_NGRAMS),
+        needs=(("draft",),),
+    ),
     "early-exit": Kind(
         "the base's own early layers", _early_exit, ("exits", "min_draft_probability")
     ),
