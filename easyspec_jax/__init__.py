@@ -40,6 +40,7 @@ from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats
 from easyspec_jax.text import Tokenizer
 from easyspec_jax.verify import Proposal, Verdict
+from easyspec_jax.vocabulary import SharedVocabulary, shared_vocabulary
 
 __all__ = [
     "CompileOptions",
@@ -61,6 +62,7 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "Session",
+    "SharedVocabulary",
     "Stats",
     "Tokenizer",
     "Verdict",
@@ -74,6 +76,7 @@ __all__ = [
     "quantize_model",
     "random_model",
     "save_model",
+    "shared_vocabulary",
 ]
 
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ _FLAG = {"action": "store_true", "default": None}
 # Options of drafters by name: what argparse has to know of each. None: not given.
 OPTIONS: dict[str, dict[str, Any]] = {
     "draft": dict(metavar="MODEL", help=f"the draft: {MODEL_HELP}"),
+    "other_tokenizer": _FLAG | dict(help="the draft's is not the base's: draft what both share"),
     "num_draft_tokens": COUNT | dict(help="per step (default 5; polybasic: mu + 5)"),
     "tree_width": COUNT | dict(help="draft tokens at each depth (default 1)"),
     "candidates": dict(
@@ -76,6 +78,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Tokenizers are read and compared once, for shapes and for weights.
+shared_vocabulary = functools.cache(es.shared_vocabulary)
+
+
 def _every_model(args: argparse.Namespace) -> dict[str, Any]:
     """Options that every model is loaded with."""
     return given(args, "dtype", "attention", "kv_dtype")
@@ -86,6 +92,8 @@ def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
     if args.draft_quantization is not None:
         options["quantization"] = args.draft_quantization
     draft, how = load(args.draft, **options), given(args, "parallel", "candidates")
+    if args.other_tokenizer:
+        how["vocabulary"] = shared_vocabulary(args.base, args.draft)
     return es.LayerParallelDrafter(draft, calibrate=not args.no_calibrate, **how)
 
 
@@ -127,8 +135,8 @@ class Kind:
 
 _ALL = ("num_draft_tokens", "show_draft")
 _MODEL = (
-    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "draft_quantization",
-    "no_calibrate", "parallel",
+    "draft", "other_tokenizer", "candidates", "group_size", "draft_layout", "draft_mlp",
+    "draft_quantization", "no_calibrate", "parallel",
 )  # fmt: skip
 _DRAFT = (*_MODEL, "min_draft_probability")
 _NGRAMS = ("max_ngram", "min_ngram")
@@ -186,7 +194,7 @@ def _takers(name: str) -> list[str]:
 
 def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
     """Settle --group-size as a partition: what is read from a file is read once, and compared by
-    processes.
+    processes; and --other-tokenizer, which means nothing where it is the base's.
 
     Raises:
       ValueError: a model that has another tokenizer than the base's, or not such groups.
@@ -195,7 +203,10 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
         config, metadata = read_metadata(args.draft)
         groups = args.layer if args.group_size is None else args.group_size
         args.group_size = partition_of(groups, args.draft, config, metadata)
-        check_tokenizers(base_tokenizer, metadata.get("tokenizer"))
+        if not args.other_tokenizer:
+            check_tokenizers(base_tokenizer, metadata.get("tokenizer"))
+        elif base_tokenizer is not None and base_tokenizer == metadata.get("tokenizer"):
+            args.other_tokenizer = None
     if args.middle is not None:
         check_tokenizers(base_tokenizer, read_metadata(args.middle)[1].get("tokenizer"))
 

@@ -19,7 +19,7 @@ from easyspec_jax.cache import KVCache, run_if
 from easyspec_jax.drafter import Drafter
 from easyspec_jax.model import Model
 from easyspec_jax.request import Request
-from easyspec_jax.sharding import shape_of
+from easyspec_jax.sharding import shape_of, zeros
 from easyspec_jax.stats import Tally
 from easyspec_jax.verify import Proposal, Verdict
 
@@ -100,12 +100,10 @@ class FallbackDrafter(Drafter):
 
     def init(self, batch: int, max_len: int, request: Request) -> FallbackState:
         """Empty states of both."""
-        counts = np.zeros((batch, 2), np.int32)
-        return FallbackState(
+        shapes = self.abstract_state(batch, max_len, request)
+        return zeros(shapes.replace(first=None, second=None)).replace(
             first=self.first.init(batch, max_len, request),
             second=self.second.init(batch, max_len, request),
-            taken=np.zeros((batch, 2), bool),
-            counters=FallbackCounters(steps=counts, accepted=counts),
         )
 
     def prefill(

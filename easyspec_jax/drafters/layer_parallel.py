@@ -7,8 +7,11 @@ draft distribution: calibration costs no extra pass.
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -17,8 +20,9 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, score
-from easyspec_jax.request import Request
+from easyspec_jax.request import Request, check_tokenizers
 from easyspec_jax.verify import Proposal
+from easyspec_jax.vocabulary import SharedVocabulary
 
 CANDIDATES = ("sampled", "best")
 
@@ -38,17 +42,21 @@ class LayerParallelDrafter(Drafter):
         replacement), "best" takes the likeliest; both are lossless, and sampled ones were accepted
         more often wherever the draft is good.
 
+      vocabulary: `shared_vocabulary(base, draft)`, for a draft with another tokenizer; None: the
+        base's.
+
     Its state is the draft's KV cache: between steps the first `length` entries cover the absorbed
     tokens, and with calibration they are exact.
 
     Raises:
-      ValueError: no model, or an unknown `parallel` or `candidates`.
+      ValueError: no model or vocabulary, or an unknown `parallel` or `candidates`.
     """
 
     draft: Model
     calibrate: bool = struct.field(pytree_node=False, default=True, kw_only=True)
     parallel: str = struct.field(pytree_node=False, default="attention", kw_only=True)
     candidates: str = struct.field(pytree_node=False, default="sampled", kw_only=True)
+    vocabulary: SharedVocabulary | None = struct.field(default=None, kw_only=True)
 
     def __post_init__(self):
         refuse_no_model(self.draft)
@@ -56,10 +64,24 @@ class LayerParallelDrafter(Drafter):
         if self.candidates not in CANDIDATES:
             names = ", ".join(map(repr, CANDIDATES))
             raise ValueError(f"candidates must be one of {names}, got {self.candidates!r}")
+        shared = self.vocabulary
+        if isinstance(shared, str | os.PathLike | type):
+            raise ValueError(f"a vocabulary is a shared_vocabulary(base, draft), got {shared!r}")
+        # Else it is placed already.
+        if isinstance(shared, SharedVocabulary) and isinstance(shared.reading, np.ndarray):
+            placed = shared.on(self.draft.layout.mesh, self.draft.config.vocab_size)
+            object.__setattr__(self, "vocabulary", placed)
+
+    def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
+        """Refuse a vocabulary that was made for another draft."""
+        del base, num_draft_tokens, tree_width
+        if self.vocabulary is not None:
+            check_tokenizers(self.vocabulary.draft, self.draft.tokenizer)
 
     def models(self) -> tuple[Model, ...]:
-        """The draft."""
-        return (self.draft,)
+        """The draft; its tokens are the base's where a vocabulary translates them."""
+        shared = self.vocabulary
+        return (self.draft if shared is None else self.draft.replace(tokenizer=shared.base),)
 
     def abstract_state(self, batch: int, max_len: int, request: Request) -> KVCache:
         """A cache of `max_len` tokens for `batch` rows."""
@@ -72,7 +94,7 @@ class LayerParallelDrafter(Drafter):
         """Absorb prompt tokens exactly, whatever `calibrate` says."""
         del request
         cache = state.rollback(start)
-        return forward(self.draft, tokens, cache, num=num, run_block=run_exact)[1]
+        return forward(self.draft, self._read(tokens), cache, num=num, run_block=run_exact)[1]
 
     def propose(
         self,
@@ -91,7 +113,7 @@ class LayerParallelDrafter(Drafter):
         with jax.named_scope("calibrate"):
             window = run_exact if self.calibrate else draft_runner(self.parallel)
             hidden, cache = forward(
-                self.draft, tokens, state.rollback(start), num=num, run_block=window
+                self.draft, self._read(tokens), state.rollback(start), num=num, run_block=window
             )
             last = jnp.maximum(num - 1, 0)[:, None, None]
             hidden = jnp.take_along_axis(hidden, last, axis=1)
@@ -99,6 +121,10 @@ class LayerParallelDrafter(Drafter):
         with jax.named_scope("draft"):
             proposal, cache = self._draft(hidden, cache, num > 0, request, keys)
         return proposal, cache.rollback(absorbed), base_cache
+
+    def _read(self, tokens: jax.Array) -> jax.Array:
+        """The base's ids as the draft's."""
+        return tokens if self.vocabulary is None else self.vocabulary.read(tokens)
 
     def _draft(
         self,
@@ -115,15 +141,18 @@ class LayerParallelDrafter(Drafter):
         origin, fuzzy = cache.length, draft_runner(self.parallel)
 
         def grow(tree, depth, hidden):
-            scores = score(self.draft, hidden).fit(request.vocab_size)
+            scores = score(self.draft, hidden)
+            if self.vocabulary is None:
+                scores = scores.fit(request.vocab_size)
+            else:
+                scores = self.vocabulary.offer(scores, request.vocab_size)
             return trees.grow(tree, depth, scores, request.filters, keys[depth], least)
 
         def level(carry):
             depth, tree, cache = carry
             placement = tree.placement(origin, depth - 1)
-            hidden, cache = forward(
-                self.draft, tree.newest, cache, placement=placement, run_block=fuzzy
-            )
+            tokens = self._read(tree.newest)
+            hidden, cache = forward(self.draft, tokens, cache, placement=placement, run_block=fuzzy)
             return depth + 1, grow(tree, depth, hidden), cache
 
         drawn = self.candidates == "sampled" and not request.filters.greedy
