@@ -112,13 +112,17 @@ def measure(args: argparse.Namespace, prompts: list[list[int]], arms: list[Arm])
         size: es.load_model(args.draft, mesh, group_size=size, layout="grouped")
         for size in {arm.group_size for arm in arms}
     }
+    vocabulary = es.shared_vocabulary(args.base, args.draft) if args.other_tokenizer else None
     greedy = any(arm.temperature == 0 for arm in arms)
     with tqdm(total=len(prompts) * (len(arms) + greedy), unit="prompt") as progress:
         expected = answer(es.Decoder(base), 0.0, prompts, args, progress)[0] if greedy else None
         for arm in arms:
             calibrate = arm.calibrate is not False
             drafter = es.LayerParallelDrafter(
-                drafts[arm.group_size], calibrate=calibrate, candidates=arm.candidates or "sampled"
+                drafts[arm.group_size],
+                calibrate=calibrate,
+                candidates=arm.candidates or "sampled",
+                vocabulary=vocabulary,
             )
             decoder = es.Decoder(
                 base, drafter, num_draft_tokens=args.num_draft_tokens, tree_width=arm.tree_width
@@ -140,7 +144,16 @@ def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -
     """What is measured on what: names of checkpoints and files, not places on one machine."""
     options = without_places({k: v for k, v in vars(args).items() if k != "table"})
     lengths = {name: [len(ids) for ids in found] for name, found in prompts.items()}
-    return {"machine": machine(), "commit": commit(), "options": options, "prompt_tokens": lengths}
+    header = {"machine": machine(), "commit": commit(), "options": options}
+    if args.other_tokenizer:
+        shared = es.shared_vocabulary(args.base, args.draft)
+        ids = [i for found in prompts.values() for row in found for i in row]
+        header["shared"] = {
+            "tokens": shared.num_shared,
+            "of": len(shared.shared),
+            "of_the_prompts": round(shared.covered(ids), 4),
+        }
+    return header | {"prompt_tokens": lengths}
 
 
 def read_results(path: pathlib.Path) -> tuple[Record, list[Record]]:
@@ -218,6 +231,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--group-sizes", type=numbers(int), default=[1, 2, 4])
     p.add_argument("--temperatures", type=numbers(float), default=[0.0, 0.8])
     p.add_argument("--seed", type=int, default=0)
+    other = "the draft's tokenizer is not the base's: draft what they share"
+    p.add_argument("--other-tokenizer", action="store_true", help=other)
     return prompt_sets.parse(p, argv, max_tokens=256)
 
 
