@@ -149,10 +149,8 @@ def token_bytes(description: dict[str, Any], name: str) -> dict[int, bytes]:
     kinds, vocab = {step.get("type") for step in steps}, model.get("vocab")
     if isinstance(vocab, list):  # Unigram: [token, score] pairs in the order of their ids
         vocab = {token: i for i, (token, _) in enumerate(vocab)}
-    pieces = kinds & {"Metaspace", "ByteFallback"} or any(
-        step.get("pattern") == {"String": "▁"} for step in steps
-    )
-    if not isinstance(vocab, dict) or not vocab or not (pieces or "ByteLevel" in kinds):
+    known = kinds & {"ByteLevel", "Metaspace", "ByteFallback", "Fuse"}
+    if not isinstance(vocab, dict) or not vocab or not known:
         raise ValueError(
             f"the tokens of {name} stand for no known bytes: only byte-level and SentencePiece "
             "vocabularies can be compared"

@@ -4,10 +4,10 @@
         --prompts-per-set 2 --tree-widths 1,4,8 --group-sizes 1,2,4 --temperatures 0,0.8 --out FILE
     python experiments/acceptance.py --table FILE
 
-Every arm of the grid answers the same prompts, one at a time, to the last token asked for. FILE
-gets a header, then a line as soon as an arm is done: started again with the same options, the
-script keeps the arms that are there and measures the others. The last line of stdout is one JSON
-document. Nothing here is a timing.
+Every arm of the grid answers the same prompts to the last token asked for. FILE gets a header, then
+a line as soon as an arm is done: started again with the same options, the script keeps the arms
+that are there and measures the others. The last line of stdout is one JSON document. Nothing here
+is a timing.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ def make_grid(args: argparse.Namespace) -> list[Arm]:
 
 
 def answer(decoder: es.Decoder, temperature: float, prompts, args, progress):
-    """Tokens and statistics of every prompt, each decoded by itself."""
+    """Tokens and statistics of every prompt, `--batch` of them decoded at once."""
     tokens, stats = [], []
-    for i, ids in enumerate(prompts):
+    for i in range(0, len(prompts), args.batch):
         out = decoder.generate(
-            [ids],
+            prompts[i : i + args.batch],
             max_new_tokens=args.max_new_tokens,
             sampling=es.Sampling(temperature=temperature),
             seed=args.seed + i,
         )
-        tokens.append(out.tokens[0])
-        stats.append(out.stats)
-        progress.update()
+        tokens += out.tokens
+        stats += out.stats.rows
+        progress.update(len(out.tokens))
     return tokens, stats
 
 
@@ -231,6 +231,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--group-sizes", type=numbers(int), default=[1, 2, 4])
     p.add_argument("--temperatures", type=numbers(float), default=[0.0, 0.8])
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch", type=int, default=1, help="prompts decoded at once (default 1)")
     other = "the draft's tokenizer is not the base's: draft what they share"
     p.add_argument("--other-tokenizer", action="store_true", help=other)
     return prompt_sets.parse(p, argv, max_tokens=256)

@@ -106,6 +106,15 @@ def test_layer_parallel_is_the_default_of_a_draft(easyspec, monkeypatch):
     assert len(made) == 2  # planned, then loaded
 
 
+@pytest.mark.slow
+def test_a_draft_with_another_tokenizer_drafts_what_both_know(easyspec):
+    _, want, _ = generate(easyspec)
+    options = ("--draft", "foreign", "--other-tokenizer", "--num-draft-tokens", 3)
+    status, out, err = generate(easyspec, *options)
+    assert (status, out) == (0, want)
+    assert "another tokenizer: 88 of 90 tokens shared, 100% of the prompt's" in err
+
+
 def test_early_exit_gets_its_exits(easyspec, others):
     _, want, _ = generate(easyspec)
     assert generate(easyspec, "--drafter", "early-exit", "--exits", "1,2")[:2] == (0, want)
@@ -179,6 +188,7 @@ POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
     [
         (("--drafter", "layer-parallel"), "--drafter layer-parallel needs --draft"),
         (("--max-ngram", 2), "--max-ngram needs --drafter prompt-lookup"),
+        (("--draft", "foreign"), "shared_vocabulary (--other-tokenizer)"),
         (("--drafter", BOTH), f"--drafter {BOTH} needs --draft"),
         (("--drafter", BOTH, "--draft", "draft", "--tree-width", 2), "not take --tree-width"),
         ((*LOOKUP, "--min-ngram", 4), "min_ngram must be a whole number in 1 .. max_ngram=3"),
