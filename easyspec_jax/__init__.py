@@ -19,6 +19,7 @@ from easyspec_jax.distributed import initialize_distributed
 from easyspec_jax.drafter import Drafter
 from easyspec_jax.drafters.eagle import EagleDrafter
 from easyspec_jax.drafters.early_exit import EarlyExitDrafter
+from easyspec_jax.drafters.fallback import FallbackDrafter
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.drafters.polybasic import PolybasicDrafter
 from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
@@ -40,6 +41,7 @@ from easyspec_jax.sharding import LayoutRules, make_mesh
 from easyspec_jax.stats import Stats
 from easyspec_jax.text import Tokenizer
 from easyspec_jax.verify import Proposal, Verdict
+from easyspec_jax.vocabulary import SharedVocabulary, shared_vocabulary
 
 __all__ = [
     "CompileOptions",
@@ -47,6 +49,7 @@ __all__ = [
     "Drafter",
     "EagleDrafter",
     "EarlyExitDrafter",
+    "FallbackDrafter",
     "Generation",
     "LayerParallelDrafter",
     "LayoutRules",
@@ -61,6 +64,7 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "Session",
+    "SharedVocabulary",
     "Stats",
     "Tokenizer",
     "Verdict",
@@ -74,6 +78,7 @@ __all__ = [
     "quantize_model",
     "random_model",
     "save_model",
+    "shared_vocabulary",
 ]
 
 __version__ = "0.1.0"

@@ -233,7 +233,8 @@ def check_tokenizers(base: str | None, draft: str | None) -> None:
     if None not in (base, draft) and base != draft:
         raise ValueError(
             "base and draft have different tokenizers: ordinary tokens have other ids, "
-            "so a draft could never be accepted; use a draft of the same family"
+            "so a draft could never be accepted; use a draft of the same family, or a "
+            "LayerParallelDrafter with a shared_vocabulary (--other-tokenizer)"
         )
 
 

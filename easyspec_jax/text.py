@@ -7,6 +7,7 @@ them, never alone, and never all of them.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import sys
@@ -87,6 +88,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
         return self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def description(self) -> dict[str, Any]:
+        """What a tokenizer.json says of it."""
+        return json.loads(self._fast.to_str())
 
     def special_ids(self) -> dict[str, int]:
         """The special tokens, which decoded text does not show, by what they are written as."""

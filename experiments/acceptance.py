@@ -4,10 +4,10 @@
         --prompts-per-set 2 --tree-widths 1,4,8 --group-sizes 1,2,4 --temperatures 0,0.8 --out FILE
     python experiments/acceptance.py --table FILE
 
-Every arm of the grid answers the same prompts, one at a time, to the last token asked for. FILE
-gets a header, then a line as soon as an arm is done: started again with the same options, the
-script keeps the arms that are there and measures the others. The last line of stdout is one JSON
-document. Nothing here is a timing.
+Every arm of the grid answers the same prompts to the last token asked for. FILE gets a header, then
+a line as soon as an arm is done: started again with the same options, the script keeps the arms
+that are there and measures the others. The last line of stdout is one JSON document. Nothing here
+is a timing.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ def make_grid(args: argparse.Namespace) -> list[Arm]:
 
 
 def answer(decoder: es.Decoder, temperature: float, prompts, args, progress):
-    """Tokens and statistics of every prompt, each decoded by itself."""
+    """Tokens and statistics of every prompt, `--batch` of them decoded at once."""
     tokens, stats = [], []
-    for i, ids in enumerate(prompts):
+    for i in range(0, len(prompts), args.batch):
         out = decoder.generate(
-            [ids],
+            prompts[i : i + args.batch],
             max_new_tokens=args.max_new_tokens,
             sampling=es.Sampling(temperature=temperature),
             seed=args.seed + i,
         )
-        tokens.append(out.tokens[0])
-        stats.append(out.stats)
-        progress.update()
+        tokens += out.tokens
+        stats += out.stats.rows
+        progress.update(len(out.tokens))
     return tokens, stats
 
 
@@ -112,13 +112,17 @@ def measure(args: argparse.Namespace, prompts: list[list[int]], arms: list[Arm])
         size: es.load_model(args.draft, mesh, group_size=size, layout="grouped")
         for size in {arm.group_size for arm in arms}
     }
+    vocabulary = es.shared_vocabulary(args.base, args.draft) if args.other_tokenizer else None
     greedy = any(arm.temperature == 0 for arm in arms)
     with tqdm(total=len(prompts) * (len(arms) + greedy), unit="prompt") as progress:
         expected = answer(es.Decoder(base), 0.0, prompts, args, progress)[0] if greedy else None
         for arm in arms:
             calibrate = arm.calibrate is not False
             drafter = es.LayerParallelDrafter(
-                drafts[arm.group_size], calibrate=calibrate, candidates=arm.candidates or "sampled"
+                drafts[arm.group_size],
+                calibrate=calibrate,
+                candidates=arm.candidates or "sampled",
+                vocabulary=vocabulary,
             )
             decoder = es.Decoder(
                 base, drafter, num_draft_tokens=args.num_draft_tokens, tree_width=arm.tree_width
@@ -140,7 +144,16 @@ def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -
     """What is measured on what: names of checkpoints and files, not places on one machine."""
     options = without_places({k: v for k, v in vars(args).items() if k != "table"})
     lengths = {name: [len(ids) for ids in found] for name, found in prompts.items()}
-    return {"machine": machine(), "commit": commit(), "options": options, "prompt_tokens": lengths}
+    header = {"machine": machine(), "commit": commit(), "options": options}
+    if args.other_tokenizer:
+        shared = es.shared_vocabulary(args.base, args.draft)
+        ids = [i for found in prompts.values() for row in found for i in row]
+        header["shared"] = {
+            "tokens": shared.num_shared,
+            "of": len(shared.shared),
+            "of_the_prompts": round(shared.covered(ids), 4),
+        }
+    return header | {"prompt_tokens": lengths}
 
 
 def read_results(path: pathlib.Path) -> tuple[Record, list[Record]]:
@@ -218,6 +231,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--group-sizes", type=numbers(int), default=[1, 2, 4])
     p.add_argument("--temperatures", type=numbers(float), default=[0.0, 0.8])
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch", type=int, default=1, help="prompts decoded at once (default 1)")
+    other = "the draft's tokenizer is not the base's: draft what they share"
+    p.add_argument("--other-tokenizer", action="store_true", help=other)
     return prompt_sets.parse(p, argv, max_tokens=256)
 
 

@@ -11,9 +11,10 @@ from easyspec_jax.engine import PREFILL_CHUNKS
 
 LAYERED = ("exact", "calibrated", "uncalibrated")  # with a draft model, in groups or not
 PEERS = ("transformers", "assisted", "assisted-constant")
-ARMS = ("autoregression", *LAYERED, "prompt-lookup", "early-exit", "polybasic", *PEERS)
-NEED_DRAFT = (*LAYERED, "polybasic")
-CHAINS = ("autoregression", "early-exit", "polybasic")  # no trees
+OTHERS = ("prompt-lookup", "fallback", "early-exit", "polybasic")
+ARMS = ("autoregression", *LAYERED, *OTHERS, *PEERS)
+NEED_DRAFT = (*LAYERED, "fallback", "polybasic")
+CHAINS = ("autoregression", "fallback", "early-exit", "polybasic")  # no trees
 Answer = tuple[list[int], es.Stats | None]
 
 
@@ -38,7 +39,7 @@ def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
     decoders = {}
     for name, full, drafter in _drafters(args, base):
         depth = args.num_draft_tokens + (args.mu if name == "polybasic" else 0)
-        least = None if name == "prompt-lookup" else args.min_draft_probability
+        least = None if name in ("prompt-lookup", "fallback") else args.min_draft_probability
         for width in [1] if name in CHAINS else args.tree_width:
             several = name not in CHAINS and len(args.tree_width) > 1
             decoders[full + (f", width {width}" if several else "")] = es.Decoder(
@@ -82,11 +83,14 @@ def _drafters(args, base) -> Iterator[tuple[str, str, es.Drafter | None]]:
         elif name == "polybasic":
             lightest = es.LayerParallelDrafter(draft(1))
             yield name, name, es.PolybasicDrafter(_middle(args, base), lightest, mu=args.mu)
-        elif name in LAYERED:
+        elif name in (*LAYERED, "fallback"):
             sizes = [1] if name == "exact" else args.group_size
             for size in sizes:
                 full = name + (f", group {size}" if len(sizes) > 1 else "")
                 drafter = es.LayerParallelDrafter(draft(size), calibrate=name != "uncalibrated")
+                if name == "fallback":
+                    lookup = es.PromptLookupDrafter(max_ngram=args.max_ngram, min_ngram=3)
+                    drafter = es.FallbackDrafter(lookup, drafter)
                 yield name, full, drafter
 
 

@@ -4,14 +4,14 @@
         --group-size 4 --tree-width 1,4 --arms autoregression,exact,calibrated --out FILE
 
 Arms are autoregression, the speculative ones exact, calibrated and uncalibrated (the draft layer
-after layer, or in groups with and without calibration), prompt-lookup, early-exit and polybasic
-(whose draft runs layer after layer), and transformers' generate and assisted
-generation in float32 (transformers, assisted, assisted-constant; with --base-hf and --draft-hf).
-Every arm answers a prompt before any sees the next one, after a warm-up that compiles; none stops
-before --max-new-tokens. A speed-up
-is total tokens over total time, by the same code for all arms, against autoregression (the first
-arm where that is left out). FILE gets a header, a line per prompt and a summary; the last line of
-stdout is one JSON document. An error stops the run.
+after layer, or in groups with and without calibration), prompt-lookup, fallback (that, else
+calibrated), early-exit and polybasic (whose draft runs layer after layer), and transformers'
+generate and assisted generation in float32 (transformers, assisted, assisted-constant; with
+--base-hf and --draft-hf). Every arm answers a prompt before any sees the next one, after a warm-up
+that compiles; none stops before --max-new-tokens. A speed-up is total tokens over total time, by
+the same code for all arms, against autoregression (the first arm where that is left out). FILE
+gets a header, a line per prompt and a summary; the last line of stdout is one JSON document. An
+error stops the run.
 """
 
 from __future__ import annotations

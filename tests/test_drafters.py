@@ -21,6 +21,7 @@ class Way:
     make: Callable[[es.Model], es.Drafter]  # for a base
     shapes: tuple[tuple[int, int], ...]  # (γ, w) to try, a chain first
     batches: bool = True  # whether it drafts for several rows at once
+    slow: bool = False  # its own tests decode with it too
 
 
 def mesh_of(base):
@@ -28,13 +29,19 @@ def mesh_of(base):
 
 
 WAYS = {
+    "fallback": Way(
+        lambda base: es.FallbackDrafter(
+            es.PromptLookupDrafter(min_ngram=2),
+            es.LayerParallelDrafter(model(mesh_of(base), group_size=GROUPS)),
+        ),
+        ((4, 1),),
+        slow=True,
+    ),
     "early-exit": Way(lambda base: es.EarlyExitDrafter(base), ((4, 1),), batches=False),
     "polybasic": Way(
         lambda base: es.PolybasicDrafter(
-            model(tuple(base.layout.mesh.shape.values()), seed=3),
-            es.LayerParallelDrafter(
-                model(tuple(base.layout.mesh.shape.values()), group_size=GROUPS)
-            ),
+            model(mesh_of(base), seed=3),
+            es.LayerParallelDrafter(model(mesh_of(base), group_size=GROUPS)),
             mu=3,
         ),
         ((5, 1),),
@@ -47,6 +54,12 @@ BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
 STREAMS = [(name, shape, es.Sampling()) for name, shape in CHAINS]
 STREAMS += [(n, way.shapes[-1], es.Sampling(temperature=0.9, top_k=30)) for n, way in WAYS.items()]
 REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
+
+
+def of_ways(pairs):
+    """Parameters of a test of several ways, (name, shape) each."""
+    slow = {name: [pytest.mark.slow] * way.slow for name, way in WAYS.items()}
+    return [pytest.param(*pair, marks=slow[pair[0]]) for pair in pairs]
 
 
 @functools.cache
@@ -74,12 +87,12 @@ def frozen(prompts):
 @pytest.mark.parametrize(
     ("name", "shape", "mesh_shape"),
     [
-        *((*way, (1, 1)) for way in SHAPES if way[0] != "polybasic"),
-        # the others' own tests run them on a mesh, and polybasic's on one device
+        *((*way, (1, 1)) for way in SHAPES if way[0] not in ("polybasic", "fallback")),
+        # the others' own tests run them on a mesh, and these two's on one device
         *(
             pytest.param(*way, (1, 1), marks=pytest.mark.slow)
             for way in SHAPES
-            if way[0] == "polybasic"
+            if way[0] in ("polybasic", "fallback")
         ),
         ("prompt-lookup", (3, 2), (4, 2)),
         *(pytest.param(*way, (4, 2), marks=pytest.mark.slow) for way in SHAPES[:-1]),
@@ -97,7 +110,7 @@ def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
     assert accepted > 0  # or nothing was tested
 
 
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(("name", "shape"), of_ways(SHAPES))
 @settings(max_examples=12, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=3, max_size=3),
@@ -112,7 +125,7 @@ def test_greedy_text_is_autoregressions_whatever_is_asked(name, shape, prompts, 
     assert sum(stats.emitted for stats in counted) == sum(map(len, want))
 
 
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(("name", "shape"), of_ways(SHAPES))
 def test_every_place_to_stop(name, shape):
     decoder, prompt = drafting(name, shape), [REPETITIVE[0]]
     (whole,) = autoregressive().generate(prompt, max_new_tokens=NEW).tokens
@@ -122,7 +135,7 @@ def test_every_place_to_stop(name, shape):
         assert sum(out.stats.accepted_per_depth) <= out.stats.emitted == len(out.tokens[0])
 
 
-@pytest.mark.parametrize(("name", "shape"), BATCHED)
+@pytest.mark.parametrize(("name", "shape"), of_ways(BATCHED))
 def test_finished_rows_never_change(name, shape):
     decoder, whole = drafting(name, shape), expected(frozen(REPETITIVE))
     eos = whole[0][3]
@@ -154,7 +167,7 @@ def test_a_stream_is_what_generate_gives(name, shape, s):
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((4, 2), marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "shape"), CHAINS)
+@pytest.mark.parametrize(("name", "shape"), of_ways(CHAINS))
 def test_a_session_continues_and_changes_its_conversation(name, shape, mesh_shape):
     """As a fresh start would, and from where an abandoned stream was left."""
     decoder, session = drafting(name, shape, mesh_shape), es.Session(max_len=48)

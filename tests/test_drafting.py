@@ -53,6 +53,7 @@ def others(monkeypatch):
     [
         (("early-exit", "--exits", "1,2", "--num-draft-tokens", 3), "layer_passes"),
         (("polybasic", "--draft", "draft", "--middle-bits", 4, "--mu", 2), "middle_passes"),
+        (("prompt-lookup+layer-parallel", "--draft", "draft", "--min-ngram", 2), "second_steps"),
     ],
 )
 def test_other_drafters_write_the_same_text_and_say_how(easyspec, options, counter):
@@ -103,6 +104,15 @@ def test_layer_parallel_is_the_default_of_a_draft(easyspec, monkeypatch):
     )
     assert generate(easyspec, "--draft", "draft")[:2] == (0, out)
     assert len(made) == 2  # planned, then loaded
+
+
+@pytest.mark.slow
+def test_a_draft_with_another_tokenizer_drafts_what_both_know(easyspec):
+    _, want, _ = generate(easyspec)
+    options = ("--draft", "foreign", "--other-tokenizer", "--num-draft-tokens", 3)
+    status, out, err = generate(easyspec, *options)
+    assert (status, out) == (0, want)
+    assert "another tokenizer: 88 of 90 tokens shared, 100% of the prompt's" in err
 
 
 def test_early_exit_gets_its_exits(easyspec, others):
@@ -168,6 +178,7 @@ def test_every_option_is_taken_by_a_drafter():
 
 
 LOOKUP = ("--drafter", "prompt-lookup")
+BOTH = "prompt-lookup+layer-parallel"
 EXIT = ("--drafter", "early-exit")
 POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
 
@@ -177,6 +188,10 @@ POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
     [
         (("--drafter", "layer-parallel"), "--drafter layer-parallel needs --draft"),
         (("--max-ngram", 2), "--max-ngram needs --drafter prompt-lookup"),
+        (("--draft", "foreign"), "shared_vocabulary (--other-tokenizer)"),
+        (("--drafter", BOTH), f"--drafter {BOTH} needs --draft"),
+        (("--drafter", BOTH, "--draft", "draft", "--tree-width", 2), "not take --tree-width"),
+        ((*LOOKUP, "--min-ngram", 4), "min_ngram must be a whole number in 1 .. max_ngram=3"),
         (("--exits", "1"), "--exits needs --drafter early-exit"),
         (("--mu", 4), "--mu needs --drafter polybasic"),
         (("--num-draft-tokens", 4), "--num-draft-tokens needs --draft"),

@@ -220,6 +220,20 @@ def test_a_duplicate_sibling_is_noticed(monkeypatch):
     assert lookup_surprise(decoder, PLAIN, rows=16384)[0] > 5
 
 
+def test_an_ending_that_is_too_short_finds_nothing():
+    text, length = jnp.array([[7, 8, 1, 2, 5, 6, 1, 2]], jnp.int32), jnp.array([8], jnp.int32)
+    for least in (1, 2, 3):
+        chains, known = prompt_lookup.look_up(text, length, 3, least, depth=2, width=1)
+        assert known.all() if least < 3 else not known.any()
+        assert least == 3 or chains.tolist() == [[[5, 6]]]
+
+
+@pytest.mark.parametrize("min_ngram", [0, 4, 1.5, None])
+def test_a_bad_min_ngram_is_refused(min_ngram):
+    with pytest.raises(ValueError, match=r"min_ngram must be a whole number in 1 .. max_ngram=3,"):
+        es.PromptLookupDrafter(min_ngram=min_ngram)
+
+
 @pytest.mark.parametrize("max_ngram", [0, -1, 2.5, True, None, 65])
 def test_a_bad_max_ngram_is_refused(max_ngram):
     with pytest.raises(ValueError, match=r"max_ngram must be a whole number in 1 .. 64, got"):

@@ -140,6 +140,7 @@ class Engine:
     def __init__(self, args: argparse.Namespace, setup: Setup):
         """Load them, which takes the time that the first report tells."""
         self.args, self.setup, began = args, setup, time.perf_counter()
+        self._asked = False
         self.decoder = drafting.make_decoder(
             args, functools.partial(es.load_model, mesh=setup.mesh)
         )
@@ -150,6 +151,9 @@ class Engine:
         text. Options: max_new_tokens and seed.
         """
         stops, tokenizer = self.args.stop, self.setup.tokenizer
+        if not self._asked and self.args.other_tokenizer and self.args.stats:
+            print(_shared(self.args, ids), file=sys.stderr)
+        self._asked = True
         options |= {"sampling": self.setup.sampling, "eos_ids": self.setup.eos_ids}
         options |= {"stop_strings": stops, "tokenizer": tokenizer}
         printer, new = TextPrinter(tokenizer, stops, mark=bool(self.args.show_draft)), []
@@ -162,3 +166,11 @@ class Engine:
         print_report(self.args, session, clock)
         self._load_seconds = 0.0
         return new, printer.text
+
+
+def _shared(args: argparse.Namespace, ids: list[int]) -> str:
+    """What a draft with another tokenizer may draft, in one line."""
+    vocabulary = drafting.shared_vocabulary(args.base, args.draft)
+    number, size = vocabulary.num_shared, len(vocabulary.shared)
+    covered = f"{vocabulary.covered(ids):.0%} of the prompt's"
+    return f"another tokenizer: {number:,} of {size:,} tokens shared, {covered}"

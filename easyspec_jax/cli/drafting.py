@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ _FLAG = {"action": "store_true", "default": None}
 # Options of drafters by name: what argparse has to know of each. None: not given.
 OPTIONS: dict[str, dict[str, Any]] = {
     "draft": dict(metavar="MODEL", help=f"the draft: {MODEL_HELP}"),
+    "other_tokenizer": _FLAG | dict(help="the draft's is not the base's: draft what both share"),
     "num_draft_tokens": COUNT | dict(help="per step (default 5; polybasic: mu + 5)"),
     "tree_width": COUNT | dict(help="draft tokens at each depth (default 1)"),
     "candidates": dict(
@@ -67,12 +69,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no_calibrate": _FLAG | dict(help="leave the draft's cache fuzzy"),
     "parallel": dict(choices=PARALLEL, help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
+    "min_ngram": COUNT | dict(help="of them must be found (default 1; 3 before a draft model)"),
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
     "middle": dict(metavar="MODEL", help="a model between base and draft"),
     "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
     "mu": COUNT | dict(help="tokens the middle collects for the base, at least (default 8)"),
     "show_draft": _FLAG | dict(help="mark the text that the draft proposed"),
 }
+
+
+# Tokenizers are read and compared once, for shapes and for weights.
+shared_vocabulary = functools.cache(es.shared_vocabulary)
 
 
 def _every_model(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,11 +92,19 @@ def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
     if args.draft_quantization is not None:
         options["quantization"] = args.draft_quantization
     draft, how = load(args.draft, **options), given(args, "parallel", "candidates")
+    if args.other_tokenizer:
+        how["vocabulary"] = shared_vocabulary(args.base, args.draft)
     return es.LayerParallelDrafter(draft, calibrate=not args.no_calibrate, **how)
 
 
 def _prompt_lookup(args: argparse.Namespace, base: es.Model, load: Load):
-    return es.PromptLookupDrafter(**given(args, "max_ngram"))
+    return es.PromptLookupDrafter(**given(args, "max_ngram", "min_ngram"))
+
+
+def _fallback(args: argparse.Namespace, base: es.Model, load: Load):
+    least = {"min_ngram": min(args.max_ngram or 3, 3)}
+    lookup = es.PromptLookupDrafter(**least | given(args, "max_ngram", "min_ngram"))
+    return es.FallbackDrafter(lookup, _layer_parallel(args, base, load))
 
 
 def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
@@ -119,10 +134,12 @@ class Kind:
 
 
 _ALL = ("num_draft_tokens", "show_draft")
-_DRAFT = (
-    "draft", "candidates", "group_size", "draft_layout", "draft_mlp", "draft_quantization",
-    "no_calibrate", "parallel", "min_draft_probability",
+_MODEL = (
+    "draft", "other_tokenizer", "candidates", "group_size", "draft_layout", "draft_mlp",
+    "draft_quantization", "no_calibrate", "parallel",
 )  # fmt: skip
+_DRAFT = (*_MODEL, "min_draft_probability")
+_NGRAMS = ("max_ngram", "min_ngram")
 KINDS = {
     "layer-parallel": Kind(
         "a draft model (default with --draft)",
@@ -130,7 +147,13 @@ KINDS = {
         (*_DRAFT, "tree_width"),
         needs=(("draft",),),
     ),
-    "prompt-lookup": Kind("the text itself", _prompt_lookup, ("max_ngram", "tree_width")),
+    "prompt-lookup": Kind("the text itself", _prompt_lookup, (*_NGRAMS, "tree_width")),
+    "prompt-lookup+layer-parallel": Kind(
+        "the text itself, else a draft model",
+        _fallback,
+        (*_MODEL, *_NGRAMS),
+        needs=(("draft",),),
+    ),
     "early-exit": Kind(
         "the base's own early layers", _early_exit, ("exits", "min_draft_probability")
     ),
@@ -171,7 +194,7 @@ def _takers(name: str) -> list[str]:
 
 def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
     """Settle --group-size as a partition: what is read from a file is read once, and compared by
-    processes.
+    processes; and --other-tokenizer, which means nothing where it is the base's.
 
     Raises:
       ValueError: a model that has another tokenizer than the base's, or not such groups.
@@ -180,7 +203,10 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
         config, metadata = read_metadata(args.draft)
         groups = args.layer if args.group_size is None else args.group_size
         args.group_size = partition_of(groups, args.draft, config, metadata)
-        check_tokenizers(base_tokenizer, metadata.get("tokenizer"))
+        if not args.other_tokenizer:
+            check_tokenizers(base_tokenizer, metadata.get("tokenizer"))
+        elif base_tokenizer is not None and base_tokenizer == metadata.get("tokenizer"):
+            args.other_tokenizer = None
     if args.middle is not None:
         check_tokenizers(base_tokenizer, read_metadata(args.middle)[1].get("tokenizer"))
 

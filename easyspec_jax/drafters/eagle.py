@@ -33,7 +33,7 @@ class EagleState(struct.PyTreeNode, kw_only=True):
 
     cache: KVCache  # of the head's one layer; between steps exact up to `length`
     known: jax.Array  # [B, S + 1, D], the base's fused features
-    active: jax.Array  # bool[B], rows that the newest step drafts for
+    active: jax.Array  # bool[B], rows that the newest step absorbed for
 
 
 class EagleDrafter(Drafter):
@@ -136,7 +136,7 @@ class EagleDrafter(Drafter):
             new = self.head.fuse(features)
             state = state.replace(known=_put(state.known, new, start + 1, num))
         _, cache = self._absorb(state, tokens, start, num)
-        return state.replace(cache=cache)
+        return state.replace(cache=cache, active=num > 0)
 
     def _absorb(self, state, tokens, start, num):
         """Hidden states behind the pairs of i32[B, W] tokens, and the cache with them."""

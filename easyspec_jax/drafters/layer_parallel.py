@@ -7,8 +7,11 @@ draft distribution: calibration costs no extra pass.
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from easyspec_jax import tree as trees
@@ -16,8 +19,9 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, score
-from easyspec_jax.request import Request
+from easyspec_jax.request import Request, check_tokenizers
 from easyspec_jax.verify import Proposal
+from easyspec_jax.vocabulary import SharedVocabulary
 
 CANDIDATES = ("sampled", "best")
 
@@ -48,26 +52,44 @@ class LayerParallelDrafter(Drafter):
         replacement), "best" takes the likeliest; both are lossless, and sampled ones were accepted
         more often wherever the draft is good.
 
+      vocabulary: `shared_vocabulary(base, draft)`, for a draft with another tokenizer; None: the
+        base's.
+
     Its state is the draft's KV cache: between steps the first `length` entries cover the absorbed
     tokens, and with calibration they are exact.
 
     Raises:
-      ValueError: no model, or an unknown `parallel` or `candidates`.
+      ValueError: no model or vocabulary, or an unknown `parallel` or `candidates`.
     """
 
     draft: Model
     calibrate: bool = struct.field(pytree_node=False, default=True, kw_only=True)
     parallel: str = struct.field(pytree_node=False, default="attention", kw_only=True)
     candidates: str = struct.field(pytree_node=False, default="sampled", kw_only=True)
+    vocabulary: SharedVocabulary | None = struct.field(default=None, kw_only=True)
 
     def __post_init__(self):
         refuse_no_model(self.draft)
         draft_runner(self.parallel)
         check_candidates(self.candidates)
+        shared = self.vocabulary
+        if isinstance(shared, str | os.PathLike | type):
+            raise ValueError(f"a vocabulary is a shared_vocabulary(base, draft), got {shared!r}")
+        # Else it is placed already.
+        if isinstance(shared, SharedVocabulary) and isinstance(shared.reading, np.ndarray):
+            placed = shared.on(self.draft.layout.mesh, self.draft.config.vocab_size)
+            object.__setattr__(self, "vocabulary", placed)
+
+    def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
+        """Refuse a vocabulary that was made for another draft."""
+        del base, num_draft_tokens, tree_width
+        if self.vocabulary is not None:
+            check_tokenizers(self.vocabulary.draft, self.draft.tokenizer)
 
     def models(self) -> tuple[Model, ...]:
-        """The draft."""
-        return (self.draft,)
+        """The draft; its tokens are the base's where a vocabulary translates them."""
+        shared = self.vocabulary
+        return (self.draft if shared is None else self.draft.replace(tokenizer=shared.base),)
 
     def abstract_state(self, batch: int, max_len: int, request: Request) -> KVCache:
         """A cache of `max_len` tokens for `batch` rows."""
@@ -86,7 +108,7 @@ class LayerParallelDrafter(Drafter):
         """Absorb prompt tokens exactly, whatever `calibrate` says."""
         del request, features
         cache = state.rollback(start)
-        return forward(self.draft, tokens, cache, num=num, run_block=run_exact)[1]
+        return forward(self.draft, self._read(tokens), cache, num=num, run_block=run_exact)[1]
 
     def propose(
         self,
@@ -105,7 +127,7 @@ class LayerParallelDrafter(Drafter):
         with jax.named_scope("calibrate"):
             window = run_exact if self.calibrate else draft_runner(self.parallel)
             hidden, cache = forward(
-                self.draft, tokens, state.rollback(start), num=num, run_block=window
+                self.draft, self._read(tokens), state.rollback(start), num=num, run_block=window
             )
             last = jnp.maximum(num - 1, 0)[:, None, None]
             hidden = jnp.take_along_axis(hidden, last, axis=1)
@@ -113,6 +135,10 @@ class LayerParallelDrafter(Drafter):
         with jax.named_scope("draft"):
             proposal, cache = self._draft(hidden, cache, num > 0, request, keys)
         return proposal, cache.rollback(absorbed), base_cache
+
+    def _read(self, tokens: jax.Array) -> jax.Array:
+        """The base's ids as the draft's."""
+        return tokens if self.vocabulary is None else self.vocabulary.read(tokens)
 
     def _draft(
         self,
@@ -127,13 +153,14 @@ class LayerParallelDrafter(Drafter):
         """
         origin, fuzzy = cache.length, draft_runner(self.parallel)
 
-        def run(tree, depth, cache):
-            placement = tree.placement(origin, depth)
-            hidden, cache = forward(
-                self.draft, tree.newest, cache, placement=placement, run_block=fuzzy
-            )
-            return score(self.draft, hidden), cache
+        def scores(hidden):
+            found, shared = score(self.draft, hidden), self.vocabulary
+            return found if shared is None else shared.offer(found, request.vocab_size)
 
-        scores = score(self.draft, hidden)
+        def run(tree, depth, cache):
+            placement, tokens = tree.placement(origin, depth), self._read(tree.newest)
+            hidden, cache = forward(self.draft, tokens, cache, placement=placement, run_block=fuzzy)
+            return scores(hidden), cache
+
         drawn = self.candidates == "sampled" and not request.filters.greedy
-        return trees.draft(request, active, keys, scores, run, cache, drawn=drawn)
+        return trees.draft(request, active, keys, scores(hidden), run, cache, drawn=drawn)

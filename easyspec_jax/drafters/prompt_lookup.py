@@ -31,24 +31,32 @@ class PromptLookupDrafter(Drafter, kw_only=True):
     The longest repeated ending of at most `max_ngram` tokens counts; of its places, one with γ
     tokens behind it comes before one with fewer, and then the most recent. A tree of width w holds
     the w best places whose tokens differ, each as one chain (they share what they begin with). A
-    text whose last token is new drafts nothing: that step is plain autoregression. Draft tokens are
-    chosen, not drawn, so the text is lossless at any temperature.
+    text whose last `min_ngram` tokens are new drafts nothing: that step is plain autoregression.
+    Draft tokens are chosen, not drawn, so the text is lossless at any temperature.
 
     Its state is the text by absolute position, i32[B, S]; every call says how much of it counts.
 
     Args:
       max_ngram: tokens of the ending that is looked up, at most.
+      min_ngram: at least; before another drafter (`FallbackDrafter`) 3 is better than 1, after
+        which a draft model's tokens are mostly likelier.
 
     Raises:
-      ValueError: max_ngram is no whole number in 1 .. `MAX_NGRAM`.
+      ValueError: max_ngram is no whole number in 1 .. `MAX_NGRAM`, or min_ngram in 1 .. max_ngram.
     """
 
     max_ngram: int = struct.field(pytree_node=False, default=3)
+    min_ngram: int = struct.field(pytree_node=False, default=1)
 
     def __post_init__(self):
         if not is_integer(self.max_ngram) or not 1 <= self.max_ngram <= MAX_NGRAM:
             raise ValueError(
                 f"max_ngram must be a whole number in 1 .. {MAX_NGRAM}, got {self.max_ngram!r}"
+            )
+        if not is_integer(self.min_ngram) or not 1 <= self.min_ngram <= self.max_ngram:
+            raise ValueError(
+                f"min_ngram must be a whole number in 1 .. max_ngram={self.max_ngram}, got "
+                f"{self.min_ngram!r}"
             )
 
     def abstract_state(self, batch: int, max_len: int, request: Request) -> Any:
@@ -93,18 +101,27 @@ class PromptLookupDrafter(Drafter, kw_only=True):
         state = self.prefill(state, request, tokens, start, num, None)
         gamma, width = request.num_draft_tokens, request.tree_width
         with jax.named_scope("draft"):
-            chains, known = look_up(state, start + num, self.max_ngram, depth=gamma, width=width)
+            chains, known = look_up(
+                state, start + num, self.max_ngram, self.min_ngram, depth=gamma, width=width
+            )
             return share_prefixes(chains, known), state, base_cache
 
 
 def look_up(
-    tokens: jax.Array, length: jax.Array, max_ngram: int, *, depth: int, width: int
+    tokens: jax.Array,
+    length: jax.Array,
+    max_ngram: int,
+    min_ngram: int = 1,
+    *,
+    depth: int,
+    width: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The tokens that followed the `width` best earlier places of a text's ending.
 
     A place is better whose tokens before it agree with more of the text's last `max_ngram`; then
     one with more of the next `depth` tokens known; then a more recent one. A place that would add
-    no token to those chosen before it is passed over.
+    no token to those chosen before it is passed over, and so is one that agrees with fewer than
+    `min_ngram`.
 
     Args:
       tokens: i32[B, S], ids, of which the first length[b] are the text.
@@ -122,7 +139,7 @@ def look_up(
         repeated = repeated + agree.astype(jnp.int32)
     behind = jnp.minimum(end - at, depth)
     steps = jnp.arange(depth, dtype=jnp.int32)[None]
-    free, chains, known = repeated > 0, [], []
+    free, chains, known = repeated >= min_ngram, [], []
     for _ in range(width):
         best = free
         for rank in (repeated, behind, jnp.broadcast_to(at, tokens.shape)):
