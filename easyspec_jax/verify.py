@@ -150,7 +150,8 @@ def accept_path(
     elif proposal.is_chain:
         verdict, rest = _accept_block(p, proposal, u)
     else:
-        accepted, left = _traverse(p, proposal, u)
+        weights, left = _traverse(p, proposal)
+        accepted = (u < weights) & proposal.valid
         passes = (ancestry(proposal) & accepted[..., None]).any(axis=1)
         verdict, last = _follow(proposal, passes)
         rest = _at(left, last)
@@ -256,15 +257,15 @@ def _q_ahead(proposal: Proposal, drafted: jax.Array) -> jax.Array:
     return jnp.pad(jnp.where(drafted[..., None], proposal.probs, 0.0), ((0, 0), (0, 1), (0, 0)))
 
 
-def _traverse(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which nodes of a drawn tree their own draws (f32[B, n]) accept, from the leaves up: traversal
-    verification (Weng et al. 2025, arXiv 2505.12398).
+def _traverse(p: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array]:
+    """How likely each node of a drawn tree is accepted when all below it were rejected, f32[B, n]:
+    traversal verification (Weng et al. 2025, arXiv 2505.12398).
 
-    A node is asked when all below it were rejected, so only the first that is accepted counts; but
-    its weight hangs on nothing that happened, and all are decided at once.
+    Nodes are asked from the leaves up, siblings in order, and the first one accepted ends the path;
+    but none of this hangs on an answer, so all are asked at once.
 
     Returns:
-      bool[B, n], and what is left of p where every child is rejected, f32[B, n + 1, V].
+      these, and what is left of p where every child is rejected, f32[B, n + 1, V].
     """
     depth, width = proposal.depth, proposal.tokens.shape[1] // proposal.depth
     rank = jnp.where(proposal.valid, _siblings_before(proposal).sum(axis=-1, dtype=jnp.int32), -1)
@@ -280,9 +281,8 @@ def _traverse(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array
         rest, own, weight = _reject_children(*parents, weight, below, proposal.tokens[:, nodes])
         weights.append(own)
         left.append(rest)
-    accepted = u < jnp.concatenate([*weights[1:], weight], axis=1)
     left.append(p[:, -width:])  # of leaves
-    return accepted & proposal.valid, jnp.concatenate(left, axis=1)
+    return jnp.concatenate([*weights[1:], weight], axis=1), jnp.concatenate(left, axis=1)
 
 
 def _reject_children(p, q, weight, below, tokens):
