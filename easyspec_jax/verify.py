@@ -1,8 +1,8 @@
 """Verification: what a drafter proposes, the base's pass over it, and the rule that keeps decoding
 lossless.
 
-Chains, trees of chosen and trees of drawn tokens are one kind of proposal with one rule. Drafters
-and the loop both stand on this.
+Chains, trees of chosen and trees of drawn tokens are one kind of proposal. Drafters and the loop
+both stand on this.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Verdict(struct.PyTreeNode, kw_only=True):
     # i32[B, depth], the accepted nodes; what lies beyond num_accepted means nothing
     path: jax.Array
     next_token: jax.Array  # i32[B], the residual sample, or the bonus token behind a leaf
-    tries: jax.Array  # i32[B, depth], nodes tried at each depth; the last of them was accepted
+    # i32[B, depth], nodes tried at each depth, counted along the path: those on it, siblings before
+    # them, and the children of the last
+    tries: jax.Array
 
 
 def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | None:
@@ -119,14 +121,12 @@ def verification_sizes(depth: int) -> tuple[int, ...]:
 def accept_path(
     scores: jax.Array | Scores, proposal: Proposal, filters: Filters, key: jax.Array
 ) -> Verdict:
-    """Accept a path from the root down so that the base model's distribution is kept.
+    """Accept a path that begins at the root so that the base model's distribution is kept.
 
-    A chain that was drawn is decided as a block (`_accept_block`). Elsewhere the children of a node
-    are tried in order; the first accepted one is the next node, and where all are rejected (or
-    there are none) the step's last token is drawn from what is left of p. A chosen child x is
-    accepted with p(x) over the mass its siblings left; a drawn one with min(1, p(x) / q(x)), a
-    rejection leaving p = norm(max(p - q, 0)) and q without x (Jeon et al. 2024, recursive rejection
-    sampling without replacement). Greedily, a child is accepted if it is the base's argmax.
+    Chosen children are tried in order, on the way down, each accepted with p(x) over the mass its
+    siblings left; where all are rejected (or there are none) the step's last token is drawn from
+    what is left of p. A drawn chain is decided as a block (`_accept_block`), a drawn tree from the
+    leaves up (`_traverse`). Greedily, a child is accepted if it is the base's argmax.
 
     Args:
       scores: logits [B, n + 1, V] of the base model at the root and behind each node.
