@@ -1,8 +1,8 @@
 """Verification: what a drafter proposes, the base's pass over it, and the rule that keeps decoding
 lossless.
 
-Chains, trees of chosen and trees of drawn tokens are one kind of proposal with one rule. Drafters
-and the loop both stand on this.
+Chains, trees of chosen and trees of drawn tokens are one kind of proposal. Drafters and the loop
+both stand on this.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Verdict(struct.PyTreeNode, kw_only=True):
     # i32[B, depth], the accepted nodes; what lies beyond num_accepted means nothing
     path: jax.Array
     next_token: jax.Array  # i32[B], the residual sample, or the bonus token behind a leaf
-    tries: jax.Array  # i32[B, depth], nodes tried at each depth; the last of them was accepted
+    # i32[B, depth], nodes tried at each depth, counted along the path: those on it, siblings before
+    # them, and the children of the last
+    tries: jax.Array
 
 
 def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | None:
@@ -128,14 +130,12 @@ def verification_sizes(depth: int) -> tuple[int, ...]:
 def accept_path(
     scores: jax.Array | Scores, proposal: Proposal, filters: Filters, key: jax.Array
 ) -> Verdict:
-    """Accept a path from the root down so that the base model's distribution is kept.
+    """Accept a path that begins at the root so that the base model's distribution is kept.
 
-    A chain that was drawn is decided as a block (`_accept_block`). Elsewhere the children of a node
-    are tried in order; the first accepted one is the next node, and where all are rejected (or
-    there are none) the step's last token is drawn from what is left of p. A chosen child x is
-    accepted with p(x) over the mass its siblings left; a drawn one with min(1, p(x) / q(x)), a
-    rejection leaving p = norm(max(p - q, 0)) and q without x (Jeon et al. 2024, recursive rejection
-    sampling without replacement). Greedily, a child is accepted if it is the base's argmax.
+    Chosen children are tried in order, on the way down, each accepted with p(x) over the mass its
+    siblings left; where all are rejected (or there are none) the step's last token is drawn from
+    what is left of p. A drawn chain is decided as a block (`_accept_block`), a drawn tree from the
+    leaves up (`_traverse`). Greedily, a child is accepted if it is the base's argmax.
 
     Args:
       scores: logits [B, n + 1, V] of the base model at the root and behind each node.
@@ -159,7 +159,8 @@ def accept_path(
     elif proposal.is_chain:
         verdict, rest = _accept_block(p, proposal, u)
     else:
-        accepted, left = _traverse(p, proposal, u)
+        weights, left = _traverse(p, proposal)
+        accepted = (u < weights) & proposal.valid
         passes = (ancestry(proposal) & accepted[..., None]).any(axis=1)
         verdict, last = _follow(proposal, passes)
         rest = _at(left, last)
@@ -265,15 +266,15 @@ def _q_ahead(proposal: Proposal, drafted: jax.Array) -> jax.Array:
     return jnp.pad(jnp.where(drafted[..., None], proposal.probs, 0.0), ((0, 0), (0, 1), (0, 0)))
 
 
-def _traverse(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which nodes of a drawn tree their own draws (f32[B, n]) accept, from the leaves up: traversal
-    verification (Weng et al. 2025, arXiv 2505.12398).
+def _traverse(p: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array]:
+    """How likely each node of a drawn tree is accepted when all below it were rejected, f32[B, n]:
+    traversal verification (Weng et al. 2025, arXiv 2505.12398).
 
-    A node is asked when all below it were rejected, so only the first that is accepted counts; but
-    its weight hangs on nothing that happened, and all are decided at once.
+    Nodes are asked from the leaves up, siblings in order, and the first one accepted ends the path;
+    but none of this hangs on an answer, so all are asked at once.
 
     Returns:
-      bool[B, n], and what is left of p where every child is rejected, f32[B, n + 1, V].
+      these, and what is left of p where every child is rejected, f32[B, n + 1, V].
     """
     depth, width = proposal.depth, proposal.tokens.shape[1] // proposal.depth
     rank = jnp.where(proposal.valid, _siblings_before(proposal).sum(axis=-1, dtype=jnp.int32), -1)
@@ -289,9 +290,8 @@ def _traverse(p: jax.Array, proposal: Proposal, u: jax.Array) -> tuple[jax.Array
         rest, own, weight = _reject_children(*parents, weight, below, proposal.tokens[:, nodes])
         weights.append(own)
         left.append(rest)
-    accepted = u < jnp.concatenate([*weights[1:], weight], axis=1)
     left.append(p[:, -width:])  # of leaves
-    return accepted & proposal.valid, jnp.concatenate(left, axis=1)
+    return jnp.concatenate([*weights[1:], weight], axis=1), jnp.concatenate(left, axis=1)
 
 
 def _reject_children(p, q, weight, below, tokens):

@@ -1,13 +1,13 @@
-"""Tokens per step of block verification against the rule of token by token, on the same drafts.
+"""Tokens per step of block and traversal verification against the rules that go down from the root.
 
     python experiments/verification.py --base CKPT --draft CKPT --set gsm8k=PATH --chat \
         --prompts-per-set 8 --group-size 4 --temperatures 0.8,1.0 --out FILE
     python experiments/verification.py --table FILE
 
-Texts are decoded with block verification. At each of their steps both rules are asked, of the very
-draft that was drawn there, how likely they accept its first i tokens, given these: the product of
-min(1, p / q), and the block's weight. Their means over drafts are what each accepts, and no draw of
-either enters. FILE gets a header, then a line for each prompt; started again it measures the rest.
+At each step of a text both rules are asked, of the very draft that was drawn there, how likely they
+accept i of its tokens; the means over drafts are what each accepts, and no draw of either enters.
+Texts follow the new rule. Of a chain the first i tokens are given: the product of min(1, p / q), or
+the block's weight. FILE gets a header, then a line a prompt; started again it measures the rest.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from tuned import compare
 
 import easyspec_jax as es
+from easyspec_jax import verify
 from easyspec_jax.sampling import Scores, make_filters, probabilities
 from easyspec_jax.stats import Tally
 from easyspec_jax.text import Tokenizer
@@ -48,7 +49,7 @@ class Watched(struct.PyTreeNode, kw_only=True):
 
 
 class WatchedDrafter(es.LayerParallelDrafter):
-    """Drafts chains, and counts what both rules would accept of them at `temperature`."""
+    """Counts what both rules would accept of its drafts at `temperature`."""
 
     temperature: float = struct.field(pytree_node=False, default=1.0, kw_only=True)
 
@@ -89,9 +90,11 @@ class WatchedDrafter(es.LayerParallelDrafter):
 
 
 def accepted_by_both(p: jax.Array, proposal: es.Proposal) -> Expected:
-    """How likely either rule accepts at least i tokens of a drawn chain, given the first i, for
-    p f32[B, γ + 1, V].
+    """How likely either rule accepts at least i tokens of what was drawn, for p f32[B, n + 1, V]:
+    given the first i of a chain, or the whole tree.
     """
+    if not proposal.is_chain:
+        return Expected(block=accepted_from_leaves(p, proposal), single=from_root(p, proposal))
     gather = jax.vmap(lambda rows, node, token: rows[node, token])
     p_x, q_x = (gather(x, proposal.parents + 1, proposal.tokens) for x in (p, proposal.probs))
     ratio, block, single = p_x / q_x, [jnp.ones_like(p_x[:, 0])], [jnp.ones_like(p_x[:, 0])]
@@ -101,6 +104,52 @@ def accepted_by_both(p: jax.Array, proposal: es.Proposal) -> Expected:
     return Expected(block=jnp.stack(block[1:], axis=1), single=jnp.stack(single[1:], axis=1))
 
 
+def accepted_from_leaves(p: jax.Array, proposal: es.Proposal) -> jax.Array:
+    """The same under traversal verification, f32[B, γ]: the first node that is accepted, in the
+    order of the leaves before their parents.
+    """
+    chance = jnp.where(proposal.valid, verify._traverse(p, proposal)[0], 0.0)
+    related = verify.ancestry(proposal)
+    up = related.astype(jnp.float32)
+    apart = up @ verify._siblings_before(proposal).astype(jnp.float32) @ up.swapaxes(1, 2) > 0
+    itself = jnp.eye(chance.shape[1], dtype=bool)[None]
+    earlier = apart | (related.swapaxes(1, 2) & ~itself)
+    first = chance * jnp.where(earlier, 1.0 - chance[:, None], 1.0).prod(axis=-1)
+    return by_depth(first, related, proposal.depth)
+
+
+def from_root(p: jax.Array, proposal: es.Proposal) -> jax.Array:
+    """The same under recursive rejection sampling without replacement, which goes down from the
+    root: nodes are asked as those of a tree of one level.
+    """
+    depth, width = proposal.depth, proposal.tokens.shape[1] // proposal.depth
+    reached, found = jnp.ones_like(p[:, :1, 0]), []
+    rank = verify._siblings_before(proposal).sum(axis=-1, dtype=jnp.int32)
+    rank = jnp.where(proposal.valid, rank, -1)[..., None, None]
+    ranks = jnp.arange(width, dtype=jnp.int32)[None, None, None]
+    for d in range(depth):
+        nodes = slice(d * width, (d + 1) * width)
+        first, end = (0, 1) if d == 0 else (1 + (d - 1) * width, 1 + d * width)
+        row = jnp.arange(first, end, dtype=jnp.int32)[None, None]
+        hangs = proposal.parents[:, nodes, None] + 1 == row
+        below = hangs[..., None] & (rank[:, nodes] == ranks)
+        rows = p[:, first:end], proposal.probs[:, first:end]
+        ones, tokens = jnp.ones_like(rows[0][..., 0]), proposal.tokens[:, nodes]
+        chance = verify._reject_children(*rows, ones, below, tokens)[2]
+        before = verify._siblings_before(proposal)[:, nodes, nodes]
+        fails = jnp.where(before, 1.0 - chance[:, None], 1.0).prod(axis=-1)
+        reached = chance * fails * jnp.where(hangs, reached[:, None], 0.0).sum(axis=-1)
+        found.append(reached.sum(axis=1))
+    return jnp.stack(found, axis=1)
+
+
+def by_depth(first: jax.Array, related: jax.Array, depth: int) -> jax.Array:
+    """How likely a path is longer than 0, 1, ..., [B, γ], when it ends at nodes with f32[B, n]."""
+    length = related.sum(axis=-1, dtype=jnp.int32)[..., None]
+    level = jnp.arange(depth, dtype=jnp.int32)[None, None]
+    return jnp.where(length > level, first[..., None], 0.0).sum(axis=1)
+
+
 def measure(args, prompts, missing):
     """Yield the record of each (temperature, prompt) when it is done."""
     mesh = es.make_mesh(1, 1)
@@ -108,7 +157,9 @@ def measure(args, prompts, missing):
     draft = es.load_model(args.draft, mesh, group_size=args.group_size, layout="grouped")
     for temperature, found in itertools.groupby(tqdm(missing, unit="prompt"), lambda x: x[0]):
         drafter = WatchedDrafter(draft, temperature=temperature)
-        decoder = es.Decoder(base, drafter, num_draft_tokens=args.num_draft_tokens)
+        decoder = es.Decoder(
+            base, drafter, num_draft_tokens=args.num_draft_tokens, tree_width=args.tree_width
+        )
         for _, i in found:
             out = decoder.generate(
                 [prompts[i]],
@@ -128,13 +179,13 @@ def measure(args, prompts, missing):
 
 def format_results(header, lines) -> str:
     """A Markdown table, a line for each temperature; 95 % intervals over prompts, paired."""
-    o = header["options"]
+    o, prompts = header["options"], sum(map(len, header["prompt_tokens"].values()))
     table = [
-        f"{o['draft']} in groups of {o['group_size']} drafts {o['num_draft_tokens']} deep for "
-        f"{o['base']}: tokens per step on {sum(map(len, header['prompt_tokens'].values()))} "
-        f"prompts, {o['max_new_tokens']} tokens each.",
+        f"{o['draft']} in groups of {o['group_size']} drafts {o['num_draft_tokens']} deep and "
+        f"{o['tree_width']} wide for {o['base']}: tokens per step on {prompts} prompts, "
+        f"{o['max_new_tokens']} tokens each.",
         "",
-        "| temperature | steps | token by token | block | more | ratio |",
+        "| temperature | steps | from the root | block, traversal | more | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for temperature in o["temperatures"]:
@@ -160,6 +211,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prompts-per-set", type=int, default=8)
     p.add_argument("--group-size", type=int, default=4)
     p.add_argument("--temperatures", type=lambda s: [float(t) for t in s.split(",")], default=[0.8])
+    p.add_argument("--tree-width", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
     return prompt_sets.parse(p, argv, max_tokens=150)
 

@@ -261,6 +261,24 @@ def test_a_draw_is_few_launches_and_sorts_nothing():
     assert not re.search(r" (sort|topk)\(", texts["hlo"])
 
 
+@pytest.mark.parametrize(("width", "launches"), [(1, 18), (4, 110)])
+def test_drawn_nodes_are_accepted_in_few_launches(width, launches):
+    """Beside one draw: chains without a loop, of a tree five launches a node."""
+    config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=1)
+    mesh = target.make_mesh("h200")
+    base = es.abstract_model(config, mesh, dtype="bfloat16")
+    drafter = es.LayerParallelDrafter(es.abstract_model(config, mesh, dtype="bfloat16"))
+    decoder = es.Decoder(base, drafter, num_draft_tokens=5, tree_width=width)
+    texts: dict[str, str] = {}
+    sampling = es.Sampling(temperature=0.8, top_k=50, top_p=0.9)
+    with jax.default_matmul_precision("default"), jax.enable_x64(False):
+        found = read_program(decoder, sampling=sampling, texts=texts)
+    parts = found.phases["verify"].parts
+    assert parts["sampling"].launches + parts["rest"].launches <= DRAW_LAUNCHES + launches
+    assert found.total("conditionals") == found.total("copies") == 0
+    assert not re.search(r" sort\(", texts["hlo"])
+
+
 def read_shallow(make_drafter, **options):
     """The program of four layers of 8B and what drafts for them."""
     config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=4)
