@@ -5,19 +5,16 @@ base's.
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import GROUPS, NEW, PROMPTS, autoregressive, model, started, surprise
 from mutation import mutate
 from test_decode import committed, entries_apart
 from test_distribution import FILTERED, PLAIN, TINY, tiny_table
+from test_verify import DEPTH, ends, outcomes
 
 import easyspec_jax as es
 from easyspec_jax.drafters import fallback
-from easyspec_jax.sampling import make_filters
-from easyspec_jax.verify import accept_path
 
 slow = pytest.mark.slow
 REPEATS = [4, 9, 17, 4, 9, 33, 4, 9]
@@ -58,23 +55,25 @@ def test_the_draft_model_absorbs_what_it_was_not_asked_for():
 
 
 def test_a_chosen_token_is_a_drawn_one_of_which_q_is_certain():
-    """The same verdicts by the same uniforms, whichever way it is written."""
-    rng, shape = np.random.default_rng(0), (512, 2, 5)
-    scores = rng.normal(size=(512, 3, 5)).astype(np.float32)
-    tokens = jnp.asarray(rng.integers(0, 5, shape[:2]), jnp.int32)
-    chosen = es.Proposal(
+    """Every token of a chain is accepted with its p, and the rest of p is left of it."""
+    rng, rows = np.random.default_rng(0), 64
+    p = rng.dirichlet(np.ones(5), (rows, DEPTH + 1))
+    tokens = rng.integers(0, 5, (rows, DEPTH)).astype(np.int32)
+    certain = tokens[..., None] == np.arange(5)
+    drawn = es.Proposal(
         tokens=tokens,
-        parents=jnp.tile(jnp.array([[-1, 0]], jnp.int32), (512, 1)),
-        valid=jnp.asarray(rng.integers(0, 4, (512, 1)) > jnp.arange(2)[None]),
-        depth=2,
+        parents=np.broadcast_to(np.arange(-1, DEPTH - 1, dtype=np.int32), tokens.shape),
+        valid=np.ones(tokens.shape, bool),
+        probs=certain.astype(float),
+        depth=DEPTH,
     )
-    drawn = chosen.replace(probs=jax.nn.one_hot(tokens, 5, dtype=jnp.float32))
-    filters, key = make_filters(es.Sampling(temperature=0.8)), jax.random.key(1)
-    decide = jax.jit(accept_path)
-    one, other = (decide(jnp.asarray(scores), x, filters, key) for x in (chosen, drawn))
-    for name in ("num_accepted", "next_token", "tries"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    assert set(np.asarray(one.num_accepted).tolist()) == {0, 1, 2}
+    thresholds, left = outcomes(p, drawn)
+    reached = ends(thresholds)[:, ::-1].cumsum(axis=1)[:, ::-1]
+    p_x = np.take_along_axis(p[:, :DEPTH], tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(reached[:, 1:], p_x.cumprod(axis=1), rtol=0, atol=1e-9)
+    rest = np.where(certain, 0.0, p[:, :DEPTH])
+    share = lambda x: x / x.sum(axis=-1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(share(left[:, :DEPTH]), share(rest), rtol=0, atol=1e-9)
 
 
 @functools.cache
