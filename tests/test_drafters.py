@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from decoders import CONFIG, GROUPS, NEW, PROMPTS, autoregressive, joined, model
-from eagle_heads import write_published
+from eagle_heads import frequent, write_published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +31,9 @@ def mesh_of(base):
 
 
 def eagle(base):
+    ids = frequent(expected(frozen(PROMPTS)) + expected(frozen(REPETITIVE)))
     with tempfile.TemporaryDirectory() as folder:
-        return es.EagleDrafter.load(write_published(pathlib.Path(folder), base.config), base)
+        return es.EagleDrafter.load(write_published(pathlib.Path(folder), base.config, ids), base)
 
 
 WAYS = {

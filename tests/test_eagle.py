@@ -28,6 +28,7 @@ from eagle_heads import (
     KNOWN,
     TAPS,
     draft_logits,
+    frequent,
     layer_config,
     random_tensors,
     write_head,
@@ -50,6 +51,7 @@ VARIANTS = {
         {"norm_before_residual": False, "norm_before_fc": True, "norm_output": True},
     ),
     "all ids": ({"known": CONFIG.vocab_size}, {}),
+    "few ids": ({"known": 6}, {}),
     "embed_residual": ({"residual": True}, {}),
     "the base's head": ({}, {}),
 }
@@ -58,6 +60,9 @@ VARIANTS = {
 def head_folder(folder, variant="midlayer", config=CONFIG, **changes):
     """A head's folder in one of the formats, and its tensors by SafeAILab's names."""
     kinds, fields = VARIANTS[variant]
+    if variant == "few ids":
+        ids = frequent(autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens)
+        kinds = kinds | {"ids": ids}
     tensors = random_tensors(config, **kinds)
     if variant == "the base's head":
         rows = np.asarray(model((1, 1)).params.lm_head).T
@@ -130,7 +135,7 @@ def paths(proposal):
 
 def check_q(run, tensors, fields):
     """q behind the root and every node that is gone on from is softmax of the equations' logits."""
-    base, state = run.decoder.base, run.state
+    base, state = model((1, 1)), run.state
     text = np.asarray(state.tokens)[0, : int(state.length[0])].tolist()
     proposal = _proposed(run.decoder.drafter, run.request, state)
     table = tensors.get("embed_tokens.weight", np.asarray(base.params.embed))
@@ -172,6 +177,7 @@ def test_drafts_are_what_the_equations_say(tmp_path, variant, width, mesh_shape)
     ],
 )
 def test_greedy_text_is_autoregressions(mesh_shape, options):
+    options = {"variant": "few ids"} | options
     out = decoder(mesh_shape, **options).generate(PROMPTS, max_new_tokens=NEW)
     assert out.tokens == autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
     assert 0 < out.stats.nodes_accepted < out.stats.nodes_drafted  # or nothing was tested
@@ -181,7 +187,7 @@ def test_greedy_text_is_autoregressions(mesh_shape, options):
 def test_cache_and_features_are_a_fresh_prefills(width):
     """Those that were drafted with are forgotten, and a finished row's stay."""
     least = 0.1 if width == 2 else None
-    run = started(decoder((1, 1), width, least=least), PROMPTS)
+    run = started(decoder((1, 1), width, least=least, variant="few ids"), PROMPTS)
     for _ in range(4):
         run.step()
     run.finish_row(1)
@@ -219,7 +225,7 @@ def test_sampled_sequences_follow_the_base(tmp_path, width, s):
         head_dim=4, max_len=32,
     )  # fmt: skip
     base = es.random_model(tiny, es.make_mesh(1, 1), dtype="float32", seed=1)
-    drafts = es.EagleDrafter.load(write_published(tmp_path, tiny, known=4), base)
+    drafts = es.EagleDrafter.load(write_published(tmp_path, tiny, [0, 2, 3, 5]), base)
     decoding = es.Decoder(base, drafts, num_draft_tokens=2, tree_width=width)
     out = many_rows(decoding, s)
     assert surprise(map(tuple, out.tokens), enumerate_sequences(base, (3, 1), s)) < 5
@@ -281,7 +287,8 @@ def test_it_is_planned_from_shapes(tmp_path):
 
 @slow
 def test_a_session_goes_on():
-    decoding, session = decoder((1, 1), 2, least=0.1), es.Session(max_len=60)
+    decoding = decoder((1, 1), 2, least=0.1, variant="few ids")
+    session = es.Session(max_len=60)
     text = PROMPTS[0]
     for new in ([], [4, 9], [33]):
         text = [*text, *new]
