@@ -318,6 +318,8 @@ def test_what_is_no_head_of_this_base_is_refused_in_a_sentence(tmp_path):
     refused("one layer, this one 2", {"num_hidden_layers": 2})
     refused("hidden_act='gelu'", {"hidden_act": "gelu"})
     refused("of kind 'eagle'", {"speculators_model_type": "eagle"})
+    refused("eagle_config is no object", {"eagle_config": [1]})
+    refused("layer_config is no object", {"speculators_model_type": "eagle3"})
     refused("norms every tap by itself", {"fc_norm": True})
     refused("last hidden state alone", {"eagle_config": {"use_aux_hidden_state": False}})
     refused("it lacks fc.weight", **{"fc.weight": None})

@@ -127,9 +127,10 @@ def describe(raw: dict[str, Any], base: Model) -> Description:
             f"the head is of kind {raw['speculators_model_type']!r}: only 'eagle3' is read"
         )
     layer = raw.get("transformer_layer_config") if nested else raw
-    if not isinstance(layer, dict):
-        raise ValueError("the head's config.json lacks transformer_layer_config")
     eagle = raw.get("eagle_config") or {}
+    if not isinstance(layer, dict) or not isinstance(eagle, dict):
+        name = "eagle_config" if isinstance(layer, dict) else "transformer_layer_config"
+        raise ValueError(f"the head's config.json: {name} is no object")
     said = eagle | {name: raw[name] for name in OWN_KEYS & raw.keys() if raw[name] is not None}
     if nested and "norm_before_residual" not in said:
         raise ValueError("the head's config.json lacks norm_before_residual, which has no default")
