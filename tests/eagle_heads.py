@@ -1,5 +1,6 @@
 """Tiny random EAGLE-3 heads as folders in each format, and their equations in numpy."""
 
+import collections
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ from safetensors.numpy import save_file
 
 HEADS, KV_HEADS, H, MLP, EPS, THETA = 4, 2, 6, 20, 1e-5, 10000.0
 KNOWN = 40  # ids of a reduced vocabulary
+TAPS = (2, 1, 3)  # of a base of three layers
 
 
 def layer_config(base, known=KNOWN, **more):
@@ -31,9 +33,10 @@ def layer_config(base, known=KNOWN, **more):
     }
 
 
-def random_tensors(base, known=KNOWN, taps=3, seed=0, own=False, normed=False, residual=False):
-    """Tensors of a head, f64, by SafeAILab's names."""
-    rng, d, v = np.random.default_rng(seed), base.embed_dim, base.vocab_size
+def random_tensors(base, known=KNOWN, taps=3, ids=None, own=False, normed=False, residual=False):
+    """Tensors of a head, f64, by SafeAILab's names; ids: those it knows, else drawn."""
+    rng, d, v = np.random.default_rng(0), base.embed_dim, base.vocab_size
+    known = known if ids is None else len(ids)
     shapes = {
         "fc": (d, taps * d),
         "midlayer.self_attn.q_proj": (HEADS * H, 2 * d),
@@ -56,10 +59,21 @@ def random_tensors(base, known=KNOWN, taps=3, seed=0, own=False, normed=False, r
         norms["input_norm"] = taps * d
     found |= {f"{n}.weight": rng.uniform(0.5, 1.5, size=s) for n, s in norms.items()}
     if known < v:
-        ids = np.sort(rng.permutation(v)[:known])
+        ids = np.sort(rng.permutation(v)[:known] if ids is None else ids)
         found["d2t"] = ids - np.arange(known)
         found["t2d"] = np.isin(np.arange(v), ids)
     return found
+
+
+def frequent(texts, num=6):
+    """The ids that texts have most often: a random head that knows only those is right at times."""
+    return [id for id, _ in collections.Counter(x for text in texts for x in text).most_common(num)]
+
+
+def write_published(folder, base, ids):
+    """A random head for a base of this configuration, as SafeAILab writes it but for its taps."""
+    about = layer_config(base, len(ids), eagle_aux_hidden_state_layer_ids=list(TAPS))
+    return write_head(folder, random_tensors(base, ids=ids), about)
 
 
 def write_head(folder, tensors, config):

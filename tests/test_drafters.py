@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
+import tempfile
 from collections.abc import Callable
 
 import pytest
 from decoders import CONFIG, GROUPS, NEW, PROMPTS, autoregressive, joined, model
+from eagle_heads import frequent, write_published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,12 +31,16 @@ def mesh_of(base):
     return tuple(base.layout.mesh.shape.values())
 
 
+def eagle(base):
+    ids = frequent(expected(frozen(PROMPTS)) + expected(frozen(REPETITIVE)))
+    with tempfile.TemporaryDirectory() as folder:
+        return es.EagleDrafter.load(write_published(pathlib.Path(folder), base.config, ids), base)
+
+
 WAYS = {
+    "eagle": Way(eagle, ((3, 1), (2, 3)), slow=True),
     "fallback": Way(
-        lambda base: es.FallbackDrafter(
-            es.PromptLookupDrafter(min_ngram=2),
-            es.LayerParallelDrafter(model(mesh_of(base), group_size=GROUPS)),
-        ),
+        lambda base: es.FallbackDrafter(es.PromptLookupDrafter(min_ngram=2), eagle(base)),
         ((4, 1),),
         slow=True,
     ),
@@ -48,6 +55,7 @@ WAYS = {
     ),
     "prompt-lookup": Way(lambda base: es.PromptLookupDrafter(), ((4, 1), (3, 2))),
 }
+QUICK_ELSEWHERE = {"polybasic", *(name for name, way in WAYS.items() if way.slow)}
 CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
 SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
 BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
@@ -87,12 +95,12 @@ def frozen(prompts):
 @pytest.mark.parametrize(
     ("name", "shape", "mesh_shape"),
     [
-        *((*way, (1, 1)) for way in SHAPES if way[0] not in ("polybasic", "fallback")),
-        # the others' own tests run them on a mesh, and these two's on one device
+        *((*way, (1, 1)) for way in SHAPES if way[0] not in QUICK_ELSEWHERE),
+        # the others' own tests run them on a mesh, and these ones' on one device
         *(
             pytest.param(*way, (1, 1), marks=pytest.mark.slow)
             for way in SHAPES
-            if way[0] in ("polybasic", "fallback")
+            if way[0] in QUICK_ELSEWHERE
         ),
         ("prompt-lookup", (3, 2), (4, 2)),
         *(pytest.param(*way, (4, 2), marks=pytest.mark.slow) for way in SHAPES[:-1]),

@@ -36,13 +36,15 @@ HEAD = pathlib.Path(es.__file__).parent / "heads" / "smollm2-135m-instruct"
 HEAD_TOKENS = 3  # drafted a step: a head of one layer is seldom right further
 GROUP_SIZE, NUM_DRAFT_TOKENS = 4, 5  # the paper's
 
-_TEXT = """The lighthouse on Gull Island was built in 1874, after three ships were lost on the reef in
-a single winter. Its lamp burned whale oil at first and was turned by a clockwork that the keeper
-had to wind every four hours. Electricity came in 1931, when a cable was laid from the mainland.
-The last keeper, Anna Brandt, lived on the island with her two children until 1988, when the lamp
-was made automatic. Today the tower is a small museum. Visitors can climb the 142 steps to the top,
-see the old clockwork, and read the logbooks, in which storms, ships and birds were written down
-every day for more than a hundred years.""".replace("\n", " ")
+_TEXT = (
+    "The lighthouse on Gull Island was built in 1874, after three ships were lost on the reef in "
+    "a single winter. Its lamp burned whale oil at first and was turned by a clockwork that the "
+    "keeper had to wind every four hours. Electricity came in 1931, when a cable was laid from "
+    "the mainland. The last keeper, Anna Brandt, lived on the island with her two children until "
+    "1988, when the lamp was made automatic. Today the tower is a small museum. Visitors can "
+    "climb the 142 steps to the top, see the old clockwork, and read the logbooks, in which "
+    "storms, ships and birds were written down every day for more than a hundred years."
+)
 PROMPTS = {
     "question": "Explain in a few sentences why the sky is blue.",
     "story": "Tell a short story about a fox who wants to learn how to swim.",

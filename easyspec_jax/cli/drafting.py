@@ -70,6 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parallel": dict(choices=PARALLEL, help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
     "min_ngram": COUNT | dict(help="of them must be found (default 1; 3 before a draft model)"),
+    "head": dict(metavar="FOLDER", help="an EAGLE-3 head: config.json and model.safetensors"),
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
     "middle": dict(metavar="MODEL", help="a model between base and draft"),
     "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
@@ -101,10 +102,17 @@ def _prompt_lookup(args: argparse.Namespace, base: es.Model, load: Load):
     return es.PromptLookupDrafter(**given(args, "max_ngram", "min_ngram"))
 
 
-def _fallback(args: argparse.Namespace, base: es.Model, load: Load):
-    least = {"min_ngram": min(args.max_ngram or 3, 3)}
-    lookup = es.PromptLookupDrafter(**least | given(args, "max_ngram", "min_ngram"))
-    return es.FallbackDrafter(lookup, _layer_parallel(args, base, load))
+def _eagle(args: argparse.Namespace, base: es.Model, load: Load):
+    return es.EagleDrafter.load(args.head, base, **given(args, "candidates"))
+
+
+def _behind_lookup(make: Callable[..., es.Drafter]) -> Callable[..., es.Drafter]:
+    def fallback(args: argparse.Namespace, base: es.Model, load: Load):
+        least = {"min_ngram": min(args.max_ngram or 3, 3)}
+        lookup = es.PromptLookupDrafter(**least | given(args, "max_ngram", "min_ngram"))
+        return es.FallbackDrafter(lookup, make(args, base, load))
+
+    return fallback
 
 
 def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
@@ -150,9 +158,21 @@ KINDS = {
     "prompt-lookup": Kind("the text itself", _prompt_lookup, (*_NGRAMS, "tree_width")),
     "prompt-lookup+layer-parallel": Kind(
         "the text itself, else a draft model",
-        _fallback,
+        _behind_lookup(_layer_parallel),
         (*_MODEL, *_NGRAMS),
         needs=(("draft",),),
+    ),
+    "prompt-lookup+eagle": Kind(
+        "the text itself, else a head",
+        _behind_lookup(_eagle),
+        ("head", "candidates", *_NGRAMS),
+        needs=(("head",),),
+    ),
+    "eagle": Kind(
+        "a head trained for the base",
+        _eagle,
+        ("head", "candidates", "tree_width", "min_draft_probability"),
+        needs=(("head",),),
     ),
     "early-exit": Kind(
         "the base's own early layers", _early_exit, ("exits", "min_draft_probability")

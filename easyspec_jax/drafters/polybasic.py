@@ -68,6 +68,19 @@ def lag(drafter: Drafter) -> int:
     return 0 if drafter.shares_base_cache or drafter.taps else 1
 
 
+def correct(
+    text: jax.Array, tokens: jax.Array, start: jax.Array, num: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The text (i32[B, S]) with the first num[b] of i32[B, W] tokens at start[b], and where it
+    first said something else.
+    """
+    known = window(text, start, tokens.shape[1])
+    new = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < num[:, None]
+    same = jnp.cumprod((known == tokens) & new, axis=1, dtype=jnp.int32)
+    agreed = start + same.sum(axis=1, dtype=jnp.int32)
+    return put_rows(text, jnp.where(new, tokens, known), start), agreed
+
+
 class Fill(Drafter):
     """The inner drafter, as the middle's stage has it: what the middle says is remembered, and its
     pass begins where its cache ends.
@@ -322,51 +335,39 @@ class PolybasicDrafter(Drafter):
         """
         inner = self._inner(request)
         active, width = num > 0, inner.num_draft_tokens + 1
-        at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        known = window(stage.tokens, start, tokens.shape[1])
-        new = at < num[:, None]
-        agreed = start + jnp.cumprod((known == tokens) & new, axis=1, dtype=jnp.int32).sum(
-            axis=1, dtype=jnp.int32
-        )
-        text = put_rows(stage.tokens, jnp.where(new, tokens, known), start)
+        absorb = lambda state, *new: self.drafter.prefill(state, inner, *new)  # noqa: E731
+        taps, spare = self.drafter.taps, 1 + lag(self.drafter)
+        text, agreed = correct(stage.tokens, tokens, start, num)
         length = jnp.where(active, start + num, stage.length)
-
-        def covered(count):
-            common = jnp.minimum(agreed, start + num - 1)
-            return jnp.where(active, jnp.minimum(count, common), count)
+        common = jnp.minimum(agreed, start + num - 1)
+        covered = lambda count: jnp.where(active, jnp.minimum(count, common), count)  # noqa: E731
 
         def lacking(count, spare):
             return (active & (count + spare < length)).astype(jnp.int32)
-
-        taps, spare = self.drafter.taps, 1 + lag(self.drafter)
 
         def middle_catches_up(carry):
             cache, (draft, absorbed), passes, inner_passes = carry
             num, start = lacking(cache.length, spare), cache.length
             if taps:  # tokens before, whose features it has observed, come first
                 before = jnp.where(num > 0, jnp.minimum(start - absorbed, width), 0)
-                recent = window(text, absorbed, width)
-                draft = self.drafter.prefill(draft, inner, recent, absorbed, before, None)
-                absorbed = absorbed + before
+                draft = absorb(draft, window(text, absorbed, width), absorbed, before, None)
+                absorbed, inner_passes = absorbed + before, inner_passes + jnp.minimum(before, 1)
                 num = jnp.where(absorbed == start, num, 0)
             one = window(text, start, 1)
             _, cache, features = forward_tapped(self.middle, one, cache, taps, num=num)
             if taps:
-                at = jnp.where(num > 0, start, absorbed)
-                draft = self.drafter.prefill(draft, inner, one, at, num, features)
-                absorbed = absorbed + num
-                inner_passes = inner_passes + num + jnp.minimum(before, 1)
+                draft = absorb(draft, one, jnp.where(num > 0, start, absorbed), num, features)
+                absorbed, inner_passes = absorbed + num, inner_passes + num
             return cache, (draft, absorbed), passes + num, inner_passes
 
         def inner_catches_up(carry):
             (draft, absorbed), passes = carry
             num = lacking(absorbed, width)
-            one = window(text, absorbed, 1)
-            draft = self.drafter.prefill(draft, inner, one, absorbed, num, None)
+            draft = absorb(draft, window(text, absorbed, 1), absorbed, num, None)
             return (draft, absorbed + num), passes + num
 
         cache, none = stage.cache.rollback(covered(stage.cache.length)), jnp.zeros_like(num)
-        below = (stage.draft, covered(stage.absorbed))
+        below = stage.draft, covered(stage.absorbed)
         cache, below, middle, passes = lax.while_loop(
             lambda c: (lacking(c[0].length, spare) > 0).any(),
             middle_catches_up,
@@ -375,9 +376,8 @@ class PolybasicDrafter(Drafter):
         (draft, absorbed), passes = lax.while_loop(
             lambda c: (lacking(c[0][1], width) > 0).any(), inner_catches_up, (below, passes)
         )
-        stage = stage.replace(
-            tokens=text, length=length, absorbed=absorbed, cache=cache, draft=draft
-        )
+        where = {"length": length, "absorbed": absorbed}
+        stage = stage.replace(tokens=text, cache=cache, draft=draft, **where)
         return stage, CatchUps(middle=middle, inner=passes)
 
     def _fill(
