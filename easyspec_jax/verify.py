@@ -254,6 +254,7 @@ def _q_ahead(proposal: Proposal, drafted: jax.Array) -> jax.Array:
     """q of the token behind the first i of a chain, f32[B, n + 1, V]; zero where none follows, and
     all of p is left.
     """
+    assert proposal.probs is not None
     return jnp.pad(jnp.where(drafted[..., None], proposal.probs, 0.0), ((0, 0), (0, 1), (0, 0)))
 
 
@@ -268,6 +269,7 @@ def _traverse(p: jax.Array, proposal: Proposal) -> tuple[jax.Array, list[jax.Arr
       these, and what is left of p where every child is rejected, level by level: f32[B, 1, V] at
       the root, then f32[B, w, V].
     """
+    assert proposal.probs is not None
     depth, width = proposal.depth, proposal.tokens.shape[1] // proposal.depth
     rank = jnp.where(proposal.valid, _siblings_before(proposal).sum(axis=-1, dtype=jnp.int32), -1)
     ranks = jnp.arange(width, dtype=jnp.int32)[None, None, None]
