@@ -163,7 +163,7 @@ def accept_path(
         accepted = (u < weights) & proposal.valid
         passes = (ancestry(proposal) & accepted[..., None]).any(axis=1)
         verdict, last = _follow(proposal, passes)
-        rest = _at(left, last)
+        rest = _at_level(left, last)
     return verdict.replace(next_token=sample(sample_key, rest))
 
 
@@ -263,10 +263,11 @@ def _q_ahead(proposal: Proposal, drafted: jax.Array) -> jax.Array:
     """q of the token behind the first i of a chain, f32[B, n + 1, V]; zero where none follows, and
     all of p is left.
     """
+    assert proposal.probs is not None
     return jnp.pad(jnp.where(drafted[..., None], proposal.probs, 0.0), ((0, 0), (0, 1), (0, 0)))
 
 
-def _traverse(p: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array]:
+def _traverse(p: jax.Array, proposal: Proposal) -> tuple[jax.Array, list[jax.Array]]:
     """How likely each node of a drawn tree is accepted when all below it were rejected, f32[B, n]:
     traversal verification (Weng et al. 2025, arXiv 2505.12398).
 
@@ -274,8 +275,10 @@ def _traverse(p: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array]:
     but none of this hangs on an answer, so all are asked at once.
 
     Returns:
-      these, and what is left of p where every child is rejected, f32[B, n + 1, V].
+      these, and what is left of p where every child is rejected, level by level: f32[B, 1, V] at
+      the root, then f32[B, w, V].
     """
+    assert proposal.probs is not None
     depth, width = proposal.depth, proposal.tokens.shape[1] // proposal.depth
     rank = jnp.where(proposal.valid, _siblings_before(proposal).sum(axis=-1, dtype=jnp.int32), -1)
     ranks = jnp.arange(width, dtype=jnp.int32)[None, None, None]
@@ -291,7 +294,7 @@ def _traverse(p: jax.Array, proposal: Proposal) -> tuple[jax.Array, jax.Array]:
         weights.append(own)
         left.append(rest)
     left.append(p[:, -width:])  # of leaves
-    return jnp.concatenate([*weights[1:], weight], axis=1), jnp.concatenate(left, axis=1)
+    return jnp.concatenate([*weights[1:], weight], axis=1), left
 
 
 def _reject_children(p, q, weight, below, tokens):
@@ -321,6 +324,16 @@ def _reject_children(p, q, weight, below, tokens):
         q = jnp.where(there[..., None] & (ids == x), 0.0, q)
         q_sum = jnp.where(there, q.sum(axis=-1), q_sum)
     return left, weight, weights
+
+
+def _at_level(levels: list[jax.Array], index: jax.Array) -> jax.Array:
+    """`_at` of levels [B, m, ...] behind one another, without an array of all of them."""
+    found, first = _at(levels[0], jnp.zeros_like(index)), levels[0].shape[1]
+    for level in levels[1:]:
+        m = level.shape[1]
+        one = _at(level, jnp.clip(index - first, 0, m - 1))
+        found, first = jnp.where((index >= first)[:, None], one, found), first + m
+    return found
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -280,7 +280,8 @@ def tree_law(width, sampling=PLAIN):
     """
     base, _ = tables(sampling)
     rows, p, proposal = tree_rows(sampling, width)
-    chance, left = map(np.asarray, jax.jit(functools.partial(verify._traverse))(p, proposal))
+    chance, left = jax.jit(functools.partial(verify._traverse))(p, proposal)
+    chance, left = np.asarray(chance), np.concatenate(left, axis=1)
     left = left / np.maximum(left.sum(axis=-1, keepdims=True), 1e-300)
     law, accepted = {x: {x: 1.0} for x in itertools.product(range(V), repeat=TEXT)}, 0.0
     for x in reversed(SHORT):
