@@ -116,6 +116,7 @@ def read_codes(source: Source, tensor: str, weight: Weight, how: Quantization) -
         if stop <= len(code_rows):
             if minima is not None:
                 rows = rows if rows.minima is not None else rows.from_zero(form.kind)
+                assert rows.minima is not None
                 rows_of(minima, weight)[start:stop] = np.repeat(rows.minima, times, axis=1)
                 rows = rows._replace(codes=rows.codes.astype(np.int16) - half_range(form.kind))
             code_rows[start:stop] = rows.codes.astype(codes.dtype, copy=False)

@@ -24,8 +24,9 @@ from easyspec_jax.config import ModelConfig
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.json_files import read_object
 
-# owner/name, or owner/name@revision
 KEY = "quantization_config"  # of a config.json
+CODES = 2  # counts up when other sources keep their codes: GGUF files and those with `KEY` only
+# owner/name, or owner/name@revision
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -159,8 +160,10 @@ def conversion(model: str | os.PathLike) -> pathlib.Path:
     files = [path] if path.is_file() else sorted(path.iterdir())
     files = [p for p in files if p == path or any(fnmatch.fnmatch(p.name, f) for f in SOURCE_FILES)]
     about = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    coded = path.is_file() or read_object(path / "config.json").get(KEY) is not None
+    key = [FORMAT, about, *([CODES] if coded else [])]
     name = path.name if path.is_dir() else path.stem
-    return _models() / f"{name}-{_hash(str(path))}-{_hash([FORMAT, about])}"
+    return _models() / f"{name}-{_hash(str(path))}-{_hash(key)}"
 
 
 def _hub_id(model: str | os.PathLike) -> tuple[str, str | None]:

@@ -137,8 +137,8 @@ ALL = ("layers", "layers")
             "Q4_0",
             {"output.weight": "Q4_1", "token_embd.weight": "F16"},
             es.Quantization("int4", 32, None, "float", "float", "float16"),
-            "stay codes and scales; output.weight is int4 with a scale and a minimum for 32 inputs and "
-            "becomes floats",
+            "stay codes and scales; output.weight is int4 with a scale and a minimum for 32 inputs "
+            "and becomes floats",
         ),
         ("Q4_1", {}, es.Quantization("int4", 32, None, *ALL, "float16", "float16"), "stay"),
         # those without a minimum are given one

@@ -20,6 +20,8 @@ def test_info_says_what_a_checkpoint_is(easyspec):
     assert rows["dimensions"] == "L 5, D 32, F 48, N 4, K 2, H 8, V 90, context 256"
     assert rows["parameters"] == f"{count:,}, stored as float32"
     assert "KV cache 640 bytes per token" in rows["float32"]
+    status, out, _ = easyspec("info", "draft", "--kv-dtype", "int8")
+    assert status == 0 and out.count(f"KV cache of int8 {2 * 5 * 2 * (8 + 4)} bytes per token") == 2
     assert rows["groups"] == "1,2,1,1: 4 attention steps instead of 5"
     assert rows["chat template"] == "yes"
     assert rows["stop ids"] == "0"

@@ -307,7 +307,7 @@ def test_metadata_without_the_later_fields_is_read():
 def test_refusals(source, tmp_path):
     with pytest.raises(ValueError, match='lm_head must be "layers" or "float", got \'int4\''):
         es.Quantization("int4", lm_head="int4")
-    with pytest.raises(ValueError, match="minimum_dtype must be .*, got 'int8'"):
+    with pytest.raises(ValueError, match=r"minimum_dtype must be .*, got 'int8'"):
         es.Quantization("int4", minimum_dtype="int8")
     with pytest.raises(ValueError, match="fp8 has no minimum_dtype"):
         es.Quantization("fp8", minimum_dtype="float32")

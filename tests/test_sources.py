@@ -104,6 +104,19 @@ def test_a_source_that_changed_is_converted_anew(folder, cache, conversions, cap
     assert f"{old} is of that source as it was before, and may be removed" in said
 
 
+def test_what_quantises_is_converted_anew_once_more_codes_are_kept(
+    folder, tmp_path, cache, monkeypatch
+):
+    raw = json.loads((folder / "config.json").read_text())
+    (tmp_path / "coded").mkdir()
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(raw | {sources.KEY: {}}))
+    before = [sources.conversion(path) for path in (folder, tmp_path / "coded")]
+    monkeypatch.setattr(sources, "CODES", sources.CODES + 1)
+    floats, codes = (sources.conversion(path) for path in (folder, tmp_path / "coded"))
+    assert floats == before[0] and codes != before[1]
+    assert codes.name[:-8] == before[1].name[:-8]  # whose old folder is told of
+
+
 def test_threads_at_once_convert_once(folder, cache, conversions):
     found = []
     threads = [

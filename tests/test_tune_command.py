@@ -136,6 +136,33 @@ def test_times_of_partitions_are_the_planners():
     choice = planner.price(Deployment(**place, group_size=(1, 4, 4)), 5)
     assert seconds((1, 4, 4)) == choice.cost.seconds
     assert times()((1, 8)) < seconds((1, 8))  # all eight side by side
+    fewer = Planner(
+        base=config, draft=config, device=PRESETS["h100"], draft_codes=es.Quantization("int4"),
+        kv_dtype="int8",
+    )  # fmt: skip
+    choice = fewer.price(Deployment(**place, group_size=(1, 4, 4)), 5)
+    codes = {"draft_codes": es.Quantization("int4")}
+    args = make_parser().parse_args([*words, "--layer", "4", "--kv-dtype", "int8"])
+    seconds = tune_command.predict_times(args, config, config, **codes)
+    assert seconds((1, 4, 4)) == choice.cost.seconds
+
+
+def test_a_pair_is_tuned_in_the_codes_it_runs_in(checkpoints):
+    """Each model in its own; one model where both are the same."""
+
+    def load(*options):
+        draft = str(checkpoints / "draft")
+        words = ["tune", "--draft", draft, "--base", draft, "--prompts", "p", "--tensor", "1"]
+        args = make_parser().parse_args([*words, *options])
+        about = checkpoint.read_metadata(draft)[1]
+        return tune_command._load(args, **tune_command._codes(args, about, about))
+
+    base, draft = load("--kv-dtype", "int8")
+    assert base is draft and base.layout.kv_codes == "int8"
+    base, draft = load("--draft-quantization", "int8")
+    ours, theirs = (m.params.blocks[0].mlp[0].w_down for m in (base, draft))
+    assert not np.array_equal(ours, theirs)
+    np.testing.assert_allclose(ours, theirs, atol=np.abs(ours).max() / 127)
 
 
 def test_a_saved_model_does_not_take_a_partition_along(pair):

@@ -29,6 +29,7 @@ from easyspec_jax.cli.options import (
     max_len,
 )
 from easyspec_jax.memory import check_memory, listed
+from easyspec_jax.quantized import wide_type
 from easyspec_jax.sharding import LAYER, TENSOR, LayoutRules, make_layout
 from easyspec_jax.sources import conversion, read_config
 from easyspec_jax.text import has_chat_template, read_generation_config, stop_ids
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     grouped = c if draft is None else draft
     mesh = es.make_mesh(args.layer, args.tensor)
     partition = partition_of(args.group_size, args.draft or args.checkpoint, grouped, extra)
-    rows = describe(args.checkpoint, c, metadata)
+    rows = describe(args.checkpoint, c, metadata, args.kv_dtype)
     if draft is not None:
         rows["draft"] = f"{_dimensions(draft)}; {count_parameters(draft):,} parameters"
     rows |= {
@@ -102,7 +103,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str, str]:
+def describe(
+    path: str, c: es.ModelConfig, metadata: dict[str, Any], kv_dtype: str | None = None
+) -> dict[str, str]:
     """What there is to say of a model itself, by name."""
     rows = {
         "family": c.family + (", tied embedding" if c.tie_embeddings else ""),
@@ -111,9 +114,12 @@ def describe(path: str, c: es.ModelConfig, metadata: dict[str, Any]) -> dict[str
     }
     for dtype in SHOWN_DTYPES:
         size = jnp.dtype(dtype).itemsize
-        kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
+        # of codes a byte each, and a scale for all of a head
+        entry = c.head_dim * size if kv_dtype is None else c.head_dim + wide_type(dtype).itemsize
+        kv = 2 * c.num_layers * c.num_kv_heads * entry
         weight = f"{count_parameters(c) * size / 1e6:,.1f} MB"
-        rows[dtype] = f"{weight}, KV cache {kv:,} bytes per token"
+        of_codes = "" if kv_dtype is None else f" of {kv_dtype}"
+        rows[dtype] = f"{weight}, KV cache{of_codes} {kv:,} bytes per token"
     codes = stored_quantization(metadata)
     if "dtype" in metadata:
         rows["parameters"] += f", stored as {metadata['dtype']}"

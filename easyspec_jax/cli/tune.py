@@ -19,13 +19,22 @@ import jax.numpy as jnp
 import easyspec_jax as es
 from easyspec_jax.checkpoint import (
     PARTITION_FILE,
+    agreed_quantization,
     read_metadata,
     read_partition,
     write_partition,
 )
 from easyspec_jax.cli.answering import find_models
 from easyspec_jax.cli.drafting import GROUPED, add_option
-from easyspec_jax.cli.options import COUNT, add_device, add_dtype, add_machine, add_mesh
+from easyspec_jax.cli.options import (
+    COUNT,
+    add_device,
+    add_dtype,
+    add_machine,
+    add_mesh,
+    add_quantization,
+    given,
+)
 from easyspec_jax.planner.device import read_device
 from easyspec_jax.prompts import read_prompts
 from easyspec_jax.request import check_tokenizers, make_inputs
@@ -63,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     last = "partitions that are decoded with before one is chosen, at most (default 5)"
     add("--verify", **COUNT, default=5, help=last)
     add_dtype(add)
+    add_quantization(add)
+    add_option(add, "draft_quantization")
     add("--dry-run", action="store_true", help="find and print, but write nothing")
     add("--json", action="store_true", help="all figures as JSON on standard output's last line")
     add_machine(add)
@@ -76,11 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
     args.base = args.base or args.draft
     texts, sampling = _read_texts(args), es.Sampling(temperature=args.temperature)
-    predict_times(args, *(read_config(path)[0] for path in (args.base, args.draft)))
+    (base_config, base_about), (config, about) = map(read_config, (args.base, args.draft))
+    predict_times(args, base_config, config, **_codes(args, base_about, about))
     find_models(args)  # which may take minutes
     (config, about), (base_config, base_about) = map(read_metadata, (args.draft, args.base))
     check_tokenizers(base_about.get("tokenizer"), about.get("tokenizer"))
-    step_seconds = predict_times(args, base_config, config)
+    codes = _codes(args, base_about, about)
+    step_seconds = predict_times(args, base_config, config, **codes)
     steps = _attention_steps(args, config.num_layers)
     # A group larger than --layer takes turns, which only a predicted time can weigh.
     most = args.layer if step_seconds is None else None
@@ -91,11 +104,7 @@ def run(args: argparse.Namespace) -> int:
     eos_ids = stop_ids(read_generation_config(args.base), base_config)
     prompts = _encode(args, texts)
     make_inputs(base_config, prompts, args.max_new_tokens, sampling, eos_ids)
-    load = functools.partial(
-        es.load_model, mesh=es.make_mesh(1, args.tensor), dtype=args.dtype, layout="tensor"
-    )
-    base = load(args.base)
-    draft = base if args.base == args.draft else load(args.draft)
+    base, draft = _load(args, **codes)
     found = tune(
         base,
         draft,
@@ -120,6 +129,37 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
+def _codes(
+    args: argparse.Namespace, base: dict[str, Any], draft: dict[str, Any]
+) -> dict[str, es.Quantization | None]:
+    """How matrices are stored, as the planner names it.
+
+    Args:
+      base, draft: metadata.
+
+    Raises:
+      ValueError: other codes are stored than are asked for.
+    """
+    return {
+        "base_codes": agreed_quantization(base, args.quantization, args.base),
+        "draft_codes": agreed_quantization(draft, args.draft_quantization, args.draft),
+    }
+
+
+def _load(
+    args: argparse.Namespace,
+    base_codes: es.Quantization | None,
+    draft_codes: es.Quantization | None,
+) -> tuple[es.Model, es.Model]:
+    """Base and draft, in the layout whose layers can be grouped anew; one model where they are."""
+    options = {"mesh": es.make_mesh(1, args.tensor), "layout": "tensor"}
+    load = functools.partial(es.load_model, **options, **given(args, "dtype", "kv_dtype"))
+    base = load(args.base, quantization=base_codes)
+    if args.base == args.draft and base_codes == draft_codes:
+        return base, base
+    return base, load(args.draft, quantization=draft_codes)
+
+
 def _differs(found: Tuning) -> bool:
     """Whether a text was not autoregression's; says which partition's on stderr."""
     differs = False
@@ -133,9 +173,12 @@ def _differs(found: Tuning) -> bool:
 
 
 def predict_times(
-    args: argparse.Namespace, base: es.ModelConfig, draft: es.ModelConfig
+    args: argparse.Namespace, base: es.ModelConfig, draft: es.ModelConfig, **codes: Any
 ) -> StepSeconds | None:
     """The predicted time of a step by partition on the devices of --device; None without it.
+
+    Args:
+      codes: of `Planner`, how matrices are stored.
 
     Raises:
       ValueError: an unknown device, or a number of them that --layer does not divide.
@@ -150,7 +193,8 @@ def predict_times(
         raise ValueError(f"--layer {layer} does not divide --num-devices {devices}")
     from easyspec_jax.planner.plan import Deployment, Planner
 
-    planner = Planner(base=base, draft=draft, device=read_device(args.device))
+    codes |= given(args, "kv_dtype")
+    planner = Planner(base=base, draft=draft, device=read_device(args.device), **codes)
     place = Deployment(layer=layer, tensor=devices // layer, draft="groups", rules=GROUPED)
 
     def seconds(partition):
@@ -202,6 +246,7 @@ def make_record(
       draft, base: metadata of the checkpoints.
     """
     options = (*_DECODING, "chat", "layer", "num_devices")
+    options += ("quantization", "draft_quantization", "kv_dtype")
     return {
         "tuned_for": {
             "base": _name(args.base),
