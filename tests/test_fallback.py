@@ -76,6 +76,23 @@ def test_a_chosen_token_is_a_drawn_one_of_which_q_is_certain():
     np.testing.assert_allclose(share(left[:, :DEPTH]), share(rest), rtol=0, atol=1e-9)
 
 
+@slow
+@pytest.mark.parametrize("where", ["behind", "below"])
+def test_greedy_text_is_autoregressions_beside_a_middle_model(where):
+    """With a chain of models as the fallback, and as what drafts for the middle of one."""
+    middle, draft = model((1, 1), seed=3), model((1, 1), group_size=GROUPS)
+    lookup, layers = es.PromptLookupDrafter(min_ngram=2), es.LayerParallelDrafter(draft)
+    if where == "behind":
+        drafter = es.FallbackDrafter(lookup, es.PolybasicDrafter(middle, layers, mu=3))
+    else:
+        drafter = es.PolybasicDrafter(middle, es.FallbackDrafter(lookup, layers), mu=3)
+    decoder = es.Decoder(model((1, 1)), drafter, num_draft_tokens=5)
+    prompts = [REPEATS, *PROMPTS, [5, 6] * 6]
+    out = decoder.generate(prompts, max_new_tokens=NEW)
+    assert out.tokens == autoregressive().generate(prompts, max_new_tokens=NEW).tokens
+    assert out.stats.nodes_accepted > 0
+
+
 @functools.cache
 def tiny_fallback(label="llama", *, candidates="sampled"):
     """`label` changes nothing but the key of jit's cache."""

@@ -165,12 +165,23 @@ def translated(num_shared, **options):
     return es.Decoder(base, drafter, **options)
 
 
-@pytest.mark.parametrize(("width", "temperature"), [(1, 0.0), pytest.param(2, 0.0, marks=slow)])
-def test_the_base_in_another_writing_is_always_right(width, temperature):
-    decoder = translated(CONFIG.vocab_size, num_draft_tokens=3, tree_width=width)
+def test_the_base_in_another_writing_is_always_right():
+    decoder = translated(CONFIG.vocab_size, num_draft_tokens=3)
     out = decoder.generate(PROMPTS, max_new_tokens=NEW)
     assert out.tokens == autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
     assert out.stats.tokens_per_step == 4
+
+
+@slow
+@pytest.mark.parametrize("s", [es.Sampling(), FILTERED])
+def test_the_base_in_another_writing_drafts_the_same_trees(s):
+    drafter, options = es.LayerParallelDrafter(model((1, 1))), {"num_draft_tokens": 3}
+    plain = es.Decoder(model((1, 1)), drafter, tree_width=2, **options)
+    other = translated(CONFIG.vocab_size, tree_width=2, **options)
+    want, got = (
+        x.generate(PROMPTS, max_new_tokens=NEW, sampling=s, seed=2) for x in (plain, other)
+    )
+    assert got.tokens == want.tokens and got.stats == want.stats
 
 
 @pytest.mark.parametrize(

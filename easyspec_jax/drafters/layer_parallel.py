@@ -51,7 +51,6 @@ class LayerParallelDrafter(Drafter):
       candidates: at temperature > 0, "sampled" draws draft tokens from q (in a tree without
         replacement), "best" takes the likeliest; both are lossless, and sampled ones were accepted
         more often wherever the draft is good.
-
       vocabulary: `shared_vocabulary(base, draft)`, for a draft with another tokenizer; None: the
         base's.
 
