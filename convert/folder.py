@@ -47,7 +47,7 @@ class FolderSource:
         shard_of: dict[str, pathlib.Path] = {}
         for shard, names in _shards(folder).items():
             path = folder / shard
-            file, starts = _open_safetensors(path)
+            file, starts = open_safetensors(path)
             stack.enter_context(file)
             found = file.keys()
             absent = sorted((names or set()).difference(found))
@@ -60,7 +60,7 @@ class FolderSource:
                 if rows.get_dtype() == Float8Rows.dtype:
                     rows = Float8Rows(path, starts[name], rows.get_shape())
                 self._slices[name] = rows
-        self.tensors = {name: _header(rows) for name, rows in self._slices.items()}
+        self.tensors = {name: header(rows) for name, rows in self._slices.items()}
         self.codes, self.note = "", ""
         self.matrices = {}  # by the names of weights: those stored as codes
         if scheme is not None:
@@ -143,7 +143,7 @@ class Float8Rows:
         return np.memmap(mode="r", dtype=np.dtype(ml_dtypes.float8_e4m3fn), **self._where)[index]
 
 
-def _open_safetensors(path: pathlib.Path) -> tuple[Any, dict[str, int]]:
+def open_safetensors(path: pathlib.Path) -> tuple[Any, dict[str, int]]:
     """The file, mapped and its header checked, and where the bytes of its tensors begin; reading a
     slice copies those rows alone.
 
@@ -170,7 +170,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _header(rows: Any) -> Tensor:
+def header(rows: Any) -> Tensor:
     dtype: str = rows.get_dtype()
     return Tensor(tuple(rows.get_shape()), _DTYPE_NAMES.get(dtype, dtype))
 

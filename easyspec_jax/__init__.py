@@ -17,6 +17,7 @@ from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation
 from easyspec_jax.distributed import initialize_distributed
 from easyspec_jax.drafter import Drafter
+from easyspec_jax.drafters.eagle import EagleDrafter
 from easyspec_jax.drafters.early_exit import EarlyExitDrafter
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.drafters.polybasic import PolybasicDrafter
@@ -44,6 +45,7 @@ __all__ = [
     "CompileOptions",
     "Decoder",
     "Drafter",
+    "EagleDrafter",
     "EarlyExitDrafter",
     "Generation",
     "LayerParallelDrafter",

@@ -49,6 +49,13 @@ class Drafter(struct.PyTreeNode):
         """Whether drafting writes the base's own cache, so that `verify` is its own as well."""
         return False
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Where it wants the base's residual stream, numbers in 0 .. L: before that layer, L behind
+        the last. None of it by default, which costs nothing.
+        """
+        return ()
+
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
         """Raise a ValueError of one sentence where it cannot draft γ levels of w nodes for this
         base. Any will do by default.
@@ -71,9 +78,17 @@ class Drafter(struct.PyTreeNode):
         return sharding.zeros(self.abstract_state(batch, max_len, request))
 
     def prefill(
-        self, state: Any, request: Request, tokens: jax.Array, start: jax.Array, num: jax.Array
+        self,
+        state: Any,
+        request: Request,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
+        features: jax.Array | None,
     ) -> Any:
-        """Absorb prompt tokens (i32[B, C], `num` of them count) at positions start[b] and on."""
+        """Absorb prompt tokens (i32[B, C], `num` of them count) at positions start[b] and on, with
+        the base's residual stream there at the taps, [B, C, taps, D]; None without taps.
+        """
         raise NotImplementedError
 
     def propose(
@@ -100,16 +115,18 @@ class Drafter(struct.PyTreeNode):
     ) -> tuple[jax.Array | Scores, KVCache, Any]:
         """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node, the written cache,
         and anything for `observe`; `state` is what `propose` left. By default one base pass over
-        the root and all nodes.
+        the root and all nodes, and what it has at the taps: [B, n + 1, taps, D], or None.
 
         The root's entry is that at base_cache.length and node i's the one i + 1 behind it: there
         the loop looks for the accepted path.
         """
         del state
-        return verify_in_one_pass(base, base_cache, root, proposal)
+        return verify_in_one_pass(base, base_cache, root, proposal, self.taps)
 
     def observe(self, state: Any, verdict: Verdict, aux: Any) -> Any:
-        """Learn from a verdict; by default nothing."""
+        """Learn from a verdict, of which row i + 1 of `aux` as it comes by default is node i; by
+        default nothing.
+        """
         del verdict, aux
         return state
 
@@ -134,9 +151,9 @@ class Autoregression(Drafter):
         del batch, max_len, request
         return ()
 
-    def prefill(self, state, request, tokens, start, num) -> tuple[()]:
+    def prefill(self, state, request, tokens, start, num, features) -> tuple[()]:
         """Nothing is absorbed."""
-        del request, tokens, start, num
+        del request, tokens, start, num, features
         return state
 
     def propose(self, state, request, base_cache, tokens, start, num, key):

@@ -16,7 +16,7 @@ from jax import lax
 
 from easyspec_jax.cache import KVCache
 from easyspec_jax.drafter import Drafter
-from easyspec_jax.model import Model, forward
+from easyspec_jax.model import Model, forward_tapped
 from easyspec_jax.request import Request
 from easyspec_jax.sampling import Scores
 from easyspec_jax.sharding import mesh_jit
@@ -161,8 +161,9 @@ def prefill_chunk(
     starts = jnp.broadcast_to(start, last.shape)
     num = jnp.clip(last - start, 0, chunk)
     tokens = lax.dynamic_slice_in_dim(state.tokens, start, chunk, axis=1)
-    _, cache = forward(base, tokens, state.cache.rollback(starts), num=num)
-    draft = drafter.prefill(state.draft, request, tokens, starts, num)
+    cache = state.cache.rollback(starts)
+    _, cache, features = forward_tapped(base, tokens, cache, drafter.taps, num=num)
+    draft = drafter.prefill(state.draft, request, tokens, starts, num, features)
     return state.replace(cache=cache, draft=draft)
 
 

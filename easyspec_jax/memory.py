@@ -129,9 +129,9 @@ def decode_budget(
 
 
 def _models_beside(base: Any, drafter: Any) -> list[Any]:
-    """The models (and arrays) of a drafter, each once and without the base."""
+    """The models (and arrays) of a drafter, each once and without the base or parts of it."""
     kind = type(base)  # as a whole: shapes of equal layers may be one object
     parts = jax.tree.leaves(drafter, is_leaf=lambda x: isinstance(x, kind))
     own = {tuple(map(id, jax.tree.leaves(part))): part for part in parts}
-    own.pop(tuple(map(id, jax.tree.leaves(base))), None)
-    return list(own.values())
+    shared = set(map(id, jax.tree.leaves(base)))
+    return [part for key, part in own.items() if not shared.issuperset(key)]

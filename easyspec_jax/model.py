@@ -9,6 +9,7 @@ added up over the axes its layout names, once per attention and once per MLP.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -50,8 +51,10 @@ class Model(Placed, struct.PyTreeNode, kw_only=True):
         return abstract_cache(self.config, self.layout, self.partition, batch, max_len, self.dtype)
 
     def specs(self) -> Model:
-        """The PartitionSpec of every array."""
+        """The PartitionSpec of every array; a model may be without some that its config names."""
         params = weights.specs(self.config, self.layout, self.partition, self.quantization)
+        there = lambda x, spec: None if x is None else spec  # noqa: E731
+        params = jax.tree.map(there, self.params, params, is_leaf=lambda x: x is None)
         return self.replace(params=params)
 
     def own(self) -> Model:
@@ -114,11 +117,14 @@ def product(model: Model, x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
     return quantized.product(x, w, outputs_first=layout.for_gpu, explicit_gemv=layout.explicit_gemv)
 
 
-def normed(model: Model, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normed(model: Model, x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Two factors of `rms_norm`(x): an array like x for a product, and what to multiply the
-    product by, [B, T, 1]. On GPUs the second is the scale: that saves a kernel.
+    product by, [B, T, 1]. On GPUs the second is the scale: that saves a kernel. Without a weight x
+    stays as it is.
     """
     wide, eps = x.astype(wide_type(x.dtype)), model.config.norm_eps
+    if weight is None:
+        return x, jnp.ones((1, 1, 1), wide.dtype)
     if not model.layout.for_gpu or x.dtype == jnp.float16:  # x * weight may be too large for it
         return rms_norm(x, weight, eps), jnp.ones((1, 1, 1), wide.dtype)
     scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -280,11 +286,39 @@ def forward(
     Returns:
       Hidden states before the final norm, [B, T, D], the same on every device, and the cache.
     """
-    t = tokens.shape[1]
+    return forward_tapped(
+        model, tokens, cache, (), num=num, placement=placement, run_block=run_block
+    )[:2]
+
+
+def forward_tapped(
+    model: Model,
+    tokens: jax.Array,
+    cache: KVCache,
+    taps: tuple[int, ...],
+    *,
+    num: jax.Array | None = None,
+    placement: Placement | None = None,
+    run_block: RunBlock = run_layer,
+) -> tuple[jax.Array, KVCache, jax.Array | None]:
+    """`forward`, and the residual stream at the taps, [B, T, taps, D]; None where there are none.
+
+    Args:
+      taps: numbers of blocks (of a model that is not in groups: layers); the stream before each of
+        them, and before the final norm for the number of all.
+    """
+    t, total = tokens.shape[1], len(cache.blocks)
     step = make_step(model, cache, t, placement)
-    x, blocks = run_blocks(model, embed(model, tokens), cache.blocks, step, run_block=run_block)
+    x, blocks, streams = embed(model, tokens), (), {}
+    for first, end in itertools.pairwise(sorted({0, *taps, total})):
+        streams[first] = x
+        some = cache.blocks[first:end]
+        x, written = run_blocks(model, x, some, step, first=first, run_block=run_block)
+        blocks += written
+    streams[total] = x
+    features = jnp.stack([streams[i] for i in taps], axis=2) if taps else None
     length = cache.length + (t if num is None else num)
-    return x, cache.replace(blocks=blocks, length=length)
+    return x, cache.replace(blocks=blocks, length=length), features
 
 
 def make_step(

@@ -199,8 +199,24 @@ def check_pair(
     if max(base.partition) > 1:
         raise ValueError("the base runs layer after layer: load it with group_size=1")
     drafter.check(base, depth, tree_width)
+    check_taps(base, drafter)
     for draft in drafter.models():
         _check_draft(base, draft)
+
+
+def check_taps(base: Model, drafter: Any) -> None:
+    """Refuse a drafter that wants what the base has not.
+
+    Raises:
+      ValueError: one of its taps is no number in 0 .. L.
+    """
+    most = base.config.num_layers
+    for tap in drafter.taps:
+        if not is_integer(tap) or not 0 <= tap <= most:
+            raise ValueError(
+                f"the drafter taps the base before layer {tap!r}, but it has {most} layers: taps "
+                f"are numbers in 0 .. {most}"
+            )
 
 
 def _kind(value: Any) -> str:

@@ -127,6 +127,8 @@ class Scores(struct.PyTreeNode, kw_only=True):
     """
 
     share: jax.Array  # f[B, m, V' / devices], V' ids of the model they are from
+    # i32[V'], which of V ids each of those is, none twice; None: they are the same
+    ids: jax.Array | None = None
     # of the mesh, that split V'
     axes: tuple[str, ...] = struct.field(pytree_node=False, default=())
     # V: ids at or beyond it are cut, those that the model lacks are never drawn
@@ -149,6 +151,9 @@ class Scores(struct.PyTreeNode, kw_only=True):
         if self.axes:
             with jax.named_scope("logits"):
                 scores = lax.all_gather(scores, self.axes, axis=2, tiled=True, to="invarying")
+        if self.ids is not None:
+            nothing = jnp.full((*scores.shape[:-1], self.vocab_size), -jnp.inf, scores.dtype)
+            return nothing.at[..., self.ids].set(scores)
         missing = self.vocab_size - scores.shape[-1]
         if missing <= 0:
             return scores[..., : self.vocab_size]
@@ -165,10 +170,15 @@ class Scores(struct.PyTreeNode, kw_only=True):
 
     def argmax(self) -> jax.Array:
         """The likeliest id of each row, i32[B, m]; the first of equals."""
-        return self.largest(1)[1][..., 0] if self.axes else argmax(self.whole())
+        chosen = self.axes or self.ids is not None
+        return self.largest(1)[1][..., 0] if chosen else argmax(self.whole())
 
     def _winners(self, k: int, *, total: bool = False) -> tuple[jax.Array, jax.Array, Any]:
         """The k largest, their ids and, if asked for, the logsumexp of each row, f32[B, m]."""
+        if self.ids is not None:
+            own = self.replace(ids=None, vocab_size=len(self.ids))
+            top, ids, sums = own._winners(k, total=total)
+            return top, self.ids[ids], sums
         if not self.axes:
             scores = self.whole()
             sums = jax.nn.logsumexp(scores.astype(jnp.float32), axis=-1) if total else None

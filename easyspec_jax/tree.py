@@ -9,12 +9,16 @@ order they were drawn: ranking them by q afterwards would bias what verification
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
 from easyspec_jax.model import Placement
+from easyspec_jax.request import Request
 from easyspec_jax.sampling import Filters, Scores, largest, probabilities
 from easyspec_jax.verify import Proposal
 
@@ -130,6 +134,45 @@ def grow(
         )
     level = {"newest": tokens, "alive": alive, "logprob": logprob, "score": score}
     return _append(tree, depth, level, parent, q, min_probability)
+
+
+def draft(
+    request: Request,
+    active: jax.Array,
+    keys: jax.Array,
+    scores: Scores,
+    run: Callable[[Tree, jax.Array, Any], tuple[Scores, Any]],
+    carry: Any,
+    *,
+    drawn: bool,
+) -> tuple[Proposal, Any]:
+    """A whole draft: the first level from `scores` behind the root, each further one from a run
+    over the level before; in rows that are active (bool[B]).
+
+    Args:
+      keys: one for each level.
+      run: the newest level of a tree, its depth (0 = children of the root) and the carry to the
+        logits behind it and the carry.
+    """
+    gamma, least = request.num_draft_tokens, request.min_probability
+
+    def grown(tree, depth, scores):
+        scores = scores.fit(request.vocab_size)
+        return grow(tree, depth, scores, request.filters, keys[depth], least)
+
+    def level(state):
+        depth, tree, carry = state
+        scores, carry = run(tree, depth - 1, carry)
+        return depth + 1, grown(tree, depth, scores), carry
+
+    tree = plant(active, gamma, request.tree_width, request.vocab_size, drawn=drawn)
+    state = (jnp.int32(1), grown(tree, 0, scores), carry)
+    if gamma > 1 and least is None:
+        state = lax.fori_loop(1, gamma, lambda _, state: level(state), state)
+    elif gamma > 1:
+        state = lax.while_loop(lambda s: (s[0] < gamma) & ~s[1].stopped.all(), level, state)
+    levels, tree, carry = state
+    return tree.proposal(None if least is None else levels), carry
 
 
 def _append(tree, depth, level, parent, q, min_probability):

@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.cache import KVCache, run_if
-from easyspec_jax.model import Model, Placement, forward, score
+from easyspec_jax.model import Model, Placement, forward_tapped, score
 from easyspec_jax.quantized import wide_type
 from easyspec_jax.sampling import Filters, Scores, probabilities, sample
 
@@ -73,38 +73,47 @@ def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | 
 
 
 def verify_in_one_pass(
-    base: Model, base_cache: KVCache, root: jax.Array, proposal: Proposal
-) -> tuple[Scores, KVCache, None]:
-    """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache.
+    base: Model,
+    base_cache: KVCache,
+    root: jax.Array,
+    proposal: Proposal,
+    taps: tuple[int, ...] = (),
+) -> tuple[Scores, KVCache, jax.Array | None]:
+    """Base logits [B, n + 1, V] at the root (i32[B]) and behind each node; the written cache; and
+    the base's residual stream there at the taps, [B, n + 1, taps, D], or None.
 
     Of a draft that may stop early, the smallest of a few compiled sizes that holds its levels is
-    run; logits behind nodes that were left out are zero.
+    run; logits and features behind nodes that were left out are zero.
     """
 
     def run(proposal, cache):
         tokens = jnp.concatenate((root[:, None], proposal.tokens), axis=1)
         placement = verification_placement(cache.length, proposal)
-        hidden, cache = forward(base, tokens, cache, placement=placement)
-        return score(base, hidden), cache
+        hidden, cache, features = forward_tapped(base, tokens, cache, taps, placement=placement)
+        return score(base, hidden), cache, features
 
-    def run_first(levels, share, cache):
-        some, cache = run(proposal.first(levels), cache)
-        return lax.dynamic_update_slice(share, some.share, (0, 0, 0)), cache
+    def run_first(levels, share, features, cache):
+        some, cache, new = run(proposal.first(levels), cache)
+        put = lambda old, new: lax.dynamic_update_slice(old, new, (0,) * old.ndim)  # noqa: E731
+        return put(share, some.share), jax.tree.map(put, features, new), cache
 
     if proposal.levels is None:
-        return *run(proposal, base_cache), None
+        return run(proposal, base_cache)
     batch, n = proposal.tokens.shape
     c, axes, smaller = base.config, base.layout.vocab, -1
     shape = (batch, n + 1, c.vocab_size // base.layout.devices_along(axes))
     share = jnp.zeros(shape, wide_type(base.dtype))
     if axes:
         share = lax.pcast(share, axes, to="varying")
+    features = None
+    if taps:
+        features = jnp.zeros((batch, n + 1, len(taps), c.embed_dim), base.dtype)
     for levels in verification_sizes(proposal.depth):
         fits = (proposal.levels <= levels) & (proposal.levels > smaller)
         body = functools.partial(run_first, levels)
-        share, base_cache = run_if(fits, body, share, base_cache)
+        share, features, base_cache = run_if(fits, body, share, features, base_cache)
         smaller = levels
-    return Scores(share=share, axes=axes, vocab_size=c.vocab_size), base_cache, None
+    return Scores(share=share, axes=axes, vocab_size=c.vocab_size), base_cache, features
 
 
 def verification_sizes(depth: int) -> tuple[int, ...]:

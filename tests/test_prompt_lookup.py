@@ -143,7 +143,8 @@ def test_a_call_forgets_what_lies_behind_its_start():
     )
     drafter, i32 = es.PromptLookupDrafter(), functools.partial(jnp.asarray, dtype=jnp.int32)
     state = drafter.init(1, 16, request)
-    state = drafter.prefill(state, request, i32([[1, 2, 3, 4, 3, 9, 3, 9]]), i32([0]), i32([8]))
+    text = i32([[1, 2, 3, 4, 3, 9, 3, 9]])
+    state = drafter.prefill(state, request, text, i32([0]), i32([8]), None)
     key = jax.random.key(0)
     proposal, state, cache = drafter.propose(
         state, request, "cache", i32([[3, 0, 0]]), i32([2]), i32([1]), key

@@ -174,9 +174,10 @@ class EarlyExitDrafter(Drafter):
         tokens: jax.Array,
         start: jax.Array,
         num: jax.Array,
+        features: jax.Array | None,
     ) -> ExitState:
         """Nothing: the cache is the base's."""
-        del request, tokens, start, num
+        del request, tokens, start, num, features
         return state
 
     def propose(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache
@@ -21,6 +20,17 @@ from easyspec_jax.request import Request
 from easyspec_jax.verify import Proposal
 
 CANDIDATES = ("sampled", "best")
+
+
+def check_candidates(candidates: str) -> None:
+    """Refuse another word than those of CANDIDATES.
+
+    Raises:
+      ValueError: naming them.
+    """
+    if candidates not in CANDIDATES:
+        names = ", ".join(map(repr, CANDIDATES))
+        raise ValueError(f"candidates must be one of {names}, got {candidates!r}")
 
 
 class LayerParallelDrafter(Drafter):
@@ -53,9 +63,7 @@ class LayerParallelDrafter(Drafter):
     def __post_init__(self):
         refuse_no_model(self.draft)
         draft_runner(self.parallel)
-        if self.candidates not in CANDIDATES:
-            names = ", ".join(map(repr, CANDIDATES))
-            raise ValueError(f"candidates must be one of {names}, got {self.candidates!r}")
+        check_candidates(self.candidates)
 
     def models(self) -> tuple[Model, ...]:
         """The draft."""
@@ -67,10 +75,16 @@ class LayerParallelDrafter(Drafter):
         return self.draft.abstract_cache(batch, max_len)
 
     def prefill(
-        self, state: KVCache, request: Request, tokens: jax.Array, start: jax.Array, num: jax.Array
+        self,
+        state: KVCache,
+        request: Request,
+        tokens: jax.Array,
+        start: jax.Array,
+        num: jax.Array,
+        features: jax.Array | None,
     ) -> KVCache:
         """Absorb prompt tokens exactly, whatever `calibrate` says."""
-        del request
+        del request, features
         cache = state.rollback(start)
         return forward(self.draft, tokens, cache, num=num, run_block=run_exact)[1]
 
@@ -111,27 +125,15 @@ class LayerParallelDrafter(Drafter):
         """The whole draft behind `hidden` ([B, 1, D], the root's) of the rows that are active, and
         the cache with its nodes as scratch.
         """
-        gamma, width, least = request.num_draft_tokens, request.tree_width, request.min_probability
         origin, fuzzy = cache.length, draft_runner(self.parallel)
 
-        def grow(tree, depth, hidden):
-            scores = score(self.draft, hidden).fit(request.vocab_size)
-            return trees.grow(tree, depth, scores, request.filters, keys[depth], least)
-
-        def level(carry):
-            depth, tree, cache = carry
-            placement = tree.placement(origin, depth - 1)
+        def run(tree, depth, cache):
+            placement = tree.placement(origin, depth)
             hidden, cache = forward(
                 self.draft, tree.newest, cache, placement=placement, run_block=fuzzy
             )
-            return depth + 1, grow(tree, depth, hidden), cache
+            return score(self.draft, hidden), cache
 
+        scores = score(self.draft, hidden)
         drawn = self.candidates == "sampled" and not request.filters.greedy
-        tree = trees.plant(active, gamma, width, request.vocab_size, drawn=drawn)
-        carry = (jnp.int32(1), grow(tree, 0, hidden), cache)
-        if gamma > 1 and least is None:
-            carry = lax.fori_loop(1, gamma, lambda _, carry: level(carry), carry)
-        elif gamma > 1:
-            carry = lax.while_loop(lambda c: (c[0] < gamma) & ~c[1].stopped.all(), level, carry)
-        levels, tree, cache = carry
-        return tree.proposal(None if least is None else levels), cache
+        return trees.draft(request, active, keys, scores, run, cache, drawn=drawn)

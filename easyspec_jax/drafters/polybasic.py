@@ -20,8 +20,8 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.config import is_integer
 from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.loop import DecodeState, put_rows, step, window
-from easyspec_jax.model import Model, forward, score
-from easyspec_jax.request import Request
+from easyspec_jax.model import Model, forward, forward_tapped, score
+from easyspec_jax.request import Request, check_taps
 from easyspec_jax.sampling import Scores, probabilities
 from easyspec_jax.sharding import shape_of, zeros
 from easyspec_jax.stats import Counters, Tally, make_stats
@@ -60,6 +60,14 @@ class FillState(struct.PyTreeNode, kw_only=True):
     before: jax.Array  # i32[B]
 
 
+def lag(drafter: Drafter) -> int:
+    """Tokens before its root that the middle may lack when its step begins: where the base accepts
+    a whole buffer it lacks one, which its next pass begins with; none below which a drafter works
+    with its cache or its features.
+    """
+    return 0 if drafter.shares_base_cache or drafter.taps else 1
+
+
 class Fill(Drafter):
     """The inner drafter, as the middle's stage has it: what the middle says is remembered, and its
     pass begins where its cache ends.
@@ -77,7 +85,7 @@ class Fill(Drafter):
 
     def verify(self, base, base_cache, root, proposal, state):
         """As the inner drafter; the default pass may begin one token before the root."""
-        if self.drafter.shares_base_cache:
+        if lag(self.drafter) == 0:
             scores, cache, aux = self.drafter.verify(base, base_cache, root, proposal, state.inner)
             return scores, cache, (scores, aux)
         n = proposal.tokens.shape[1]
@@ -168,6 +176,7 @@ class PolybasicDrafter(Drafter):
         levels = num_draft_tokens - self.mu
         try:
             self.drafter.check(self.middle, levels, 1)
+            check_taps(self.middle, self.drafter)
         except ValueError as error:
             raise ValueError(
                 f"the inner drafter, with num_draft_tokens - mu = {levels} levels: {error}"
@@ -218,17 +227,20 @@ class PolybasicDrafter(Drafter):
         tokens: jax.Array,
         start: jax.Array,
         num: jax.Array,
+        features: jax.Array | None,
     ) -> PolybasicState:
-        """Both stages absorb prompt tokens."""
+        """Both stages absorb prompt tokens; the inner drafter taps the middle."""
+        del features
         stage, inner = state.stage, self._inner(request)
-        _, cache = forward(self.middle, tokens, stage.cache.rollback(start), num=num)
+        cache, taps = stage.cache.rollback(start), self.drafter.taps
+        _, cache, tapped = forward_tapped(self.middle, tokens, cache, taps, num=num)
         # A short row of a batch meets chunks that begin behind its end.
         covered = jnp.where(num > 0, start + num, jnp.minimum(stage.cache.length, start))
         stage = stage.replace(
             tokens=put_rows(stage.tokens, tokens, start),
             length=covered + 1,
             cache=cache.rollback(covered),
-            draft=self.drafter.prefill(stage.draft, inner, tokens, start, num),
+            draft=self.drafter.prefill(stage.draft, inner, tokens, start, num, tapped),
             absorbed=covered,
         )
         return state.replace(stage=stage)
@@ -289,13 +301,6 @@ class PolybasicDrafter(Drafter):
             "inner": self.drafter.report(state.stage.draft),
         }
 
-    @property
-    def _lag(self) -> int:
-        """Where the base accepts a whole buffer, the middle lacks the token before its root: it
-        runs over that in its next pass, unless the inner drafter works with the middle's cache.
-        """
-        return 0 if self.drafter.shares_base_cache else 1
-
     def _inner(self, request: Request) -> Request:
         """What the inner drafter is asked for."""
         levels = max(request.num_draft_tokens - self.mu, 1)
@@ -333,29 +338,42 @@ class PolybasicDrafter(Drafter):
         def lacking(count, spare):
             return (active & (count + spare < length)).astype(jnp.int32)
 
+        taps, spare = self.drafter.taps, 1 + lag(self.drafter)
+
         def middle_catches_up(carry):
-            cache, passes = carry
-            num = lacking(cache.length, 1 + self._lag)
-            _, cache = forward(self.middle, window(text, cache.length, 1), cache, num=num)
-            return cache, passes + num
+            cache, (draft, absorbed), passes, inner_passes = carry
+            num, start = lacking(cache.length, spare), cache.length
+            if taps:  # tokens before, whose features it has observed, come first
+                before = jnp.where(num > 0, jnp.minimum(start - absorbed, width), 0)
+                recent = window(text, absorbed, width)
+                draft = self.drafter.prefill(draft, inner, recent, absorbed, before, None)
+                absorbed = absorbed + before
+                num = jnp.where(absorbed == start, num, 0)
+            one = window(text, start, 1)
+            _, cache, features = forward_tapped(self.middle, one, cache, taps, num=num)
+            if taps:
+                at = jnp.where(num > 0, start, absorbed)
+                draft = self.drafter.prefill(draft, inner, one, at, num, features)
+                absorbed = absorbed + num
+                inner_passes = inner_passes + num + jnp.minimum(before, 1)
+            return cache, (draft, absorbed), passes + num, inner_passes
 
         def inner_catches_up(carry):
             (draft, absorbed), passes = carry
             num = lacking(absorbed, width)
             one = window(text, absorbed, 1)
-            draft = self.drafter.prefill(draft, inner, one, absorbed, num)
+            draft = self.drafter.prefill(draft, inner, one, absorbed, num, None)
             return (draft, absorbed + num), passes + num
 
         cache, none = stage.cache.rollback(covered(stage.cache.length)), jnp.zeros_like(num)
-        cache, middle = lax.while_loop(
-            lambda c: (lacking(c[0].length, 1 + self._lag) > 0).any(),
+        below = (stage.draft, covered(stage.absorbed))
+        cache, below, middle, passes = lax.while_loop(
+            lambda c: (lacking(c[0].length, spare) > 0).any(),
             middle_catches_up,
-            (cache, none),
+            (cache, below, none, none),
         )
         (draft, absorbed), passes = lax.while_loop(
-            lambda c: (lacking(c[0][1], width) > 0).any(),
-            inner_catches_up,
-            ((stage.draft, covered(stage.absorbed)), none),
+            lambda c: (lacking(c[0][1], width) > 0).any(), inner_catches_up, (below, passes)
         )
         stage = stage.replace(
             tokens=text, length=length, absorbed=absorbed, cache=cache, draft=draft

@@ -71,9 +71,10 @@ class PromptLookupDrafter(Drafter, kw_only=True):
         tokens: jax.Array,
         start: jax.Array,
         num: jax.Array,
+        features: jax.Array | None,
     ) -> jax.Array:
         """Remember prompt tokens."""
-        del request, num  # what lies behind `num` is written again before it counts
+        del request, num, features  # what lies behind `num` is written again before it counts
         write = lambda row, new, at: lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
         return jax.vmap(write)(state, tokens, start)
 
@@ -89,7 +90,7 @@ class PromptLookupDrafter(Drafter, kw_only=True):
     ) -> tuple[Proposal, jax.Array, KVCache]:
         """Remember the committed tokens and look up the last of them."""
         del key
-        state = self.prefill(state, request, tokens, start, num)
+        state = self.prefill(state, request, tokens, start, num, None)
         gamma, width = request.num_draft_tokens, request.tree_width
         with jax.named_scope("draft"):
             chains, known = look_up(state, start + num, self.max_ngram, depth=gamma, width=width)

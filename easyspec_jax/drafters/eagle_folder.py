@@ -1,0 +1,345 @@
+"""EAGLE-3 heads as others write them: config.json and model.safetensors.
+
+SafeAILab and SpecForge call the layer `midlayer`, NeMo `layers.0`; "speculators" nests the layer's
+configuration. All are read into one description, and whatever does not fit the base is refused
+before a value is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from easyspec_jax import weights
+from easyspec_jax.config import ModelConfig, is_integer
+from easyspec_jax.drafters.eagle_head import EagleHead
+from easyspec_jax.hf_config import config_from_hf
+from easyspec_jax.json_files import read_object
+from easyspec_jax.loading import abstract_model
+from easyspec_jax.memory import check_memory, device_bytes
+from easyspec_jax.model import Model
+from easyspec_jax.sharding import specs_of
+
+# What a head's config.json says beside what a model's does.
+OWN_KEYS = frozenset(
+    """
+    draft_vocab_size target_hidden_size eagle_config eagle_aux_hidden_state_layer_ids
+    norm_before_residual norm_before_fc norm_output fc_norm transformer_layer_config
+    embed_requires_grad ttt_steps auto_map modelopt_version
+    speculators_config speculators_model_type speculators_version
+    """.split()
+)
+LAYERS = ("midlayer.", "layers.0.")
+TOP = ("fc", "norm", "lm_head", "embed_tokens", "input_norm", "embed_residual")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a head's config.json says."""
+
+    config: ModelConfig  # of its layer and head; vocab_size counts the ids that it knows, V'
+    vocab_size: int  # V of its base
+    base_dim: int  # D' of its base
+    taps: tuple[int, ...]
+    flags: dict[str, bool]  # fields of `EagleHead`
+    norm_before_fc: bool
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors that it must have, [out, in]."""
+        c = self.config
+        d, inputs = c.embed_dim, len(self.taps) * self.base_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (d, inputs),
+            "norm.weight": (d,),
+            "lm_head.weight": (c.vocab_size, d),
+            "layer.hidden_norm.weight": (d,),
+        }
+        for weight in weights.present(weights.LAYER_WEIGHTS, c).values():
+            out, *rest = weight.hf_shape(c)
+            if weight.name in ("wq", "wk", "wv"):
+                rest = [2 * d]
+            shapes[f"layer.{weight.hf}"] = (out, *rest)
+        if self.norm_before_fc:
+            shapes["input_norm.weight"] = (inputs,)
+        return shapes
+
+    def optional(self) -> dict[str, tuple[int, ...]]:
+        """Of those that it may have."""
+        d = self.config.embed_dim
+        return {
+            "embed_tokens.weight": (self.vocab_size, d),
+            "embed_residual.weight": (d, d),
+            "d2t": (self.config.vocab_size,),
+            "t2d": (self.vocab_size,),
+        }
+
+
+def load_head(folder: str | os.PathLike, base: Model, *, dtype: Any, layout: Any) -> EagleHead:
+    """A head on its base's mesh; arguments and errors as of `EagleDrafter.load`."""
+    if not isinstance(base, Model):
+        raise ValueError(f"a head is loaded for a base, got {type(base).__name__}")
+    path = pathlib.Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: a head is one with config.json and its weights")
+    about = describe(read_object(path / "config.json"), base)
+    with contextlib.ExitStack() as stack:
+        slices = open_tensors(path, stack)
+        check_tensors(path, about, slices, base)
+        ids = target_ids(slices["d2t"][:], about.vocab_size) if "d2t" in slices else None
+        slices = {name: x for name, x in slices.items() if name not in ("d2t", "t2d")}
+        own = "embed_tokens.weight" in slices
+        dtype = base.dtype if dtype is None else dtype
+        model, table = prototypes(about, base, own, dtype, layout)
+        build = functools.partial(assemble, about=about, model=model, table=table, own=own)
+        shapes = {n: jax.ShapeDtypeStruct(x.get_shape(), model.dtype) for n, x in slices.items()}
+        head = jax.eval_shape(build, shapes, ids)
+        where = jax.tree.map(lambda spec: NamedSharding(base.layout.mesh, spec), specs_of(head))
+        head = jax.tree.map(lambda x, at: x.update(sharding=at), head, where)
+        if not isinstance(base.params.final_norm, jax.ShapeDtypeStruct):  # else to plan with
+            check_memory(base.layout.mesh, {"head weights": device_bytes(head)})
+            tensors = {name: read(path, name, x) for name, x in slices.items()}
+            head = jax.jit(build, out_shardings=where)(tensors, ids)
+        return head if own else head.replace(embedding=table)
+
+
+def describe(raw: dict[str, Any], base: Model) -> Description:
+    """What a head's config.json says, for this base.
+
+    Raises:
+      ValueError: it is of no EAGLE-3 head, of one with other arithmetic, or of another base.
+    """
+    nested = "speculators_model_type" in raw
+    if nested and raw["speculators_model_type"] != "eagle3":
+        raise ValueError(
+            f"the head is of kind {raw['speculators_model_type']!r}: only 'eagle3' is read"
+        )
+    layer = raw.get("transformer_layer_config") if nested else raw
+    if not isinstance(layer, dict):
+        raise ValueError("the head's config.json lacks transformer_layer_config")
+    eagle = raw.get("eagle_config") or {}
+    said = eagle | {name: raw[name] for name in OWN_KEYS & raw.keys() if raw[name] is not None}
+    if nested and "norm_before_residual" not in said:
+        raise ValueError("the head's config.json lacks norm_before_residual, which has no default")
+    names = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
+    flags = {name: bool(said.get(name, False)) for name in names}
+    if flags.pop("fc_norm"):
+        raise ValueError("the head norms every tap by itself (fc_norm), which is not supported")
+    if said.get("use_aux_hidden_state") is False:
+        raise ValueError("the head takes the base's last hidden state alone: it is no EAGLE-3 head")
+    layer = {name: value for name, value in layer.items() if name not in OWN_KEYS}
+    if layer.get("num_hidden_layers", 1) != 1:
+        raise ValueError(f"a head has one layer, this one {layer['num_hidden_layers']}")
+    vocab_size = layer.get("vocab_size")
+    layer |= {
+        "model_type": layer.get("model_type") or "llama",
+        "num_hidden_layers": 1,
+        "layer_types": None,
+        "tie_word_embeddings": True,  # its table of embeddings stands apart
+        "vocab_size": said.get("draft_vocab_size", vocab_size),
+    }
+    try:
+        config = config_from_hf(layer)
+    except ValueError as error:
+        raise ValueError(f"the head's config.json: {error}") from None
+    num_layers = base.config.num_layers
+    about = Description(
+        config=config,
+        vocab_size=base.config.vocab_size if vocab_size is None else vocab_size,
+        base_dim=said.get("target_hidden_size", config.embed_dim),
+        taps=taps_of(raw, eagle, num_layers),
+        norm_before_fc=flags.pop("norm_before_fc"),
+        flags=flags,
+    )
+    for name, ours, theirs in (
+        ("width", about.base_dim, base.config.embed_dim),
+        ("vocabulary", about.vocab_size, base.config.vocab_size),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the head is of another base: it was trained for a {name} of {ours}, this base "
+                f"has {theirs}"
+            )
+    return about
+
+
+def taps_of(raw: dict[str, Any], eagle: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Where a head taps a base of so many layers.
+
+    Raises:
+      ValueError: numbers that the base has not.
+    """
+    key = "eagle_aux_hidden_state_layer_ids"
+    # Within eagle_config layers are those whose output is taken, elsewhere whose input.
+    taps, shift = (raw[key], 0) if raw.get(key) else (eagle.get(key), 1)
+    if not taps:
+        taps, shift = [2, num_layers // 2, num_layers - 3], 0
+    known = isinstance(taps, list) and all(map(is_integer, taps))
+    if not known or not all(0 <= tap + shift <= num_layers for tap in taps):
+        raise ValueError(
+            f"the head taps layers {taps!r} of its base, but this one has {num_layers}"
+        )
+    return tuple(tap + shift for tap in taps)
+
+
+def open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Slices of all tensors by one name for all formats; those of the layer begin with "layer.".
+
+    Raises:
+      ValueError: no safetensors file, or a name that stands twice.
+    """
+    from convert.folder import WEIGHTS, open_safetensors
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
+        hint = ""
+        if pickles:
+            hint = f"; {pickles[0]} is a pickle, and pickles are never read: save it as safetensors"
+        raise ValueError(f"{folder} has no {WEIGHTS}{hint}")
+    file, _ = open_safetensors(path)
+    stack.enter_context(file)
+    found: dict[str, Any] = {}
+    for stored in file.keys():
+        name = stored.removeprefix("model.")
+        for prefix in LAYERS:
+            if name.startswith(prefix):
+                name = "layer." + name.removeprefix(prefix)
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name in found:
+            raise ValueError(f"{path} has {name.replace('layer.', LAYERS[0])} twice")
+        found[name] = file.get_slice(stored)
+    return found
+
+
+def check_tensors(
+    folder: pathlib.Path, about: Description, slices: Mapping[str, Any], base: Model
+) -> None:
+    """Refuse tensors that are no EAGLE-3 head of this description.
+
+    Raises:
+      ValueError: some are missing, unknown or misshapen; or ids or embeddings are.
+    """
+    needed, optional = about.shapes(), about.optional()
+    shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise ValueError(f"{folder} is no EAGLE-3 head: it lacks {', '.join(missing)}")
+    unknown = sorted(shapes.keys() - needed.keys() - optional.keys())
+    if unknown:
+        raise ValueError(f"{folder} holds {unknown[0]}, which is no part of an EAGLE-3 head")
+    for name, shape in shapes.items():
+        wanted = (needed | optional)[name]
+        if shape != wanted:
+            raise ValueError(f"{folder}: {name} is {list(shape)} instead of {list(wanted)}")
+        if name not in ("d2t", "t2d") and slices[name].get_dtype() not in FLOATS:
+            raise ValueError(f"{folder}: {name} is of type {slices[name].get_dtype()}, no floats")
+    if about.config.vocab_size != about.vocab_size and "d2t" not in shapes:
+        raise ValueError(f"{folder} lacks d2t: what its {about.config.vocab_size} ids are")
+    width = base.config.embed_dim
+    if "embed_tokens.weight" not in shapes and about.config.embed_dim != width:
+        raise ValueError(
+            f"{folder} lacks embed_tokens.weight: the base's embeddings have {width} numbers, the "
+            f"head takes {about.config.embed_dim}"
+        )
+
+
+def target_ids(d2t: np.ndarray, vocab_size: int) -> np.ndarray:
+    """What a head's ids are for the base, i32[V'], from what is to be added to each.
+
+    Raises:
+      ValueError: an id that the base has not, or one twice.
+    """
+    if d2t.dtype.kind not in "iu":
+        raise ValueError(f"the head's d2t is of type {d2t.dtype}, no whole numbers")
+    ids = np.arange(len(d2t), dtype=np.int64) + d2t.astype(np.int64)
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"the head's d2t names id {outside[0]}, outside the base's 0 .. {vocab_size - 1}"
+        )
+    if len(np.unique(ids)) < len(ids):
+        raise ValueError("the head's d2t names an id twice: such a draft would not be lossless")
+    return ids.astype(np.int32)
+
+
+def read(folder: pathlib.Path, name: str, rows: Any) -> np.ndarray:
+    """A tensor's values.
+
+    Raises:
+      ValueError: one is not finite.
+    """
+    values = rows[:]
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise ValueError(f"{folder}: {name} holds values that are not finite")
+    return values
+
+
+def prototypes(
+    about: Description, base: Model, own: bool, dtype: Any, layout: Any
+) -> tuple[Model, Model]:
+    """The models of a head and of its embedding, which is its own or the base's, as shapes."""
+    options: dict[str, Any] = dict(dtype=dtype, layout=layout, attention=base.layout.attention)
+    options["kv_dtype"] = base.layout.kv_codes
+    mesh = base.layout.mesh
+    model = abstract_model(about.config, mesh, **options)
+    table = base
+    if own:
+        wider = dataclasses.replace(about.config, vocab_size=about.vocab_size, tie_embeddings=False)
+        table = abstract_model(wider, mesh, **options)
+    head = None if table.params.embed is not None else table.params.lm_head
+    params = table.params.replace(blocks=(), lm_head=head)
+    return model, table.replace(params=params, partition=())
+
+
+def assemble(
+    tensors: dict[str, Any],
+    ids: Any,
+    *,
+    about: Description,
+    model: Model,
+    table: Model,
+    own: bool,
+) -> EagleHead:
+    """A head of tensors as they are stored; without an embedding where it is the base's."""
+    c, layout = about.config, model.layout
+    tensors = {name: x.astype(model.dtype) for name, x in tensors.items()}
+    layer: dict[str, Any] = {"attn_norm": None}
+    for weight in weights.present(weights.LAYER_WEIGHTS, c).values():
+        x, shape = tensors[f"layer.{weight.hf}"], weight.shape(c)
+        if weight.name in ("wq", "wk", "wv"):
+            shape = (2 * c.embed_dim, *shape[1:])
+        if weight.name != "attn_norm":
+            layer[weight.name] = (x.T if weight.num_inputs else x).reshape(shape)
+    top = {"embed": tensors["lm_head.weight"], "final_norm": tensors["norm.weight"]}
+    top = weights.arrange_top(top, layout)
+    blocks = (weights.arrange_block([layer], layout),)
+    matrix = lambda x: x if x is None or layout.for_gpu else x.T  # noqa: E731
+    embedding: Any = None
+    if own:
+        embed = tensors["embed_tokens.weight"]
+        embedding = table.replace(
+            params=table.params.replace(embed=embed, final_norm=top["final_norm"])
+        )
+    return EagleHead(
+        model=model.replace(params=weights.Params(blocks=blocks, **top)),
+        embedding=embedding,
+        fc=matrix(tensors["fc.weight"]),
+        embed_norm=tensors["layer.input_layernorm.weight"],
+        hidden_norm=tensors["layer.hidden_norm.weight"],
+        taps_norm=tensors.get("input_norm.weight"),
+        embed_residual=matrix(tensors.get("embed_residual.weight")),
+        ids=ids,
+        taps=about.taps,
+        **about.flags,
+    )
