@@ -7,7 +7,6 @@ rounded to bfloat16, so that features from the file are those of the pass, bit b
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from jax import lax
 
 from easyspec_jax.cache import KVCache
 from easyspec_jax.json_files import read_object, write_object
-from easyspec_jax.model import Model, Placement, embed, make_step, rms_norm, run_blocks, score
+from easyspec_jax.model import Model, Placement, embed, forward_tapped, rms_norm, score
 from easyspec_jax.sharding import mesh_jit, replicate, zeros
 from easyspec_jax.training.head import Features, Texts
 from easyspec_jax.training.packing import Answer, texts_of
@@ -155,14 +154,14 @@ def _features(model: Model, texts: Texts, cache: KVCache, taps: tuple[int, ...])
         positions=texts.position,
         ancestors=same & before,
     )
-    x, streams = _tapped(model, texts.tokens, cache, placement, taps)
+    x, _, streams = forward_tapped(model, texts.tokens, cache, taps, placement=placement)
     asked = jnp.take_along_axis(x, texts.query[..., None], axis=1)
     # Row by row: logits of all of them would be the largest array there is.
     greedy = lax.map(lambda row: score(model, row[None]).argmax()[0], asked)
     hidden = rms_norm(asked, model.params.final_norm, model.config.norm_eps)
     return Features(
         embedding=embed(model, texts.tokens),
-        taps=streams.astype(jnp.bfloat16),
+        taps=streams.reshape(*x.shape[:2], -1).astype(jnp.bfloat16),
         hidden=hidden.astype(jnp.bfloat16),
         greedy=greedy.astype(jnp.int32),
     )
@@ -171,15 +170,3 @@ def _features(model: Model, texts: Texts, cache: KVCache, taps: tuple[int, ...])
 @mesh_jit()
 def _look_up(model: Model, tokens: jax.Array) -> jax.Array:
     return embed(model, tokens)
-
-
-def _tapped(model, tokens, cache, placement, taps) -> tuple[jax.Array, jax.Array]:
-    """Hidden states behind the last layer, and the residual stream before layers `taps`, side by
-    side.
-    """
-    x, step = embed(model, tokens), make_step(model, cache, tokens.shape[1], placement)
-    streams = []
-    for first, end in itertools.pairwise((0, *taps, len(cache.blocks))):
-        x, _ = run_blocks(model, x, cache.blocks[first:end], step, first=first)
-        streams.append(x)
-    return x, jnp.concatenate(streams[:-1], axis=-1)

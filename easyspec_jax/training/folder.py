@@ -16,7 +16,7 @@ import numpy as np
 
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.json_files import write_object
-from easyspec_jax.training.head import EMBED_RESIDUAL, Head
+from easyspec_jax.training.head import Head
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -50,7 +50,7 @@ def write_head(
     tensors = {name: np.ascontiguousarray(x, jnp.dtype(dtype)) for name, x in tensors.items()}
     tensors["d2t"] = ids.astype(np.int64) - np.arange(len(ids))
     tensors["t2d"] = np.isin(np.arange(config.vocab_size), ids)
-    about = head_config(config, taps, len(ids), EMBED_RESIDUAL in head, rows is not None, dtype)
+    about = head_config(config, taps, len(ids), dtype)
     save_file(tensors, folder / f".{WEIGHTS_FILE}", {"format": "pt"})
     os.replace(folder / f".{WEIGHTS_FILE}", folder / WEIGHTS_FILE)
     write_object(folder / f".{CONFIG_FILE}", about)
@@ -58,12 +58,7 @@ def write_head(
 
 
 def head_config(
-    config: ModelConfig,
-    taps: tuple[int, ...],
-    num_ids: int,
-    embed_residual: bool,
-    own_rows: bool,
-    dtype: str,
+    config: ModelConfig, taps: tuple[int, ...], num_ids: int, dtype: str
 ) -> dict[str, Any]:
     """config.json of a head for a base of this configuration."""
     scaling: Any = None
@@ -93,9 +88,8 @@ def head_config(
         "draft_vocab_size": num_ids,
         "target_hidden_size": config.embed_dim,
         "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": list(taps),
+            # here layers are named whose output is read
+            "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps],
             "use_aux_hidden_state": True,
-            "embed_residual": embed_residual,
-            "base_lm_head": not own_rows,
         },
     }

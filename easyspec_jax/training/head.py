@@ -123,7 +123,7 @@ def run_head(
 
 
 def logits(head: Head, config: ModelConfig, state: jax.Array, rows: jax.Array) -> jax.Array:
-    """Logits [B, A, V'] of hidden states over the draft's vocabulary, whose head is rows [V', D]."""
+    """Logits [B, A, V'] of hidden states over the draft's vocabulary; its rows are [V', D]."""
     return rms_norm(state, head["norm.weight"], config.norm_eps) @ rows.T
 
 

@@ -38,7 +38,8 @@ class TrainState(struct.PyTreeNode, kw_only=True):
     step: jax.Array  # i32[]
 
 
-def make_optimiser(learning_rate: float, num_steps: int):
+@functools.cache  # programs are compiled for it
+def make_optimiser(learning_rate: float, num_steps: int) -> Any:
     """Muon for matrices, AdamW for norms; the rate rises, then falls to nothing.
 
     Raises:
@@ -48,9 +49,7 @@ def make_optimiser(learning_rate: float, num_steps: int):
         import optax
         from optax.contrib import muon
     except ImportError:
-        raise ValueError(
-            "training needs optax: pip install 'easyspec_jax[training]'"
-        ) from None
+        raise ValueError("training needs optax: pip install 'easyspec_jax[training]'") from None
     warmup = max(int(_WARMUP * num_steps), 1)
     rate = optax.schedules.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup, max(num_steps, warmup + 1), 0.02 * learning_rate
@@ -108,8 +107,10 @@ def train_step(
         return losses(head, config, vocabulary, texts, features, num_depths)
 
     slope, parts = jax.grad(loss, has_aux=True)(state.head)
-    change, after = optimiser.update(slope, state.optimiser, state.head)
-    head = optax.apply_updates(state.head, change)
+    # optax mixes types and ranks, which whoever runs this may have forbidden.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        change, after = optimiser.update(slope, state.optimiser, state.head)
+        head = optax.apply_updates(state.head, change)
     return TrainState(head=head, optimiser=after, step=state.step + 1), parts
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from easyspec_jax.config import ModelConfig, is_integer, is_number
 from easyspec_jax.json_files import parse_object, write_object
 from easyspec_jax.model import Model
 from easyspec_jax.quantized import Quantized, dequantise, wide_type
@@ -39,7 +41,12 @@ from easyspec_jax.training.step import (
 )
 from easyspec_jax.weights import separate_top
 
-_STATE_FILE, RECORD_FILE, CHECKPOINT, FEATURES = "state.npz", "training.json", "checkpoint", "features"
+_STATE_FILE, RECORD_FILE, CHECKPOINT, FEATURES = (
+    "state.npz",
+    "training.json",
+    "checkpoint",
+    "features",
+)
 _LOGGED = 10  # steps between two points of the curve
 
 
@@ -61,19 +68,36 @@ class Options:
     checkpoint_minutes: float = 5.0
     seed: int = 0
 
-    def taps_of(self, base: Model) -> tuple[int, ...]:
-        """The layers before which the base's residual stream is read.
+    def taps_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """The layers before which the residual stream of such a base is read."""
+        layers = config.num_layers
+        return (2, layers // 2, layers - 3) if self.taps is None else tuple(self.taps)
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse what cannot be trained for a base of this configuration.
 
         Raises:
-          ValueError: this base has no such layers.
+          ValueError: taps it has not, rows longer than its context, numbers out of range.
         """
-        layers = base.config.num_layers
-        taps = (2, layers // 2, layers - 3) if self.taps is None else self.taps
-        rising = all(a < b for a, b in zip(taps, taps[1:], strict=False))
+        taps, layers = self.taps_of(config), config.num_layers
+        rising = all(a < b for a, b in itertools.pairwise(taps))
         if not taps or not rising or not 0 < taps[0] <= taps[-1] < layers:
             shown = ",".join(map(str, taps))
             raise ValueError(f"taps must rise within 1 .. {layers - 1}, got {shown}: name others")
-        return taps
+        for name in ("num_ids", "num_depths", "num_epochs", "num_rows", "held_out"):
+            if not (is_integer(getattr(self, name)) and getattr(self, name) >= 1):
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if not 2 <= self.row_length <= config.context:
+            raise ValueError(
+                f"rows must have 2 .. {config.context} tokens, the base's context, got "
+                f"{self.row_length}"
+            )
+        if not (is_number(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"the learning rate must be above 0, got {self.learning_rate!r}")
+        if not (is_number(self.checkpoint_minutes) and self.checkpoint_minutes >= 0):
+            raise ValueError(
+                f"minutes between checkpoints must be at least 0, got {self.checkpoint_minutes!r}"
+            )
 
 
 class Data:
@@ -83,22 +107,19 @@ class Data:
         """Check and pack them.
 
         Raises:
-          ValueError: too few answers, or rows that the mesh does not divide.
+          ValueError: options that do not fit the base, too few answers, or rows that the mesh does
+            not divide.
         """
+        options.check(base.config)
         if base.layout.mesh.is_multi_process:
             raise ValueError("a head is trained in one process")
         if options.num_rows % base.layout.mesh.size:
             count = f"{options.num_rows} rows a step cannot be split"
             raise ValueError(f"{count} over {base.layout.mesh.size} devices: name a multiple")
-        if options.row_length > base.config.context:
-            raise ValueError(
-                f"rows of {options.row_length} tokens are longer than the base's context, "
-                f"{base.config.context}"
-            )
         self.options, self.base = options, base
-        self.taps = options.taps_of(base)
+        self.taps = options.taps_of(base.config)
         greedy = [i for i, one in enumerate(answers) if one.temperature == 0]
-        held, rest = greedy[: options.held_out], []
+        held = greedy[: options.held_out]
         if len(held) < options.held_out:
             raise ValueError(
                 f"{options.held_out} greedy answers are to be held out, but there are {len(held)}"
@@ -221,9 +242,7 @@ def _begin(data: Data, vocabulary: Vocabulary, optimiser: Any) -> TrainState:
     """The state before the first step."""
     sizes = np.asarray(vocabulary.sizes).reshape(len(data.taps), -1)
     options, mesh = data.options, data.base.layout.mesh
-    head = start_head(
-        data.base, sizes, embed_residual=options.embed_residual, seed=options.seed
-    )
+    head = start_head(data.base, sizes, embed_residual=options.embed_residual, seed=options.seed)
     dtype = vocabulary.rows.dtype
     head = {name: replicate(np.asarray(x, dtype), mesh) for name, x in head.items()}
     started = jax.jit(optimiser.init)(head)
@@ -256,9 +275,7 @@ def _read_state(place: pathlib.Path, digest: str) -> dict[str, Any] | None:
 def _restored(state: TrainState, found: dict[str, Any]) -> TrainState:
     """The state that a checkpoint holds, on the devices of `state`."""
     leaves, structure = jax.tree.flatten(state)
-    kept = [
-        jax.device_put(found[f"leaf{i}"], leaf.sharding) for i, leaf in enumerate(leaves)
-    ]
+    kept = [jax.device_put(found[f"leaf{i}"], leaf.sharding) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, kept)
 
 
