@@ -171,10 +171,9 @@ def trained(tmp_path_factory):
 
 def test_loss_falls_and_unseen_answers_are_drafted(trained):
     _, record = trained
-    curve = record["curve"]
-    assert all(a > b for a, b in zip(curve[0]["loss"], curve[-1]["loss"], strict=True))
-    assert min(record["held_out"]["right"]) > 3 / len(set(t for a in answers() for t in a.answer))
-    assert record["held_out"]["tokens_per_step"] > 1
+    curve, held = record["curve"], record["held_out"]
+    assert all(a > b for a, b in zip(curve[0]["loss"], curve[-1]["loss"], strict=True)), curve
+    assert held["right"][0] > 3 / CONFIG.vocab_size and held["tokens_per_step"] > 1.1, held
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(trained, tmp_path, monkeypatch):
@@ -303,8 +302,9 @@ def test_the_command(easyspec, checkpoints, tmp_path):
     "options, message",
     [
         ((), "give either --prompts or --answers"),
-        (("--prompts", "nowhere.txt"), "nowhere.txt"),
-        (("--answers", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--prompts", "nowhere.txt", "--row-length", 200), "nowhere.txt"),
+        (("--answers", "nowhere.jsonl"), "rows must have 2 .. 256 tokens"),
+        (("--answers", "nowhere.jsonl", "--row-length", 99), "nowhere.jsonl"),
         (("--answers", "nowhere.jsonl", "--taps", "2,1"), "taps must rise"),
         (("--answers", "nowhere.jsonl", "--out", "base"), "name a folder for the head alone"),
     ],
