@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 HEADS, KV_HEADS, H, MLP, EPS, THETA = 4, 2, 6, 20, 1e-5, 10000.0
 KNOWN = 40  # ids of a reduced vocabulary
+TAPS = (2, 1, 3)  # of a base of three layers
 
 
 def layer_config(base, known=KNOWN, **more):
@@ -60,6 +61,12 @@ def random_tensors(base, known=KNOWN, taps=3, seed=0, own=False, normed=False, r
         found["d2t"] = ids - np.arange(known)
         found["t2d"] = np.isin(np.arange(v), ids)
     return found
+
+
+def write_published(folder, base, known=KNOWN):
+    """A random head for a base of this configuration, as SafeAILab writes it but for its taps."""
+    about = layer_config(base, known, eagle_aux_hidden_state_layer_ids=list(TAPS))
+    return write_head(folder, random_tensors(base, known), about)
 
 
 def write_head(folder, tensors, config):

@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
+import tempfile
 from collections.abc import Callable
 
 import pytest
 from decoders import CONFIG, GROUPS, NEW, PROMPTS, autoregressive, joined, model
+from eagle_heads import write_published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +30,13 @@ def mesh_of(base):
     return tuple(base.layout.mesh.shape.values())
 
 
+def eagle(base):
+    with tempfile.TemporaryDirectory() as folder:
+        return es.EagleDrafter.load(write_published(pathlib.Path(folder), base.config), base)
+
+
 WAYS = {
+    "eagle": Way(eagle, ((3, 1), (2, 3))),
     "early-exit": Way(lambda base: es.EarlyExitDrafter(base), ((4, 1),), batches=False),
     "polybasic": Way(
         lambda base: es.PolybasicDrafter(
@@ -41,6 +50,8 @@ WAYS = {
     ),
     "prompt-lookup": Way(lambda base: es.PromptLookupDrafter(), ((4, 1), (3, 2))),
 }
+# Its own tests have what is quick.
+SLOW = {"eagle"}
 CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
 SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
 BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
@@ -67,6 +78,11 @@ def expected(prompts):
     return autoregressive().generate(list(map(list, prompts)), max_new_tokens=NEW).tokens
 
 
+def marked(ways):
+    """Those of SLOW with the slow tests."""
+    return [pytest.param(*w, marks=pytest.mark.slow) if w[0] in SLOW else w for w in ways]
+
+
 def frozen(prompts):
     return tuple(map(tuple, prompts))
 
@@ -74,12 +90,12 @@ def frozen(prompts):
 @pytest.mark.parametrize(
     ("name", "shape", "mesh_shape"),
     [
-        *((*way, (1, 1)) for way in SHAPES if way[0] != "polybasic"),
+        *((*way, (1, 1)) for way in SHAPES if way[0] not in ("polybasic", *SLOW)),
         # the others' own tests run them on a mesh, and polybasic's on one device
         *(
             pytest.param(*way, (1, 1), marks=pytest.mark.slow)
             for way in SHAPES
-            if way[0] == "polybasic"
+            if way[0] in ("polybasic", *SLOW)
         ),
         ("prompt-lookup", (3, 2), (4, 2)),
         *(pytest.param(*way, (4, 2), marks=pytest.mark.slow) for way in SHAPES[:-1]),
@@ -97,7 +113,7 @@ def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
     assert accepted > 0  # or nothing was tested
 
 
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(("name", "shape"), marked(SHAPES))
 @settings(max_examples=12, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=3, max_size=3),
@@ -112,7 +128,7 @@ def test_greedy_text_is_autoregressions_whatever_is_asked(name, shape, prompts, 
     assert sum(stats.emitted for stats in counted) == sum(map(len, want))
 
 
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(("name", "shape"), marked(SHAPES))
 def test_every_place_to_stop(name, shape):
     decoder, prompt = drafting(name, shape), [REPETITIVE[0]]
     (whole,) = autoregressive().generate(prompt, max_new_tokens=NEW).tokens
@@ -122,7 +138,7 @@ def test_every_place_to_stop(name, shape):
         assert sum(out.stats.accepted_per_depth) <= out.stats.emitted == len(out.tokens[0])
 
 
-@pytest.mark.parametrize(("name", "shape"), BATCHED)
+@pytest.mark.parametrize(("name", "shape"), marked(BATCHED))
 def test_finished_rows_never_change(name, shape):
     decoder, whole = drafting(name, shape), expected(frozen(REPETITIVE))
     eos = whole[0][3]
@@ -154,7 +170,7 @@ def test_a_stream_is_what_generate_gives(name, shape, s):
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((4, 2), marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "shape"), CHAINS)
+@pytest.mark.parametrize(("name", "shape"), marked(CHAINS))
 def test_a_session_continues_and_changes_its_conversation(name, shape, mesh_shape):
     """As a fresh start would, and from where an abandoned stream was left."""
     decoder, session = drafting(name, shape, mesh_shape), es.Session(max_len=48)

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from eagle_heads import write_published
 
 import easyspec_jax as es
 from easyspec_jax.checkpoint import read_metadata
@@ -45,6 +46,21 @@ def others(monkeypatch):
     monkeypatch.setattr(es, "PolybasicDrafter", polybasic)
     monkeypatch.setattr(es, "quantize_model", quantize_model)
     return seen
+
+
+@pytest.mark.slow
+def test_a_head_drafts_the_same_text(easyspec, checkpoints, tmp_path):
+    config = read_metadata(checkpoints / "base")[0]
+    head = write_published(tmp_path / "head", config)
+    _, want, _ = generate(easyspec)
+    how = ("--drafter", "eagle", "--head", head, "--tree-width", 2)
+    status, out, err = generate(easyspec, *how)
+    assert (status, out) == (0, want) and "acceptance rate" in err
+    status, _, err = generate(easyspec, "--drafter", "eagle")
+    assert status == 2 and "--drafter eagle needs --head" in err
+    (head / "model.safetensors").unlink()
+    status, _, err = generate(easyspec, *how)
+    assert status == 2 and "has no model.safetensors" in err
 
 
 @pytest.mark.slow

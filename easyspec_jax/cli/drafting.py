@@ -67,6 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no_calibrate": _FLAG | dict(help="leave the draft's cache fuzzy"),
     "parallel": dict(choices=PARALLEL, help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
+    "head": dict(metavar="FOLDER", help="an EAGLE-3 head: config.json and model.safetensors"),
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
     "middle": dict(metavar="MODEL", help="a model between base and draft"),
     "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
@@ -90,6 +91,10 @@ def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
 
 def _prompt_lookup(args: argparse.Namespace, base: es.Model, load: Load):
     return es.PromptLookupDrafter(**given(args, "max_ngram"))
+
+
+def _eagle(args: argparse.Namespace, base: es.Model, load: Load):
+    return es.EagleDrafter.load(args.head, base, **given(args, "candidates"))
 
 
 def _early_exit(args: argparse.Namespace, base: es.Model, load: Load):
@@ -131,6 +136,12 @@ KINDS = {
         needs=(("draft",),),
     ),
     "prompt-lookup": Kind("the text itself", _prompt_lookup, ("max_ngram", "tree_width")),
+    "eagle": Kind(
+        "a head trained for the base",
+        _eagle,
+        ("head", "candidates", "tree_width", "min_draft_probability"),
+        needs=(("head",),),
+    ),
     "early-exit": Kind(
         "the base's own early layers", _early_exit, ("exits", "min_draft_probability")
     ),

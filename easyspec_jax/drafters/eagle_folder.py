@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -27,6 +28,7 @@ from easyspec_jax.json_files import read_object
 from easyspec_jax.loading import abstract_model
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
+from easyspec_jax.quantized import look_up
 from easyspec_jax.sharding import specs_of
 
 # What a head's config.json says beside what a model's does.
@@ -39,7 +41,7 @@ OWN_KEYS = frozenset(
     """.split()
 )
 LAYERS = ("midlayer.", "layers.0.")
-TOP = ("fc", "norm", "lm_head", "embed_tokens", "input_norm", "embed_residual")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -61,7 +63,6 @@ class Description:
         shapes: dict[str, tuple[int, ...]] = {
             "fc.weight": (d, inputs),
             "norm.weight": (d,),
-            "lm_head.weight": (c.vocab_size, d),
             "layer.hidden_norm.weight": (d,),
         }
         for weight in weights.present(weights.LAYER_WEIGHTS, c).values():
@@ -77,7 +78,8 @@ class Description:
         """Of those that it may have."""
         d = self.config.embed_dim
         return {
-            "embed_tokens.weight": (self.vocab_size, d),
+            HEAD: (self.config.vocab_size, d),
+            EMBEDDING: (self.vocab_size, d),
             "embed_residual.weight": (d, d),
             "d2t": (self.config.vocab_size,),
             "t2d": (self.vocab_size,),
@@ -97,18 +99,19 @@ def load_head(folder: str | os.PathLike, base: Model, *, dtype: Any, layout: Any
         check_tensors(path, about, slices, base)
         ids = target_ids(slices["d2t"][:], about.vocab_size) if "d2t" in slices else None
         slices = {name: x for name, x in slices.items() if name not in ("d2t", "t2d")}
-        own = "embed_tokens.weight" in slices
+        own = EMBEDDING in slices
         dtype = base.dtype if dtype is None else dtype
         model, table = prototypes(about, base, own, dtype, layout)
         build = functools.partial(assemble, about=about, model=model, table=table, own=own)
         shapes = {n: jax.ShapeDtypeStruct(x.get_shape(), model.dtype) for n, x in slices.items()}
-        head = jax.eval_shape(build, shapes, ids)
+        rows = None if HEAD in slices else base.params.lm_head
+        head = jax.eval_shape(build, shapes, ids, rows)
         where = jax.tree.map(lambda spec: NamedSharding(base.layout.mesh, spec), specs_of(head))
         head = jax.tree.map(lambda x, at: x.update(sharding=at), head, where)
         if not isinstance(base.params.final_norm, jax.ShapeDtypeStruct):  # else to plan with
             check_memory(base.layout.mesh, {"head weights": device_bytes(head)})
             tensors = {name: read(path, name, x) for name, x in slices.items()}
-            head = jax.jit(build, out_shardings=where)(tensors, ids)
+            head = jax.jit(build, out_shardings=where)(tensors, ids, rows)
         return head if own else head.replace(embedding=table)
 
 
@@ -151,12 +154,11 @@ def describe(raw: dict[str, Any], base: Model) -> Description:
         config = config_from_hf(layer)
     except ValueError as error:
         raise ValueError(f"the head's config.json: {error}") from None
-    num_layers = base.config.num_layers
     about = Description(
         config=config,
         vocab_size=base.config.vocab_size if vocab_size is None else vocab_size,
         base_dim=said.get("target_hidden_size", config.embed_dim),
-        taps=taps_of(raw, eagle, num_layers),
+        taps=taps_of(raw, eagle, base.config.num_layers),
         norm_before_fc=flags.pop("norm_before_fc"),
         flags=flags,
     )
@@ -247,11 +249,12 @@ def check_tensors(
     if about.config.vocab_size != about.vocab_size and "d2t" not in shapes:
         raise ValueError(f"{folder} lacks d2t: what its {about.config.vocab_size} ids are")
     width = base.config.embed_dim
-    if "embed_tokens.weight" not in shapes and about.config.embed_dim != width:
-        raise ValueError(
-            f"{folder} lacks embed_tokens.weight: the base's embeddings have {width} numbers, the "
-            f"head takes {about.config.embed_dim}"
-        )
+    for name in (EMBEDDING, HEAD):  # without one the base's is taken
+        if name not in shapes and about.config.embed_dim != width:
+            raise ValueError(
+                f"{folder} lacks {name}, and the base's is {width} numbers wide where the head has "
+                f"{about.config.embed_dim}"
+            )
 
 
 def target_ids(d2t: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -305,13 +308,18 @@ def prototypes(
 def assemble(
     tensors: dict[str, Any],
     ids: Any,
+    rows: Any,
     *,
     about: Description,
     model: Model,
     table: Model,
     own: bool,
 ) -> EagleHead:
-    """A head of tensors as they are stored; without an embedding where it is the base's."""
+    """A head of tensors as they are stored; without an embedding where it is the base's.
+
+    Args:
+      rows: the base's own head, where that is taken.
+    """
     c, layout = about.config, model.layout
     tensors = {name: x.astype(model.dtype) for name, x in tensors.items()}
     layer: dict[str, Any] = {"attn_norm": None}
@@ -321,13 +329,17 @@ def assemble(
             shape = (2 * c.embed_dim, *shape[1:])
         if weight.name != "attn_norm":
             layer[weight.name] = (x.T if weight.num_inputs else x).reshape(shape)
-    top = {"embed": tensors["lm_head.weight"], "final_norm": tensors["norm.weight"]}
+    if rows is not None:
+        taken = jnp.arange(about.vocab_size, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
+        axis = 0 if layout.for_gpu else 1
+        tensors[HEAD] = look_up(rows, taken[None], axis, model.dtype)[0]
+    top = {"embed": tensors[HEAD], "final_norm": tensors["norm.weight"]}
     top = weights.arrange_top(top, layout)
     blocks = (weights.arrange_block([layer], layout),)
     matrix = lambda x: x if x is None or layout.for_gpu else x.T  # noqa: E731
     embedding: Any = None
     if own:
-        embed = tensors["embed_tokens.weight"]
+        embed = tensors[EMBEDDING]
         embedding = table.replace(
             params=table.params.replace(embed=embed, final_norm=top["final_norm"])
         )

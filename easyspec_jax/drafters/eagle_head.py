@@ -1,8 +1,8 @@
 """An EAGLE-3 head (arXiv 2503.01840): one layer that goes on from what the base knows already.
 
-What it reads at position p is a *pair*: the token there, and what was known one position before: the
-base's residual stream at a few taps, fused by one matrix; or, where the base has not been yet, its
-own output. So a single layer guesses what the base would say next.
+What it reads at position p is a *pair*: the token there, and what was known one position before.
+That is the base's residual stream at a few taps, fused by one matrix; or, where the base has not
+been yet, its own output. So a single layer guesses what the base would say next.
 """
 
 from __future__ import annotations
