@@ -96,7 +96,8 @@ class Chain:
             scores = np.array([one @ keys[group] for keys, _ in self.entries]) / np.sqrt(h)
             shares = np.exp(scores - scores.max())
             shares /= shares.sum()
-            found.append(sum(s * values[group] for s, (_, values) in zip(shares, self.entries)))
+            each = zip(shares, self.entries, strict=True)
+            found.append(sum(s * values[group] for s, (_, values) in each))
         x = g + np.concatenate(found) @ head["midlayer.self_attn.o_proj.weight"]
         if EMBED_RESIDUAL in head:
             x = x + e @ head[EMBED_RESIDUAL]
@@ -106,9 +107,7 @@ class Chain:
         return x + (gate / (1 + np.exp(-gate)) * up) @ head["midlayer.mlp.down_proj.weight"]
 
 
-@pytest.mark.parametrize(
-    "embed_residual", [True, pytest.param(False, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("embed_residual", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_depth_sees_what_drafting_would_show_it(embed_residual):
     said = [Answer([3, 4, 5], [6, 7, 8, 9], 0.0), Answer([5], [4, 3, 9], 0.0)]
     texts = texts_of(said, [[0, 1], []], (16, 12))
@@ -158,7 +157,6 @@ def test_packed_texts_have_the_features_of_each_alone(tmp_path):
 
 
 def run_training(folder, options=OPTIONS, **changes):
-    folder.mkdir(exist_ok=True)
     options = dataclasses.replace(options, **changes)
     return train(base(), answers(), folder, options, disable=True)
 

@@ -59,7 +59,6 @@ def walk(accepted: np.ndarray, since: np.ndarray) -> tuple[int, int]:
     """Tokens and steps of decoding every sequence."""
     tokens = steps = place = 0
     while place < len(since) and since[place] >= 0:
-        new = int(accepted[place]) + 1
         end = place + 1
         while end < len(since) and since[end] > 0:
             end += 1
@@ -79,7 +78,8 @@ def measure(
     """Of held-out rows: queries, how often each depth is right where it is fed with the text, how
     often where all before it are, and tokens per step with as many draft tokens as depths.
     """
-    hits, count, reached = (np.zeros(num_depths + 1, np.int64) for _ in range(3))
+    hits, count = np.zeros((2, num_depths), np.int64)
+    reached = np.zeros(num_depths + 1, np.int64)
     tokens = steps = 0
     for first in range(0, len(rows), source.batch):
         texts, features = source(rows[first : first + source.batch])
@@ -103,7 +103,7 @@ def measure(
             tokens, steps = tokens + new, steps + taken
     return {
         "queries": int(count[0]),
-        "right": _shares(hits[:-1], count[:-1]),
+        "right": _shares(hits, count),
         "accepted": _shares(reached[1:], reached[:-1]),
         "num_draft_tokens": num_depths,
         "tokens_per_step": round(tokens / max(steps, 1), 4),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -154,6 +155,7 @@ class Data:
             found.append(self.rows[order[place]])
         return found
 
+    @functools.cached_property
     def digest(self) -> str:
         """Of all that a step depends on."""
         options = dataclasses.asdict(self.options)
@@ -172,7 +174,7 @@ def train(
     Args:
       base: not in groups.
       answers: its own.
-      folder: exists; what a run that was broken off left in it is continued.
+      folder: what a run that was broken off left in it is continued.
       bar: options of tqdm.
 
     Raises:
@@ -183,7 +185,8 @@ def train(
     target = pathlib.Path(folder)
     kept = target / FEATURES if options.keep_features else None
     place = target / CHECKPOINT / _STATE_FILE
-    found = _read_state(place, data.digest())
+    found = _read_state(place, data.digest)
+    place.parent.mkdir(parents=True, exist_ok=True)
     source = FeatureSource(base, answers, data.taps, data.shape, options.num_rows, kept)
     vocabulary = _vocabulary(data, source, None if found is None else found["sizes"])
     state = _begin(data, vocabulary, optimiser)
@@ -191,7 +194,6 @@ def train(
     if found is not None:
         state = _restored(state, found)
         history, seconds = found["history"], found["seconds"]
-    place.parent.mkdir(exist_ok=True)
     run = _Run(data, source, vocabulary, optimiser, place, history, seconds)
     state = run.to_end(state, bar)
     head = jax.device_get(state.head)
@@ -338,7 +340,7 @@ class _Run:
     def _save(self, state: TrainState) -> None:
         """Write the checkpoint, whole or not at all; only at points of the curve."""
         leaves = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-        about = {"digest": self.data.digest(), "seconds": self.seconds, "history": self.history}
+        about = {"digest": self.data.digest, "seconds": self.seconds, "history": self.history}
         leaves["sizes"] = np.asarray(self.vocabulary.sizes)
         leaves["about"] = np.array(json.dumps(about))
         temporary = self.place.with_name("writing.npz")
