@@ -20,6 +20,7 @@ PAGES = {str(page.relative_to(ROOT)): page for page in sorted(PAGES)}
 CONTRIBUTING = ".github/CONTRIBUTING.md"
 HISTORY = (".github/CHANGELOG.md", "experiments/README.md")  # name what was there once, too
 COMMANDS = {"generate", "chat", "convert", "info", "plan", "program", "tune", "demo"}
+COMMANDS |= {"train-head"}
 
 
 @functools.cache

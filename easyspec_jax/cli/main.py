@@ -1,4 +1,5 @@
-"""The command line: `easyspec generate | chat | convert | info | plan | program | tune | demo`.
+"""The command line: `easyspec generate | chat | convert | info | plan | program | tune |
+train-head | demo`.
 
 Each command is a module with its arguments and what it does. Only here does the package set jax
 options, in `configure`, and turn errors into sentences and exit statuses.
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 
 import easyspec_jax as es
-from easyspec_jax.cli import chat, convert, demo, generate, info, plan, program, tune
+from easyspec_jax.cli import chat, convert, demo, generate, info, plan, program, train_head, tune
 from easyspec_jax.cli.options import MAX_DEVICES, flag
 from easyspec_jax.distributed import is_lost_peer
 from easyspec_jax.program import target
@@ -25,7 +26,7 @@ from easyspec_jax.sources import cache_root
 
 COMMANDS = {
     "generate": generate, "chat": chat, "convert": convert, "info": info, "plan": plan,
-    "program": program, "tune": tune, "demo": demo,
+    "program": program, "tune": tune, "train-head": train_head, "demo": demo,
 }  # fmt: skip
 
 
