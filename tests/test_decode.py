@@ -41,7 +41,7 @@ SHORT = [[1, 2, 3], [9, 8], [60]]
         *(pytest.param(self_drafting, m, 1, marks=slow) for m in MESHES[1:]),
         pytest.param(self_drafting, (1, 1), 4, marks=slow),
         (self_drafting, (4, 2), 4),
-        (stranger_drafting, (1, 1), 1),
+        pytest.param(stranger_drafting, (1, 1), 1, marks=slow),
     ],
 )
 def test_text_and_caches_are_exact_step_by_step(make, mesh_shape, width):
@@ -114,7 +114,7 @@ def test_without_calibration_errors_stay():
         # two slots, one layer of padding
         pytest.param((2, 4), (3,), 2, False, "attention", marks=slow),
         ((4, 2), GROUPS, 3, True, "layer"),
-        ((2, 4), (3,), 3, True, "indirect"),
+        pytest.param((2, 4), (3,), 3, True, "indirect", marks=slow),
     ],
 )
 def test_greedy_equals_autoregression_for_every_way_to_draft(
@@ -143,7 +143,7 @@ def test_a_bad_draft_costs_no_text(mesh_shape):
     [
         ((1, 1), 3, 4, GROUPS, True, None),
         pytest.param((1, 1), 1, 4, 1, False, None, marks=slow),
-        ((4, 2), 3, 4, GROUPS, True, 0.05),
+        pytest.param((4, 2), 3, 4, GROUPS, True, 0.05, marks=slow),
         pytest.param((4, 2), 5, 4, GROUPS, True, 0.001, marks=slow),
         pytest.param((2, 4), 3, 8, (3,), False, None, marks=slow),
         pytest.param((1, 8), 5, 2, 1, True, None, marks=slow),
@@ -339,7 +339,7 @@ def test_bfloat16_diverges_only_at_near_ties():
 # Stopping.
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
 def test_stop_inside_an_accepted_block(width):
     """Every place to stop, for a draft that is always right: nothing behind it is emitted or
     counted.
@@ -414,7 +414,7 @@ def test_stop_string_ends_with_the_token_that_completes_it():
     assert session.stats.emitted == len(text)
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
 def test_session_continues_a_conversation(width, monkeypatch):
     """A second turn gives what a fresh start gives, and absorbs only what is new."""
     decoder, session = self_drafting(width=width), es.Session(max_len=48)

@@ -48,13 +48,16 @@ def tiny_table(s, prompt=(3, 1)):
     return enumerate_sequences(tiny_decoder().base, prompt, s)
 
 
-def many_rows(decoder, s, rows=4096, seed=5):
+ROWS = 2048
+
+
+def many_rows(decoder, s, rows=ROWS, seed=5):
     """Three tokens behind one prompt, many times."""
     prompts = np.tile([[3, 1]], (rows, 1))
     return decoder.generate(prompts, max_new_tokens=3, sampling=s, seed=seed)
 
 
-def sequence_surprise(decoder, s, rows=4096):
+def sequence_surprise(decoder, s, rows=ROWS):
     return surprise(map(tuple, many_rows(decoder, s, rows).tokens), tiny_table(s))
 
 
@@ -148,8 +151,8 @@ def test_sampling_is_the_same_on_a_mesh(width):
 
 def test_rows_draw_independently_and_seeds_repeat():
     first, again, other = (
-        many_rows(tiny_decoder(), PLAIN, rows=512, seed=seed).tokens for seed in (0, 0, 1)
+        many_rows(tiny_decoder(), FILTERED, seed=seed).tokens for seed in (0, 0, 1)
     )
     assert first == again != other
-    assert len(set(map(tuple, first))) > 100  # of 216
+    assert len(set(map(tuple, first))) > 50  # of 216, most of them hardly likely
     assert sum(a == b for a, b in zip(first, other, strict=True)) < len(first) / 10

@@ -357,9 +357,8 @@ def test_only_the_layers_that_are_counted_run(monkeypatch):
     assert sum(n > 0 for n in report["chosen"]) > 1 and report["num_drafted"] > 0
 
 
-@pytest.mark.parametrize(
-    "mesh_shape", [(1, 1), pytest.param((4, 2), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)], ids=str)
 def test_the_compiled_loop_copies_no_cache(mesh_shape):
     """In optimised HLO: each of 3 layers is written once in each of 3 windows from its exit on,
     once while drafting below the last exit; no copies as large as an entry.

@@ -143,14 +143,15 @@ def test_a_call_forgets_what_lies_behind_its_start():
     )
     drafter, i32 = es.PromptLookupDrafter(), functools.partial(jnp.asarray, dtype=jnp.int32)
     state = drafter.init(1, 16, request)
-    state = drafter.prefill(state, request, i32([[1, 2, 3, 4, 3, 9, 3, 9]]), i32([0]), i32([8]))
-    key = jax.random.key(0)
-    proposal, state, cache = drafter.propose(
-        state, request, "cache", i32([[3, 0, 0]]), i32([2]), i32([1]), key
+    text = i32([[1, 2, 3, 4, 3, 9, 3, 9]])
+    state = jax.jit(drafter.prefill)(state, request, text, i32([0]), i32([8]))
+    propose, base, key = jax.jit(drafter.propose), jnp.float32(7), jax.random.key(0)
+    proposal, state, cache = propose(
+        state, request, base, i32([[3, 0, 0]]), i32([2]), i32([1]), key
     )
-    assert not proposal.valid.any() and cache == "cache"  # 1 2 3, whatever stood behind it
+    assert not proposal.valid.any() and cache == base  # 1 2 3, whatever stood behind it
     recent = i32([[7, 1, 2]]), i32([3]), i32([3])
-    proposal, state, _ = drafter.propose(state, request, "cache", *recent, key)
+    proposal, state, _ = propose(state, request, base, *recent, key)
     assert proposal.tokens.tolist() == [[3, 7]] and proposal.valid.all()
 
 
