@@ -44,12 +44,12 @@ WAYS = {
 CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
 SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
 BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
-# polybasic's own tests have rows that stop apart
+# rows of polybasic's that stop apart are below
 OFTEN = [
     pytest.param(*way, marks=pytest.mark.slow) if way[0] == "polybasic" else way for way in SHAPES
 ]
-STREAMS = [(name, shape, es.Sampling()) for name, shape in CHAINS]
-STREAMS += [(n, way.shapes[-1], es.Sampling(temperature=0.9, top_k=30)) for n, way in WAYS.items()]
+DRAWN = es.Sampling(temperature=0.9, top_k=30)
+STREAMS = [(name, way.shapes[-1], DRAWN) for name, way in WAYS.items()]
 REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
 
 

@@ -86,9 +86,7 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompt, new, eos, how):
     ("mesh_shape", "exits", "gamma", "adaptive"),
     [
         ((4, 2), (1, 2), 7, True),
-        ((1, 1), None, 1, True),
         ((1, 1), (2,), 18, True),
-        ((4, 2), (2,), 5, False),
         ((2, 4), None, 6, True),
     ],
 )
@@ -172,8 +170,6 @@ def sequence_surprise(decoder, s, rows=4096):
     [
         (PLAIN, (1, 2), True),
         (FILTERED, (2,), False),
-        (FILTERED, None, True),
-        (PLAIN, (2,), False),
     ],
 )
 def test_sampled_sequences_follow_the_base(s, exits, adaptive):
