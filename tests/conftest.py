@@ -106,6 +106,7 @@ def pytest_runtest_teardown(item, nextitem):
     if not same_file or resident_bytes() > 3 * 2**29:
         jax.clear_caches()
         gc.collect()
+        gc.freeze()  # modules that tests imported: Orbax has all looked through for every part
         if hasattr(LIBC, "malloc_trim"):  # glibc keeps what is freed otherwise
             LIBC.malloc_trim(0)
 
