@@ -88,9 +88,12 @@ def known_flags():
 
 
 def pytest_collection_finish():
-    """What was imported is never garbage: looking through it took half the time of some files."""
+    """What was imported is never garbage: looking through it took half the time of some files. Of
+    what tracing makes hardly anything is, so it is looked through more seldom.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.hookimpl(trylast=True)
@@ -103,6 +106,7 @@ def pytest_runtest_teardown(item, nextitem):
     if not same_file or resident_bytes() > 3 * 2**29:
         jax.clear_caches()
         gc.collect()
+        gc.freeze()  # modules that tests imported: Orbax has all looked through for every part
         if hasattr(LIBC, "malloc_trim"):  # glibc keeps what is freed otherwise
             LIBC.malloc_trim(0)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -214,6 +215,12 @@ def load_all(folder: pathlib.Path, num_layers: int = 3) -> dict[str, np.ndarray]
 def run(src, dst, **options) -> pathlib.Path:
     """Convert without a progress bar."""
     return convert.convert(src, dst, progress=False, **options)
+
+
+def without_logs(stderr: str) -> str:
+    """What a process said itself: jax's CUDA plugin logs whatever its level is said to be."""
+    log = r"(WARNING: All log messages before absl::|[IWEF]\d{4} ).*\n"
+    return re.sub(log, "", stderr)
 
 
 MODELS = pathlib.Path(os.environ.get("EASYSPEC_MODELS", "~/.cache/easyspec-models")).expanduser()

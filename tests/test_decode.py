@@ -41,7 +41,7 @@ SHORT = [[1, 2, 3], [9, 8], [60]]
         *(pytest.param(self_drafting, m, 1, marks=slow) for m in MESHES[1:]),
         pytest.param(self_drafting, (1, 1), 4, marks=slow),
         (self_drafting, (4, 2), 4),
-        (stranger_drafting, (1, 1), 1),
+        pytest.param(stranger_drafting, (1, 1), 1, marks=slow),
     ],
 )
 def test_text_and_caches_are_exact_step_by_step(make, mesh_shape, width):
@@ -109,12 +109,10 @@ def test_without_calibration_errors_stay():
     [
         ((1, 1), GROUPS, 3, True, "attention"),
         ((1, 1), GROUPS, 1, False, "attention"),
-        pytest.param((1, 1), 1, 1, True, "attention", marks=slow),
-        pytest.param((1, 1), GROUPS, 5, False, "attention", marks=slow),
         # two slots, one layer of padding
         pytest.param((2, 4), (3,), 2, False, "attention", marks=slow),
         ((4, 2), GROUPS, 3, True, "layer"),
-        ((2, 4), (3,), 3, True, "indirect"),
+        pytest.param((2, 4), (3,), 3, True, "indirect", marks=slow),
     ],
 )
 def test_greedy_equals_autoregression_for_every_way_to_draft(
@@ -128,9 +126,7 @@ def test_greedy_equals_autoregression_for_every_way_to_draft(
     assert got.stats.emitted == want.stats.emitted
 
 
-@pytest.mark.parametrize(
-    "mesh_shape", [(1, 1), *(pytest.param(m, marks=slow) for m in [(4, 2), (1, 8), (2, 4)])]
-)
+@pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((4, 2), marks=slow)])
 def test_a_bad_draft_costs_no_text(mesh_shape):
     want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
     assert autoregressive(mesh_shape).generate(PROMPTS, max_new_tokens=NEW).tokens == want
@@ -143,10 +139,8 @@ def test_a_bad_draft_costs_no_text(mesh_shape):
     [
         ((1, 1), 3, 4, GROUPS, True, None),
         pytest.param((1, 1), 1, 4, 1, False, None, marks=slow),
-        ((4, 2), 3, 4, GROUPS, True, 0.05),
-        pytest.param((4, 2), 5, 4, GROUPS, True, 0.001, marks=slow),
+        pytest.param((4, 2), 3, 4, GROUPS, True, 0.05, marks=slow),
         pytest.param((2, 4), 3, 8, (3,), False, None, marks=slow),
-        pytest.param((1, 8), 5, 2, 1, True, None, marks=slow),
     ],
 )
 def test_greedy_trees_equal_autoregression(mesh_shape, gamma, width, group_size, calibrate, least):
@@ -210,7 +204,7 @@ OTHER_LAYOUTS = [
 @slow
 @pytest.mark.parametrize(
     "layout",
-    OTHER_LAYOUTS,
+    OTHER_LAYOUTS[1:3],  # models drawn at random have them all
     ids=str,
 )
 def test_a_draft_may_be_laid_out_in_any_way(layout):
@@ -236,11 +230,8 @@ def test_a_draft_may_be_laid_out_in_any_way(layout):
 @pytest.mark.parametrize(
     ("mesh_shape", "heads", "size", "layout"),
     [
-        ((1, 1), (28, 4), 4, "grouped"),
-        ((1, 8), (9, 3), 3, "grouped"),
         ((4, 2), (9, 3), 3, "grouped"),
         ((2, 4), (28, 4), 3, "grouped"),
-        ((2, 4), (14, 2), 1, "grouped"),
     ],
     ids=str,
 )
@@ -339,7 +330,7 @@ def test_bfloat16_diverges_only_at_near_ties():
 # Stopping.
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
 def test_stop_inside_an_accepted_block(width):
     """Every place to stop, for a draft that is always right: nothing behind it is emitted or
     counted.
@@ -414,7 +405,7 @@ def test_stop_string_ends_with_the_token_that_completes_it():
     assert session.stats.emitted == len(text)
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
 def test_session_continues_a_conversation(width, monkeypatch):
     """A second turn gives what a fresh start gives, and absorbs only what is new."""
     decoder, session = self_drafting(width=width), es.Session(max_len=48)

@@ -94,7 +94,13 @@ def torch_logits(folder, tokens, dtype):
             return model(torch.tensor(tokens)).logits.double().numpy()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# each is half of another, as a variant of its own
+COVERED = {"llama-mha", "llama-tied", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in COVERED else n for n in CONFIGS]
+)
 def test_logits_and_cache_equal_the_reference(name, load):
     model = load(name)
     got, cache = reference.run_library(model, TOKENS, reference.empty_cache(model, 3, 16))
@@ -249,7 +255,7 @@ def test_rotary_frequencies_by_hand():
     np.testing.assert_allclose(blended, [1.0, 0.1 / 3 + 0.0125 * 2 / 3])
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_logits_of_texts(mesh_shape):
     m = decoders.model(mesh_shape)
     text = [[1, 2, 3, 4], [9, 8, 7, 6]]

@@ -91,10 +91,7 @@ def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, middl
     [
         ("base", "own verification", (1, 1), {"gamma": 4, "mu": 2}),
         pytest.param("stranger", "stranger", (4, 2), {}, marks=slow),
-        pytest.param("base", "self", (4, 2), {"gamma": 5, "mu": 1}, marks=slow),
         pytest.param("base", "stranger", (1, 1), {"gamma": 3, "mu": 2}, marks=slow),
-        pytest.param("base", "stranger", (2, 4), {"gamma": 9, "mu": 4}, marks=slow),
-        pytest.param("base", "chain", (1, 1), {"gamma": 8, "mu": 4}, marks=slow),
         pytest.param("stranger", "chain", (4, 2), {"gamma": 6, "mu": 3}, marks=slow),
         pytest.param(
             "stranger", "self", (1, 1), {"min_draft_probability": 0.1, "gamma": 8}, marks=slow
@@ -200,7 +197,7 @@ def chain_surprise(decoder, s):
 @slow
 @pytest.mark.parametrize(
     ("s", "mu"),
-    [(FILTERED, 2), (PLAIN, 2), (PLAIN, 1)],
+    [(FILTERED, 2), (PLAIN, 1)],
 )
 def test_sampled_sequences_follow_the_base(s, mu):
     assert chain_surprise(tiny_chain(mu=mu), s) < 5

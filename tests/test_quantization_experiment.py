@@ -22,6 +22,7 @@ def test_means_are_over_tokens_and_errors_over_texts(script):
     assert stderr == pytest.approx(math.sqrt((1.5**2 + 1.5**2) * 2) / 4)
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_on_texts_and_on_a_draft(checkpoints, tmp_path, script, capsys):
     out = tmp_path / "out.jsonl"
     (tmp_path / "prompts.txt").write_text("a b c a\nc a b\n")

@@ -181,7 +181,15 @@ def decoder_of(mesh_shape, kind, group, *, draft_only=False, minima=None, **opti
     "gpus, shape, kind, group, options",
     [
         pytest.param(False, (4, 2), "int4", 8, {"num_draft_tokens": 3}, marks=pytest.mark.slow),
-        (True, (4, 2), "int4", 8, {"num_draft_tokens": 3, "tree_width": 2}),
+        (True, (1, 1), "int4", 8, {"num_draft_tokens": 3}),
+        pytest.param(
+            True,
+            (4, 2),
+            "int4",
+            8,
+            {"num_draft_tokens": 3, "tree_width": 2},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(True, (1, 8), "int8", None, {}, marks=pytest.mark.slow),
         pytest.param(False, (2, 4), "fp8", None, {"tree_width": 2}, marks=pytest.mark.slow),
         pytest.param(True, (8, 1), "int4", 2, {"draft_only": True}, marks=pytest.mark.slow),
@@ -221,7 +229,10 @@ def source(tmp_path_factory):
     return write_hf_folder(tmp_path_factory.mktemp("hf"), tiny_config("llama"))
 
 
-STORED = [("int8", None), ("int4", 8), pytest.param(("fp8", None), marks=pytest.mark.slow)]
+STORED = [
+    ("int4", 8),
+    *(pytest.param((kind, None), marks=pytest.mark.slow) for kind in ("int8", "fp8")),
+]
 
 
 @pytest.fixture(scope="module", params=STORED, ids=str)
@@ -353,7 +364,8 @@ def test_a_cache_of_codes_is_written_and_kept_like_any_other(in_one):
 @pytest.mark.parametrize(
     "gpus, shape, kind, options",
     [
-        (False, (4, 2), "int8", {"num_draft_tokens": 3}),
+        pytest.param(False, (4, 2), "int8", {"num_draft_tokens": 3}, marks=pytest.mark.slow),
+        (True, (1, 1), "int8", {"num_draft_tokens": 3}),
         pytest.param(True, (4, 2), "int8", {"tree_width": 2}, marks=pytest.mark.slow),
         pytest.param(True, (1, 1), "fp8", {"tree_width": 2}, marks=pytest.mark.slow),
         pytest.param(False, (2, 4), "fp8", {}, marks=pytest.mark.slow),

@@ -24,6 +24,7 @@ from easyspec_jax import checkpoint, memory
 from easyspec_jax.layer_parallel import run_fuzzy
 from easyspec_jax.sharding import LAYOUTS, LayoutRules, make_layout
 
+slow = pytest.mark.slow
 MESHES = [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4)]
 BOTH = ("layer", "tensor")
 TOKENS = np.random.default_rng(2).integers(0, 60, (2, 5))
@@ -228,15 +229,16 @@ def test_one_log_line_says_what_is_replicated(caplog):
 # --- one model on every mesh ---
 
 
-# One device has one layout, and all is replicated of the first on a mesh of one axis.
-COVERED = {("9/3", (1, 8)), ("9/3", (8, 1)), ("8/8 tied", (8, 1))}
-COVERED |= {(name, (1, 1)) for name in MODELS if name != "9/3"}
+# One device has one layout, and the first is replicated on all meshes of eight. Each of the others
+# has a mesh that splits it as no other does; the slow tests have them all.
+OFTEN = {("9/3", (1, 1)), ("9/3", (4, 2)), ("8/8 tied", (4, 2)), ("8/1 bias", (4, 2))}
+OFTEN |= {("16/4 bias", (4, 2)), ("16/4 bias", (2, 4)), ("8/1 bias", (1, 8))}
 
 
 @pytest.mark.parametrize(
     "name, shape",
     [
-        pytest.param(*case, marks=[pytest.mark.slow] if case in COVERED else [])
+        pytest.param(*case, marks=[] if case in OFTEN else [slow])
         for case in itertools.product(MODELS, MESHES)
     ],
     ids=str,
@@ -255,7 +257,7 @@ def test_one_checkpoint_gives_the_same_logits_and_cache_on_every_mesh(name, shap
 @pytest.mark.parametrize(
     "name, shape, groups, layout",
     [
-        ("9/3", (4, 2), (2,), None),
+        pytest.param("9/3", (4, 2), (2,), None, marks=slow),
         ("16/4 bias", (2, 4), 1, None),  # queries apart from keys and values
         ("8/8 tied", (4, 2), (2,), "grouped"),
         ("8/1 bias", (1, 1), (2,), None),
@@ -328,8 +330,14 @@ def test_without_a_mesh_all_devices_are_used(checkpoints):
 
 
 @pytest.mark.parametrize("partition", [1, (2,)], ids=["alone", "grouped"])
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", ["9/3", "8/1 bias"])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        pytest.param(*case, marks=[] if case in OFTEN else [slow])
+        for case in itertools.product(["9/3", "8/1 bias"], MESHES)
+    ],
+    ids=str,
+)
 def test_budgeted_bytes_are_the_bytes_of_the_arrays(name, shape, partition, load):
     model = load(name, shape, partition)
     config, mesh = model.config, model.layout.mesh

@@ -12,7 +12,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from hf_models import real_model, run, tiny_config, write_hf_folder
+from hf_models import run, tiny_config, write_hf_folder
 from test_gguf import untokenized, write_gguf
 
 import convert
@@ -245,17 +245,3 @@ def test_the_command_line_takes_a_folder_in_every_place(easyspec, cache):
     assert easyspec(*plain)[1] == out
     assert easyspec("info", "hf-base")[0] == 0
     assert easyspec("chat", "--base", "hf-base", "--tensor", 1, "--max-new-tokens", 4)[0] == 0
-
-
-@pytest.mark.real
-@slow
-@pytest.mark.parametrize("name, file", [("smollm2-135m", "source.gguf"), ("stories15m", "")])
-def test_real_models_straight_from_their_sources(name, file, cache):
-    source = real_model(name) / file
-    model = load(source)
-    tokenizer = es.Tokenizer(sources.find_checkpoint(source))
-    out = es.Decoder(model).generate([tokenizer.encode("Once upon a time")], max_new_tokens=8)
-    same = load(real_model(name))
-    assert out.tokens == es.Decoder(same).generate(
-        [tokenizer.encode("Once upon a time")], max_new_tokens=8
-    ).tokens  # fmt: skip
