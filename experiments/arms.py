@@ -11,10 +11,12 @@ from easyspec_jax.engine import PREFILL_CHUNKS
 
 LAYERED = ("exact", "calibrated", "uncalibrated")  # with a draft model, in groups or not
 PEERS = ("transformers", "assisted", "assisted-constant")
-OTHERS = ("prompt-lookup", "fallback", "early-exit", "polybasic")
+HEADS = ("eagle", "lookup-eagle")  # an EAGLE-3 head, alone and behind prompt lookup
+OTHERS = ("prompt-lookup", "fallback", *HEADS, "early-exit", "polybasic")
 ARMS = ("autoregression", *LAYERED, *OTHERS, *PEERS)
 NEED_DRAFT = (*LAYERED, "fallback", "polybasic")
-CHAINS = ("autoregression", "fallback", "early-exit", "polybasic")  # no trees
+# no trees
+CHAINS = ("autoregression", "fallback", "lookup-eagle", "early-exit", "polybasic")
 Answer = tuple[list[int], es.Stats | None]
 
 
@@ -39,7 +41,7 @@ def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
     decoders = {}
     for name, full, drafter in _drafters(args, base):
         depth = args.num_draft_tokens + (args.mu if name == "polybasic" else 0)
-        least = None if name in ("prompt-lookup", "fallback") else args.min_draft_probability
+        least = None if name in ("prompt-lookup", "fallback", "lookup-eagle") else args.min_draft_probability
         for width in [1] if name in CHAINS else args.tree_width:
             several = name not in CHAINS and len(args.tree_width) > 1
             decoders[full + (f", width {width}" if several else "")] = es.Decoder(
@@ -78,6 +80,9 @@ def _drafters(args, base) -> Iterator[tuple[str, str, es.Drafter | None]]:
             yield name, name, None
         elif name == "prompt-lookup":
             yield name, name, es.PromptLookupDrafter(max_ngram=args.max_ngram)
+        elif name in HEADS:
+            drafter = es.EagleDrafter.load(args.head, base)
+            yield name, name, drafter if name == "eagle" else _behind_lookup(args, drafter)
         elif name == "early-exit":
             yield name, name, es.EarlyExitDrafter(base, exits=args.exits)
         elif name == "polybasic":
@@ -89,9 +94,14 @@ def _drafters(args, base) -> Iterator[tuple[str, str, es.Drafter | None]]:
                 full = name + (f", group {size}" if len(sizes) > 1 else "")
                 drafter = es.LayerParallelDrafter(draft(size), calibrate=name != "uncalibrated")
                 if name == "fallback":
-                    lookup = es.PromptLookupDrafter(max_ngram=args.max_ngram, min_ngram=3)
-                    drafter = es.FallbackDrafter(lookup, drafter)
+                    drafter = _behind_lookup(args, drafter)
                 yield name, full, drafter
+
+
+def _behind_lookup(args, drafter: es.Drafter) -> es.Drafter:
+    """Prompt lookup first, and this where it finds nothing."""
+    lookup = es.PromptLookupDrafter(max_ngram=args.max_ngram, min_ngram=min(args.max_ngram, 3))
+    return es.FallbackDrafter(lookup, drafter)
 
 
 def _middle(args, base) -> es.Model:

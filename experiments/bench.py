@@ -25,7 +25,7 @@ import time
 from typing import Any
 
 import jax
-from arms import ARMS, NEED_DRAFT, PEERS, Arm, check_peers, own_arms, peer_arms
+from arms import ARMS, HEADS, NEED_DRAFT, PEERS, Arm, check_peers, own_arms, peer_arms
 from ceiling import device_bandwidth, streamed_bytes, top_gap
 from prompt_sets import FILES, read_prompts
 from records import append, commit, machine, without_places
@@ -286,6 +286,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tree-width", type=numbers, default=[1], metavar="W[,W]")
     p.add_argument("--min-draft-probability", type=float, help="stop a draft model early")
     p.add_argument("--max-ngram", type=int, default=3, help="of the arm prompt-lookup")
+    p.add_argument("--head", help="folder of an EAGLE-3 head, of the arms eagle and lookup-eagle")
     p.add_argument("--exits", type=layers, metavar="L,L,..", help="layers, of the arm early-exit")
     p.add_argument("--middle", help="converted checkpoint, of the arm polybasic")
     p.add_argument("--middle-bits", type=int, choices=(4, 8), help="or the base in so many bits")
@@ -318,7 +319,9 @@ def _check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error("--set or --prompts is needed")
     needing = [arm for arm in args.arms if arm in NEED_DRAFT]
     if not args.draft and needing:
-        p.error(f"speculative arms but prompt-lookup and early-exit need --draft, {needing[0]} too")
+        p.error(f"arms with a draft model need --draft, {needing[0]} too")
+    if bool(set(args.arms) & {*HEADS}) != bool(args.head):
+        p.error("the arms eagle and lookup-eagle, and no other, need --head")
     if ("polybasic" in args.arms) != bool(args.middle or args.middle_bits):
         p.error("the arm polybasic, and no other, needs --middle or --middle-bits")
     if args.middle and args.middle_bits:
