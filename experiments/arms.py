@@ -15,6 +15,7 @@ HEADS = ("eagle", "lookup-eagle")  # an EAGLE-3 head, alone and behind prompt lo
 OTHERS = ("prompt-lookup", "fallback", *HEADS, "early-exit", "polybasic")
 ARMS = ("autoregression", *LAYERED, *OTHERS, *PEERS)
 NEED_DRAFT = (*LAYERED, "fallback", "polybasic")
+LOOKUPS = ("prompt-lookup", "fallback", "lookup-eagle")  # know no probabilities
 # no trees
 CHAINS = ("autoregression", "fallback", "lookup-eagle", "early-exit", "polybasic")
 Answer = tuple[list[int], es.Stats | None]
@@ -41,7 +42,7 @@ def own_arms(args: argparse.Namespace, base: es.Model) -> dict[str, Arm]:
     decoders = {}
     for name, full, drafter in _drafters(args, base):
         depth = args.num_draft_tokens + (args.mu if name == "polybasic" else 0)
-        least = None if name in ("prompt-lookup", "fallback", "lookup-eagle") else args.min_draft_probability
+        least = None if name in LOOKUPS else args.min_draft_probability
         for width in [1] if name in CHAINS else args.tree_width:
             several = name not in CHAINS and len(args.tree_width) > 1
             decoders[full + (f", width {width}" if several else "")] = es.Decoder(
