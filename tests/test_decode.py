@@ -111,7 +111,7 @@ def test_without_calibration_errors_stay():
         ((1, 1), GROUPS, 1, False, "attention"),
         # two slots, one layer of padding
         pytest.param((2, 4), (3,), 2, False, "attention", marks=slow),
-        ((4, 2), GROUPS, 3, True, "layer"),
+        pytest.param((4, 2), GROUPS, 3, True, "layer", marks=slow),
         pytest.param((2, 4), (3,), 3, True, "indirect", marks=slow),
     ],
 )

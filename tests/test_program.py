@@ -153,6 +153,7 @@ def test_mlps_and_vocabulary_are_split_as_asked():
     assert by_block(found, "draft")["block_1"] == sums(1, WIDTH, layers=8)
 
 
+@pytest.mark.slow  # test_layer_parallel.py has a pass
 def test_one_device_exchanges_nothing():
     assert collectives(pair((1, 1), LAYER)) == []
 
