@@ -152,7 +152,7 @@ def _load(
     draft_codes: es.Quantization | None,
 ) -> tuple[es.Model, es.Model]:
     """Base and draft, in the layout whose layers can be grouped anew; one model where they are."""
-    options = {"mesh": es.make_mesh(1, args.tensor), "layout": "tensor"}
+    options: dict[str, Any] = {"mesh": es.make_mesh(1, args.tensor), "layout": "tensor"}
     load = functools.partial(es.load_model, **options, **given(args, "dtype", "kv_dtype"))
     base = load(args.base, quantization=base_codes)
     if args.base == args.draft and base_codes == draft_codes:
