@@ -31,13 +31,28 @@ CONFIG = es.ModelConfig(
 )
 TAPS = (1, 2, 3)
 OPTIONS = Options(
-    taps=TAPS, num_epochs=8, num_rows=2, row_length=40, held_out=3, checkpoint_minutes=0
+    taps=TAPS,
+    num_epochs=8,
+    num_rows=2,
+    row_length=40,
+    learning_rate=0.05,
+    held_out=3,
+    checkpoint_minutes=0,
 )
 
 
 @functools.cache
-def base(dtype="float64"):
-    return es.random_model(CONFIG, es.make_mesh(1, 1), dtype=dtype, seed=3)
+def base(mesh_shape=(1, 1)):
+    """A random base whose layers say little: its next token follows from the last one, mostly."""
+    model = es.random_model(CONFIG, es.make_mesh(*mesh_shape), dtype="float64", seed=3)
+
+    def hushed(block):
+        attention = tuple(w.replace(wo=0.1 * w.wo) for w in block.attention)
+        mlp = tuple(w.replace(w_down=0.1 * w.w_down) for w in block.mlp)
+        return block.replace(attention=attention, mlp=mlp)
+
+    blocks = tuple(map(hushed, model.params.blocks))
+    return model.replace(params=model.params.replace(blocks=blocks))
 
 
 @functools.cache
@@ -156,9 +171,9 @@ def test_packed_texts_have_the_features_of_each_alone(tmp_path):
             np.testing.assert_array_equal(found.greedy[0, mine], asked.argmax(-1))
 
 
-def run_training(folder, options=OPTIONS, **changes):
-    options = dataclasses.replace(options, **changes)
-    return train(base(), answers(), folder, options, disable=True)
+def run_training(folder, mesh_shape=(1, 1), **changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    return train(base(mesh_shape), answers(), folder, options, disable=True)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +186,7 @@ def test_loss_falls_and_unseen_answers_are_drafted(trained):
     _, record = trained
     curve, held = record["curve"], record["held_out"]
     assert all(a > b for a, b in zip(curve[0]["loss"], curve[-1]["loss"], strict=True)), curve
-    assert held["right"][0] > 3 / CONFIG.vocab_size and held["tokens_per_step"] > 1.1, held
+    assert min(held["right"]) > 5 / CONFIG.vocab_size, held
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(trained, tmp_path, monkeypatch):
@@ -211,6 +226,18 @@ def test_a_folder_is_one_that_the_drafter_reads(trained):
     assert out.tokens == [one.answer for one in greedy]
     # The first token of an answer has no draft to follow from in training's count of steps.
     assert abs(out.stats.tokens_per_step - record["held_out"]["tokens_per_step"]) < 0.3
+
+
+@pytest.mark.slow
+def test_any_mesh_trains_the_same(trained, tmp_path):
+    """Rounding apart, which a pass over more devices has of its own: the first points agree."""
+    again = run_training(tmp_path / "head", (1, 2), keep_features=False)
+    for name in ("loss", "accuracy"):
+        np.testing.assert_allclose(
+            again["curve"][0][name], trained[1]["curve"][0][name], rtol=0.02, atol=0.02
+        )
+    with pytest.raises(ValueError, match="2 rows a step cannot be split over 4 devices"):
+        run_training(tmp_path / "other", (2, 2))
 
 
 def test_another_training_is_not_continued(trained, tmp_path):

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from easyspec_jax.config import ModelConfig, Sampling, is_integer, is_number
 from easyspec_jax.decode import Decoder
@@ -51,11 +52,11 @@ def read_answers(path: str | os.PathLike, config: ModelConfig) -> list[Answer]:
 def _parse(line: str, where: str, config: ModelConfig) -> Answer:
     record = parse_object(line, where)
     for name in ("prompt", "answer"):
-        ids = record.get(name)
+        ids: Any = record.get(name)
         sound = isinstance(ids, list) and ids and all(map(is_integer, ids))
         if not sound or not all(0 <= i < config.vocab_size for i in ids):
             raise ValueError(f"{where}: {name!r} must list token ids below {config.vocab_size}")
-    warm = record.get("temperature")
+    warm: Any = record.get("temperature")
     if not (is_number(warm) and warm >= 0):
         raise ValueError(f"{where}: 'temperature' must be a number of at least 0, not {warm!r}")
     return Answer(record["prompt"], record["answer"], float(warm))

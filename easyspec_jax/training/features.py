@@ -154,7 +154,8 @@ def _features(model: Model, texts: Texts, cache: KVCache, taps: tuple[int, ...])
         positions=texts.position,
         ancestors=same & before,
     )
-    x, _, streams = forward_tapped(model, texts.tokens, cache, taps, placement=placement)
+    found: Any = forward_tapped(model, texts.tokens, cache, taps, placement=placement)
+    x, _, streams = found
     asked = jnp.take_along_axis(x, texts.query[..., None], axis=1)
     # Row by row: logits of all of them would be the largest array there is.
     greedy = lax.map(lambda row: score(model, row[None]).argmax()[0], asked)

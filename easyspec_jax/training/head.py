@@ -66,7 +66,7 @@ def start_head(base: Model, sizes: np.ndarray, *, embed_residual: bool, seed: in
     whole = np.sqrt(np.mean(np.square(sizes[-1])))
     fc = np.zeros((len(sizes), d, d), np.float32)
     fc[-1] = np.diag(sizes[-1] / whole)
-    head = {"fc.weight": fc.reshape(-1, d)}
+    head: Head = {"fc.weight": fc.reshape(-1, d)}
     head["midlayer.input_layernorm.weight"] = np.ones(d, np.float32)
     head["midlayer.hidden_norm.weight"] = w["attn_norm"]
     head["midlayer.post_attention_layernorm.weight"] = w["mlp_norm"]

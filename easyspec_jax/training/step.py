@@ -110,7 +110,7 @@ def train_step(
     # optax mixes types and ranks, which whoever runs this may have forbidden.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         change, after = optimiser.update(slope, state.optimiser, state.head)
-        head = optax.apply_updates(state.head, change)
+        head: Any = optax.apply_updates(state.head, change)
     return TrainState(head=head, optimiser=after, step=state.step + 1), parts
 
 

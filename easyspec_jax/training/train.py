@@ -219,7 +219,7 @@ def train(
     return record
 
 
-def _vocabulary(data: Data, source: FeatureSource, sizes: np.ndarray | None) -> Vocabulary:
+def _vocabulary(data: Data, source: FeatureSource, sizes: Any) -> Vocabulary:
     """What is drafted, on all devices; `sizes` are measured on the first rows if nobody knows."""
     base = data.base
     if sizes is None:
