@@ -114,8 +114,8 @@ class Stats:
 
     @property
     def acceptance_rate(self) -> float:
-        """α: accepted / tried draft tokens; tried are the accepted ones and the one behind them,
-        where there is one. In a tree a depth counts once, however many siblings were tried there.
+        """α: accepted / tried draft tokens; tried are the accepted ones and, where the draft goes
+        on, the one behind them. In a tree a depth counts once, however many were tried there.
         """
         tried = sum(self.tried_per_depth)
         return sum(self.accepted_per_depth) / tried if tried else 0.0
