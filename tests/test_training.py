@@ -151,6 +151,7 @@ def test_every_depth_sees_what_drafting_would_show_it(embed_residual):
     assert checked == 4 + 3 + 2 + 2 + 1  # queries of both answers at depths 0, 1, 2
 
 
+@pytest.mark.slow
 def test_packed_texts_have_the_features_of_each_alone(tmp_path):
     """And those that were kept in a file are the same bits."""
     said = answers()[:5]
@@ -211,6 +212,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(trained, tmp_path, monke
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_folder_is_one_that_the_drafter_reads(trained):
     folder, record = trained
     tensors = load_file(folder / "model.safetensors")
@@ -281,6 +283,7 @@ def test_circles_are_found():
     assert loop_start([9, 8, *[1] * 8]) == 2
 
 
+@pytest.mark.slow
 def test_answers_go_on_where_they_ended(tmp_path):
     prompts = [[3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
     decoder, file = es.Decoder(base()), tmp_path / "answers.jsonl"
@@ -323,6 +326,7 @@ def test_the_command(easyspec, checkpoints, tmp_path):
     assert status == 1 and "holds a trained head" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
