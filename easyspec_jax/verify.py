@@ -312,10 +312,11 @@ def _reject_children(p, q, weight, below, tokens):
         child = below[..., r]
         there = child.any(axis=1)
         x = jnp.where(child, tokens[..., None], 0).sum(axis=1, dtype=jnp.int32)[..., None]
-        left_x, q_x = (jnp.take_along_axis(rows, x, axis=-1)[..., 0] for rows in (left, q))
-        weight_x = jnp.minimum(left_x * q_sum / jnp.maximum(q_x, tiny), 1.0)
+        share = q / jnp.maximum(q_sum, tiny)[..., None]  # at first: both may be next to nothing
+        left_x, share_x = (jnp.take_along_axis(rows, x, axis=-1)[..., 0] for rows in (left, share))
+        weight_x = jnp.minimum(left_x / jnp.maximum(share_x, tiny), 1.0)
         weights += jnp.where(child, weight_x[:, None], 0.0).sum(axis=-1)
-        rest = jnp.maximum(left - q / jnp.maximum(q_sum, tiny)[..., None], 0.0)
+        rest = jnp.maximum(left - share, 0.0)
         mass = rest.sum(axis=-1)
         total = mass + (1.0 - weight)
         reject = there & (total > 0)  # p = q leaves nothing: it is accepted
