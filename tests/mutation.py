@@ -21,7 +21,7 @@ BROKEN_RULES = {
     ("chosen", "too easily"): ("_pass_chosen", "< p_x", "< 1.3 * p_x"),
     ("chosen", "nothing removed"): ("_without_children", "set(0.0, mode", "add(0.0, mode"),
     ("drawn", "too easily"): ("_reject_children", "jnp.minimum(left_x", "jnp.minimum(1.3 * left_x"),
-    ("drawn", "no renormalisation"): ("_reject_children", "(share_x, tiny)", "(share_x * q_sum, tiny)"),
+    ("drawn", "no renormalisation"): ("_reject_children", "share_x, tiny", "share_x * q_sum, tiny"),
     ("drawn", "q keeps its token"): ("_reject_children", "there[..., None] & (ids == x)", "False"),
     ("drawn", "no residual"): ("_reject_children", "rest / total[..., None], left)", "left, left)"),
 }  # fmt: skip
