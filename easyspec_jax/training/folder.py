@@ -41,7 +41,7 @@ def write_head(
       rows: f32[V', D] of the base's head; None leaves them out.
       dtype: of floats.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     floats = dict(head) | {"fc.weight": head["fc.weight"] / sizes[:, None]}
     tensors = {name: np.asarray(x).T for name, x in floats.items()}
@@ -51,7 +51,8 @@ def write_head(
     tensors["d2t"] = ids.astype(np.int64) - np.arange(len(ids))
     tensors["t2d"] = np.isin(np.arange(config.vocab_size), ids)
     about = head_config(config, taps, len(ids), dtype)
-    save_file(tensors, folder / f".{WEIGHTS_FILE}", {"format": "pt"})
+    # Not save_file: that leaves a file which its owner alone may read.
+    (folder / f".{WEIGHTS_FILE}").write_bytes(save(tensors, {"format": "pt"}))
     os.replace(folder / f".{WEIGHTS_FILE}", folder / WEIGHTS_FILE)
     write_object(folder / f".{CONFIG_FILE}", about)
     os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
