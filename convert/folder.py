@@ -60,7 +60,7 @@ class FolderSource:
                 if rows.get_dtype() == Float8Rows.dtype:
                     rows = Float8Rows(path, starts[name], rows.get_shape())
                 self._slices[name] = rows
-        self.tensors = {name: header(rows) for name, rows in self._slices.items()}
+        self.tensors = {name: _header(rows) for name, rows in self._slices.items()}
         self.codes, self.note = "", ""
         self.matrices = {}  # by the names of weights: those stored as codes
         if scheme is not None:
@@ -170,7 +170,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def header(rows: Any) -> Tensor:
+def _header(rows: Any) -> Tensor:
     dtype: str = rows.get_dtype()
     return Tensor(tuple(rows.get_shape()), _DTYPE_NAMES.get(dtype, dtype))
 

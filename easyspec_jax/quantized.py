@@ -215,12 +215,8 @@ def quantise(w: jax.Array, inputs: tuple[int, ...], form: Form) -> Quantized:
     codes = codes if form.kind == "fp8" else jnp.round(codes)
     codes = jnp.clip(codes if minima is None else codes + smallest, smallest, largest_code)
     if form.group is not None:
-        scales, minima = (_each(lambda x: jnp.squeeze(x, axes), x) for x in (scales, minima))
+        scales, minima = (jax.tree.map(lambda x: jnp.squeeze(x, axes), x) for x in (scales, minima))
     return Quantized(codes.astype(dtype).reshape(w.shape), scales, minima, form.group)
-
-
-def _each(fn: Any, tree: Any) -> Any:
-    return jax.tree.map(fn, tree)
 
 
 def dequantise(w: Quantized) -> jax.Array:
@@ -264,7 +260,9 @@ def product(
         if not outputs_first:
             return product(x.astype(wide), dequantise(w).astype(wide), outputs_first=False)
         outputs = math.prod(w.shape) // x.shape[-1]
-        scales, minima = (_each(lambda a: a.reshape(outputs, -1), a) for a in (w.scales, w.minima))
+        scales, minima = (
+            jax.tree.map(lambda a: a.reshape(outputs, -1), a) for a in (w.scales, w.minima)
+        )
         if scales.shape[1] == 1 and minima is None:
             codes = w.codes.astype(x.dtype)
             out = product(x, codes, outputs_first=True, explicit_gemv=explicit_gemv)
@@ -288,7 +286,7 @@ def _by_groups(
     sum for every row, which the compiler fuses.
     """
     wide = wide_type(x.dtype)
-    scales, minima = (_each(lambda a: a[..., None], a) for a in (scales, minima))
+    scales, minima = (jax.tree.map(lambda a: a[..., None], a) for a in (scales, minima))
     w = _weights(codes, scales, minima, wide_type(scales.dtype)).astype(wide)
     wide_x = lax.optimization_barrier(x.astype(wide))  # else it is made again for every row
     rows = wide_x.reshape(-1, 1, *codes.shape[1:])

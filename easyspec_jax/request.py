@@ -224,8 +224,8 @@ def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
-def check_tokenizers(base: str | None, draft: str | None) -> None:
-    """Refuse tokenizers that are known (by their hashes) to differ.
+def check_tokenizers(base: str | None, draft: str | None, instead: str = "") -> None:
+    """Refuse tokenizers that are known (by their hashes) to differ; `instead` ends the message.
 
     Raises:
       ValueError: they do.
@@ -233,8 +233,7 @@ def check_tokenizers(base: str | None, draft: str | None) -> None:
     if None not in (base, draft) and base != draft:
         raise ValueError(
             "base and draft have different tokenizers: ordinary tokens have other ids, "
-            "so a draft could never be accepted; use a draft of the same family, or a "
-            "LayerParallelDrafter with a shared_vocabulary (--other-tokenizer)"
+            f"so a draft could never be accepted; use a draft of the same family{instead}"
         )
 
 
@@ -243,7 +242,8 @@ def _check_draft(base: Model, draft: Any) -> None:
         raise ValueError(f"a drafter drafts with a model, got {_kind(draft)}")
     if draft.layout.mesh != base.layout.mesh:
         raise ValueError("base and draft are on different meshes: load both with the same mesh")
-    check_tokenizers(base.tokenizer, draft.tokenizer)
+    instead = ", or a LayerParallelDrafter with a shared_vocabulary"
+    check_tokenizers(base.tokenizer, draft.tokenizer, instead)
     ours, theirs = draft.config.context, base.config.context
     if ours < theirs:
         warnings.warn(

@@ -176,7 +176,8 @@ class Scores(struct.PyTreeNode, kw_only=True):
     def _winners(self, k: int, *, total: bool = False) -> tuple[jax.Array, jax.Array, Any]:
         """The k largest, their ids and, if asked for, the logsumexp of each row, f32[B, m]."""
         if self.ids is not None:
-            own = self.replace(ids=None, vocab_size=len(self.ids))
+            share = jnp.where(self._known()[None, None], self.share, -jnp.inf)
+            own = self.replace(share=share, ids=None, vocab_size=len(self.ids))
             top, ids, sums = own._winners(k, total=total)
             return top, self.ids[ids], sums
         if not self.axes:
@@ -203,6 +204,13 @@ class Scores(struct.PyTreeNode, kw_only=True):
         top, at = lax.top_k(tops, k)
         ids = jnp.take_along_axis(ids, at, axis=-1).astype(jnp.int32)
         return top, ids, jax.nn.logsumexp(sums.astype(jnp.float32), axis=0) if total else None
+
+    def _known(self) -> jax.Array:
+        """Which ids of this device's share are below V, where they have names of their own."""
+        ids, size = self.ids, self.share.shape[-1]
+        if self.axes:
+            ids = lax.dynamic_slice_in_dim(ids, lax.axis_index(self.axes) * size, size)
+        return ids < self.vocab_size
 
     def _own(self) -> jax.Array:
         """This device's share, -inf where ids are cut."""

@@ -5,7 +5,8 @@
 
 Arms are autoregression, the speculative ones exact, calibrated and uncalibrated (the draft layer
 after layer, or in groups with and without calibration), prompt-lookup, fallback (that, else
-calibrated), early-exit and polybasic (whose draft runs layer after layer), and transformers'
+calibrated), eagle and lookup-eagle (a head, alone and behind lookup; with --head), early-exit and
+polybasic (whose draft runs layer after layer), and transformers'
 generate and assisted generation in float32 (transformers, assisted, assisted-constant; with
 --base-hf and --draft-hf). Every arm answers a prompt before any sees the next one, after a warm-up
 that compiles; none stops before --max-new-tokens. A speed-up is total tokens over total time, by
@@ -267,14 +268,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--draft", help="converted checkpoint; the base's own for self-drafting")
     p.add_argument("--base-hf", help="the base as a Hugging Face folder, for transformers' arms")
     p.add_argument("--draft-hf", help="the draft likewise, for assisted generation")
-    names = ", ".join(FILES)
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help=f"repeatable: {names}; specbench:CATEGORY=PATH is one of its categories",
-    )
+    sets = f"repeatable: {', '.join(FILES)}; specbench:CATEGORY=PATH is one of its categories"
+    p.add_argument("--set", action="append", default=[], metavar="NAME=PATH", help=sets)
     p.add_argument("--prompts", help="text file, one prompt a line (or a folder of such)")
     p.add_argument("--num-prompts", type=int, default=5, help="of each set")
     p.add_argument("--max-prompt-tokens", type=int, default=512, help="longer ones are skipped")

@@ -40,7 +40,7 @@ def tiny_decoder(label="llama", *, candidates="sampled", gamma=2, width=1, **opt
     base = model((1, 1), config=config, seed=1, dtype="float32")
     draft = model((1, 1), config=config, seed=2, group_size=GROUPS, dtype="float32")
     drafter = es.LayerParallelDrafter(draft, candidates=candidates)
-    return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=4, **options)
+    return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width, **options)
 
 
 @functools.cache
@@ -83,7 +83,7 @@ def test_sampled_sequences_follow_the_base(s):
     ],
 )
 def test_sampled_sequences_of_a_tree_follow_the_base(candidates, gamma, width, s):
-    decoder = tiny_decoder(candidates=candidates, gamma=gamma, width=4)
+    decoder = tiny_decoder(candidates=candidates, gamma=gamma, width=width)
     assert sequence_surprise(decoder, s) < 5
 
 

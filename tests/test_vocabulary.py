@@ -256,7 +256,7 @@ def test_a_vocabulary_belongs_to_its_pair():
         es.Decoder(base, es.LayerParallelDrafter(draft, vocabulary=shared))
     for hashes in ({"base": "third", "draft": "draft"}, {"base": "base", "draft": "third"}):
         shared = foreign(50, SMALL.vocab_size, **hashes)
-        with pytest.raises(ValueError, match="different tokenizers"):
+        with pytest.raises(ValueError, match="the vocabulary is that of other tokenizers than"):
             es.Decoder(base, es.LayerParallelDrafter(draft, vocabulary=shared))
     with pytest.raises(ValueError, match=r"a vocabulary is a shared_vocabulary\(base, draft\)"):
         es.LayerParallelDrafter(draft, vocabulary="folder")

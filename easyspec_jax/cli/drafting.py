@@ -224,7 +224,7 @@ def check_drafter(args: argparse.Namespace, base_tokenizer: str | None) -> None:
         groups = args.layer if args.group_size is None else args.group_size
         args.group_size = partition_of(groups, args.draft, config, metadata)
         if not args.other_tokenizer:
-            check_tokenizers(base_tokenizer, metadata.get("tokenizer"))
+            check_tokenizers(base_tokenizer, metadata.get("tokenizer"), ", or --other-tokenizer")
         elif base_tokenizer is not None and base_tokenizer == metadata.get("tokenizer"):
             args.other_tokenizer = None
     if args.middle is not None:

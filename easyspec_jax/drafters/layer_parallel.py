@@ -19,7 +19,7 @@ from easyspec_jax.cache import KVCache
 from easyspec_jax.drafter import Drafter, refuse_no_model
 from easyspec_jax.layer_parallel import draft_runner, run_exact
 from easyspec_jax.model import Model, forward, score
-from easyspec_jax.request import Request, check_tokenizers
+from easyspec_jax.request import Request
 from easyspec_jax.verify import Proposal
 from easyspec_jax.vocabulary import SharedVocabulary
 
@@ -80,10 +80,17 @@ class LayerParallelDrafter(Drafter):
             object.__setattr__(self, "vocabulary", placed)
 
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
-        """Refuse a vocabulary that was made for another draft."""
-        del base, num_draft_tokens, tree_width
-        if self.vocabulary is not None:
-            check_tokenizers(self.vocabulary.draft, self.draft.tokenizer)
+        """Refuse a vocabulary that was made for another pair."""
+        del num_draft_tokens, tree_width
+        shared = self.vocabulary
+        if shared is None:
+            return
+        pairs = ((shared.base, base.tokenizer), (shared.draft, self.draft.tokenizer))
+        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+            raise ValueError(
+                "the vocabulary is that of other tokenizers than this base's and draft's: make it "
+                "with shared_vocabulary(base, draft) of these two"
+            )
 
     def models(self) -> tuple[Model, ...]:
         """The draft; its tokens are the base's where a vocabulary translates them."""
