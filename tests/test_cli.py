@@ -336,6 +336,11 @@ def test_the_demo_reports_a_divergence(easyspec, monkeypatch):
     assert not json.loads(out.splitlines()[-1])["identical"]
 
 
+def test_the_demos_head_is_part_of_the_package():
+    assert {file.name for file in demo.HEAD.iterdir()} == {"config.json", "model.safetensors"}
+    assert sum(file.stat().st_size for file in demo.HEAD.iterdir()) < 12e6
+
+
 def test_divergence():
     assert demo.divergence([1, 2, 3], [1, 2, 3]) is None
     assert demo.divergence([1, 2, 3], [1, 5, 3]) == 1

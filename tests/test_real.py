@@ -15,6 +15,7 @@ import pytest
 import reference
 
 import easyspec_jax as es
+from easyspec_jax.cli.demo import HEAD
 
 pytestmark = pytest.mark.real
 # one worker loads a model, and converts it before
@@ -222,6 +223,16 @@ def test_calibration_raises_acceptance_and_text_stays_the_same(load):
         check_lossless(load, "smollm2-135m", TEXTS, out.tokens, 24)
     assert calibrated.stats.tokens_per_step > drifting.stats.tokens_per_step + 0.5
     assert calibrated.stats.tokens_per_step > 2.5
+
+
+@SMOLLM2
+def test_the_head_of_the_package_drafts_and_text_stays_the_same(load):
+    head = es.EagleDrafter.load(HEAD, load("smollm2-135m"))
+    drafter = es.FallbackDrafter(es.PromptLookupDrafter(min_ngram=3), head)
+    decoder = es.Decoder(load("smollm2-135m"), drafter, num_draft_tokens=3)
+    out = decoder.generate(encode("smollm2-135m", TEXTS), max_new_tokens=24)
+    check_lossless(load, "smollm2-135m", TEXTS, out.tokens, 24)
+    assert 1.2 < out.stats.tokens_per_step < 4.0
 
 
 @SMOLLM2
