@@ -91,9 +91,10 @@ class EagleHead(struct.PyTreeNode, kw_only=True):
         entries = jnp.arange(cache.max_len, dtype=jnp.int32)[None, None]
         step = step.replace(mask=step.mask & ((entries > 0) | (positions == 0)[..., None]))
         pairs = jnp.concatenate((token, before), axis=-1)
-        delta, kv = attention(model, block.attention[0], pairs, kv, step)
-        x = residual + psum(delta, axes.heads)
-        x = x + psum(mlp(model, block.mlp[0], x), axes.mlp)
+        with jax.named_scope("block_0"):
+            delta, kv = attention(model, block.attention[0], pairs, kv, step)
+            x = residual + psum(delta, axes.heads)
+            x = x + psum(mlp(model, block.mlp[0], x), axes.mlp)
         length = cache.length + (t if num is None else num)
         return x, cache.replace(blocks=((kv,),), length=length)
 

@@ -15,6 +15,7 @@ import dataclasses
 from easyspec_jax.cache import KVCache
 from easyspec_jax.decode import Decoder
 from easyspec_jax.drafter import Autoregression
+from easyspec_jax.drafters.eagle import EagleDrafter
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.drafters.prompt_lookup import PromptLookupDrafter
 from easyspec_jax.memory import device_bytes
@@ -76,7 +77,7 @@ def step_floors(decoder: Decoder, batch: int, entries: int) -> dict[str, Floor]:
       entries: S, the capacity of the caches.
     """
     gamma, width, drafter = decoder.num_draft_tokens, decoder.tree_width, decoder.drafter
-    known = (Autoregression, PromptLookupDrafter, LayerParallelDrafter)
+    known = (Autoregression, PromptLookupDrafter, LayerParallelDrafter, EagleDrafter)
     if not isinstance(drafter, known):
         return {}
     base = decoder.base
@@ -88,6 +89,13 @@ def step_floors(decoder: Decoder, batch: int, entries: int) -> dict[str, Floor]:
         found["calibrate"] = pass_floor(draft, cache, gamma + 1, exact=drafter.calibrate)
         if gamma > 1:
             found["draft"] = pass_floor(draft, cache, width, exact=False)
+    if isinstance(drafter, EagleDrafter):
+        head = drafter.head
+        cache = head.model.abstract_cache(batch, entries)
+        fuse = Floor(weights=device_bytes((head.fc, head.taps_norm)))
+        found["calibrate"] = pass_floor(head.model, cache, gamma + 1) + fuse
+        if gamma > 1:
+            found["draft"] = pass_floor(head.model, cache, width)
     return found
 
 

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from easyspec_jax import loop
 from easyspec_jax.config import Sampling
 from easyspec_jax.decode import Decoder
+from easyspec_jax.drafters.eagle import EagleDrafter
 from easyspec_jax.drafters.layer_parallel import LayerParallelDrafter
 from easyspec_jax.engine import PREFILL_CHUNKS
 from easyspec_jax.loop import PHASES
@@ -326,8 +327,8 @@ class _Reader:
         if name == "verify":
             return self.decoder.base.config.num_layers
         drafter = self.decoder.drafter
-        known = isinstance(drafter, LayerParallelDrafter)
-        return drafter.draft.config.num_layers if known else 0
+        known = isinstance(drafter, LayerParallelDrafter | EagleDrafter)
+        return drafter.models()[0].config.num_layers if known else 0
 
     def _traffic(self, launches: Iterable[hlo.Launch], runs: int) -> Traffic:
         total = Traffic()
