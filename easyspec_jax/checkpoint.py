@@ -16,7 +16,6 @@ import math
 import os
 import pathlib
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -32,7 +31,7 @@ from easyspec_jax import weights
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.distributed import is_lost_peer
 from easyspec_jax.hf_config import config_from_hf
-from easyspec_jax.json_files import read_object
+from easyspec_jax.json_files import read_object, write_object
 from easyspec_jax.layer_parallel import make_partition
 from easyspec_jax.quantized import Quantization, Quantized
 from easyspec_jax.weights import check_groups
@@ -406,15 +405,5 @@ def write_partition(
     """
     file = pathlib.Path(path) / PARTITION_FILE
     content = {"format": PARTITION_FORMAT, "partition": list(partition)} | record
-    handle, temp = tempfile.mkstemp(prefix=f".{PARTITION_FILE}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=1) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temp, 0o644)  # as other files of a checkpoint; mkstemp lets only its owner read
-        os.replace(temp, file)
-    except BaseException:
-        pathlib.Path(temp).unlink(missing_ok=True)
-        raise
+    write_object(file, content)
     return file

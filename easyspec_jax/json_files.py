@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import uuid
 from typing import Any
 
 
@@ -40,6 +41,15 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_object(path: str | os.PathLike, value: dict[str, Any]) -> None:
-    """Write an object as people read it."""
+    """The file holds an object as people read it, and appears or is replaced whole."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    pathlib.Path(path).write_text(text, encoding="utf-8")
+    file = pathlib.Path(path)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
+import struct
 
 import jax
 import pytest
@@ -316,6 +318,50 @@ def test_a_chain_of_models_copies_no_cache():
     assert found.total("copies") == found.total("conditionals") == 0
     assert found.phases["verify"].per_layer <= (15 if ONE_ARRAY else 16)
     assert found.graphs.host_syncs == 1 + 3 * 2  # two kinds of catching up, and the buffer's loop
+
+
+def head_of_shapes(folder, c, num_ids):
+    """An EAGLE-3 head for a base of this configuration, its file a hole but for its header."""
+    d, heads, kv = c.embed_dim, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes = {
+        "fc.weight": (d, 3 * d), "norm.weight": (d,), "lm_head.weight": (num_ids, d),
+        **{f"midlayer.{n}.weight": (d,) for n in
+           ("input_layernorm", "hidden_norm", "post_attention_layernorm")},
+        **{f"midlayer.self_attn.{n}_proj.weight": (rows, 2 * d) for n, rows in
+           (("q", heads), ("k", kv), ("v", kv))},
+        "midlayer.self_attn.o_proj.weight": (d, heads),
+        "midlayer.mlp.gate_proj.weight": (c.mlp_dim, d),
+        "midlayer.mlp.up_proj.weight": (c.mlp_dim, d),
+        "midlayer.mlp.down_proj.weight": (d, c.mlp_dim),
+    }  # fmt: skip
+    about, end = {}, 0
+    for name, shape in (*shapes.items(), ("d2t", (num_ids,))):
+        size = math.prod(shape) * (8 if name == "d2t" else 2)
+        kind = "I64" if name == "d2t" else "BF16"
+        about[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(about).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + end)
+    config = json.loads((CONFIGS / "llama3-8b.json").read_text())
+    config |= {"num_hidden_layers": 1, "draft_vocab_size": num_ids}
+    config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_level_of_a_head_is_few_launches_and_little_beside_its_weights(tmp_path):
+    """As published for 8B: 32,000 ids."""
+
+    def make(base):
+        return es.EagleDrafter.load(head_of_shapes(tmp_path, base.config, 32_000), base)
+
+    found = read_shallow(make, num_draft_tokens=5)
+    assert found.total("copies") == found.total("conditionals") == 0
+    calibrate, level = found.phases["calibrate"], found.phases["draft"]
+    assert calibrate.ratio < 1.03 and level.ratio < 1.01 and level.runs == 4
+    assert calibrate.traffic.launches <= 31 and level.traffic.launches <= 25
 
 
 def test_a_dot_in_place_of_a_multiply_and_sum_is_another_program():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -11,9 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import easyspec_jax as es
+from easyspec_jax.cli import train_head
+from easyspec_jax.config import RopeScaling
+from easyspec_jax.drafters.eagle_folder import describe
 from easyspec_jax.training import train as training
-from easyspec_jax.training.answers import loop_start, read_answers, write_answers
-from easyspec_jax.training.features import FeatureSource
+from easyspec_jax.training.answers import check_prompts, loop_start, read_answers, write_answers
+from easyspec_jax.training.features import FeatureSource, base_digest
+from easyspec_jax.training.folder import head_config
 from easyspec_jax.training.head import EMBED_RESIDUAL, run_head, start_head
 from easyspec_jax.training.heldout import chains, walk
 from easyspec_jax.training.packing import Answer, pack, texts_of
@@ -238,8 +243,7 @@ def test_any_mesh_trains_the_same(trained, tmp_path):
         np.testing.assert_allclose(
             again["curve"][0][name], trained[1]["curve"][0][name], rtol=0.02, atol=0.02
         )
-    with pytest.raises(ValueError, match="2 rows a step cannot be split over 4 devices"):
-        run_training(tmp_path / "other", (2, 2))
+    assert base_digest(base((1, 2))) == base_digest(base())
 
 
 def test_another_training_is_not_continued(trained, tmp_path):
@@ -259,12 +263,62 @@ def test_another_training_is_not_continued(trained, tmp_path):
         ({"row_length": 5}, "no answer is left to learn"),
         ({"learning_rate": 0.0}, "learning rate must be above 0"),
         ({"num_depths": 0}, "num_depths must be at least 1"),
+        ({"seed": -1}, "seed must be a whole number of 32 bits, got -1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_training(tmp_path, **change)
     assert not list(tmp_path.iterdir())
+
+
+def test_bases_and_meshes_and_disks_that_cannot_be_trained_with(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="2 rows a step cannot be split over 4 devices"):
+        OPTIONS.check(CONFIG, es.make_mesh(2, 2))
+    with pytest.raises(ValueError, match="load it with group_size=1"):
+        train(base().replace(partition=(2, 2)), answers(), tmp_path / "head", OPTIONS)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    with pytest.raises(ValueError, match=r"has 0\.0 GB: .*--no-features"):
+        run_training(tmp_path / "head")
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_matrix_tells_bases_apart():
+    block, *others = base().params.blocks
+    mlp = block.mlp[0].replace(w_down=block.mlp[0].w_down.at[-1, -1].mul(1.01))
+    blocks = (block.replace(mlp=(mlp, *block.mlp[1:])), *others)
+    another = base().replace(params=base().params.replace(blocks=blocks))
+    narrow = base().replace(params=jax.tree.map(lambda x: x.astype("float32"), base().params))
+    coded = base().replace(quantization=es.Quantization("int8"))
+    assert len({base_digest(one) for one in (base(), another, narrow, coded)}) == 4
+
+
+def test_answers_of_another_base_are_not_continued(tmp_path):
+    (tmp_path / "base.json").write_text('{"weights": "aa", "dtype": null}')
+    (tmp_path / ".base.json.0").write_text("{")  # of a writer that was killed
+    train_head._check_folder(tmp_path)
+    train_head._check_base(tmp_path, {"weights": "aa", "dtype": None})
+    with pytest.raises(ValueError, match="answers of another base"):
+        train_head._check_base(tmp_path, {"weights": "bb", "dtype": None})
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_rotary_scaling_is_read_as_it_was_written(kind):
+    scaling = RopeScaling(kind=kind, factor=2.0)
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    about = describe(head_config(config, TAPS, 9, "float32"), base().replace(config=config))
+    assert about.config.rope_scaling == scaling and about.taps == TAPS
+
+
+def test_too_few_prompts_are_refused_before_they_are_answered():
+    prompts = [[3, 4], [5, 6], [7, 8], [9]]  # the last two are not answered greedily
+    ask = functools.partial(check_prompts, prompts, temperature=1.0, batch=2)
+    ask([], held_out=2)
+    with pytest.raises(ValueError, match="3 greedy answers are to be held out, but there are 2"):
+        ask([], held_out=3)
+    ask([Answer([7, 8], [1], 0.0)], held_out=3)
+    with pytest.raises(ValueError, match="no answer is left to learn"):
+        ask([], held_out=4, temperature=0.0)
 
 
 def test_chains_and_steps_by_hand():
@@ -309,6 +363,15 @@ def test_answers_that_are_none(line, message, tmp_path):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
         read_answers(tmp_path / "a.jsonl", CONFIG)
+    (tmp_path / "a.jsonl").write_text(line)
+    assert read_answers(tmp_path / "a.jsonl", CONFIG, is_own=True) == []
+    with pytest.raises(ValueError, match=message):
+        read_answers(tmp_path / "a.jsonl", CONFIG)
+
+
+def test_a_last_answer_needs_no_newline(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": [1], "answer": [2], "temperature": 0}')
+    assert read_answers(tmp_path / "a.jsonl", CONFIG) == [Answer([1], [2], 0.0)]
 
 
 @pytest.mark.slow
@@ -324,6 +387,9 @@ def test_the_command(easyspec, checkpoints, tmp_path):
     assert drafter.taps == (1, 2)
     status, _, err = easyspec(*argv, "--prompts", prompts)
     assert status == 1 and "holds a trained head" in err
+    (tmp_path / "head" / "training.json").unlink()
+    status, _, err = easyspec(*argv, "--prompts", prompts, "--dtype", "bfloat16")
+    assert status == 1 and "has answers of another base" in err
 
 
 @pytest.mark.slow
@@ -336,6 +402,11 @@ def test_the_command(easyspec, checkpoints, tmp_path):
         (("--answers", "nowhere.jsonl", "--row-length", 99), "nowhere.jsonl"),
         (("--answers", "nowhere.jsonl", "--taps", "2,1"), "taps must rise"),
         (("--answers", "nowhere.jsonl", "--out", "base"), "name a folder for the head alone"),
+        (
+            ("--answers", "nowhere.jsonl", "--row-length", 99, "--rows", 3),
+            "3 rows a step cannot be",
+        ),
+        (("--prompts", "base/config.json", "--row-length", 99, "--max-new-tokens", 9), "held out"),
     ],
 )
 def test_the_command_refuses(easyspec, options, message, tmp_path):

@@ -21,6 +21,7 @@ from easyspec_jax.cli.options import (
     add_mesh,
     given,
 )
+from easyspec_jax.json_files import read_object, write_object
 from easyspec_jax.prompts import read_prompts
 from easyspec_jax.request import make_inputs
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # training takes a while to import: only the command itself d
     from easyspec_jax.training.train import Options
 
 HELP = "train an EAGLE-3 head that drafts for a base"
-ANSWERS = "answers.jsonl"
+ANSWERS, BASE = "answers.jsonl", "base.json"  # who answered: told apart by its weights and type
 # Options of the training itself, by the names it has for them.
 _TRAINING = (
     *("taps", "num_ids", "num_depths", "num_epochs", "num_rows", "row_length", "learning_rate"),
@@ -96,14 +97,18 @@ def run(args: argparse.Namespace) -> int:
     out = pathlib.Path(args.out)
     _check_folder(out)
     find_models(args)
-    config, _ = read_metadata(args.base)
-    options.check(config)
+    config, metadata = read_metadata(args.base)
+    about = {"weights": metadata["weights"], "dtype": args.dtype}
+    _check_base(out, about)
+    mesh = es.make_mesh(args.layer, args.tensor)
+    options.check(config, mesh)
     prompts = _prompts(args, config, options)
     answers = None if args.answers is None else read_answers(args.answers, config)
-    base = es.load_model(args.base, es.make_mesh(args.layer, args.tensor), dtype=args.dtype)
+    base = es.load_model(args.base, mesh, dtype=args.dtype)
     bar: dict[str, Any] = {"disable": True if args.quiet else None}
     if answers is None:
         out.mkdir(parents=True, exist_ok=True)
+        write_object(out / BASE, about)
         answers = _answer(args, out / ANSWERS, base, prompts, bar)
     record = train(base, answers, out, options, **bar)
     held = record["held_out"]
@@ -123,10 +128,12 @@ def _check_folder(out: pathlib.Path) -> None:
     from easyspec_jax.training.folder import CONFIG_FILE, WEIGHTS_FILE
     from easyspec_jax.training.train import CHECKPOINT, FEATURES, RECORD_FILE
 
-    ours = {ANSWERS, CHECKPOINT, FEATURES, RECORD_FILE, WEIGHTS_FILE, CONFIG_FILE}
+    ours = {ANSWERS, BASE, CHECKPOINT, FEATURES, RECORD_FILE, WEIGHTS_FILE, CONFIG_FILE}
     there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
-    if there - ours - {f".{WEIGHTS_FILE}", f".{CONFIG_FILE}"}:
-        raise ValueError(f"{out} holds {min(there - ours)}: name a folder for the head alone")
+    unfinished = tuple(f".{name}" for name in ours)
+    others = [name for name in there - ours if not name.startswith(unfinished)]
+    if others:
+        raise ValueError(f"{out} holds {min(others)}: name a folder for the head alone")
     if RECORD_FILE in there:
         raise ValueError(f"{out} holds a trained head: name another folder")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -134,14 +141,29 @@ def _check_folder(out: pathlib.Path) -> None:
         raise ValueError(f"{out} cannot be written")
 
 
+def _check_base(out: pathlib.Path, about: dict[str, Any]) -> None:
+    """Refuse to go on with answers of another base.
+
+    Raises:
+      ValueError: those in the folder are.
+    """
+    if (out / BASE).is_file() and read_object(out / BASE) != about:
+        raise ValueError(
+            f"{out} has answers of another base, or of this one in another --dtype: name another "
+            "folder"
+        )
+
+
 def _prompts(args: argparse.Namespace, config: es.ModelConfig, options: Options) -> list[list[int]]:
     """Ids of all prompts whose answers fit rows; those too long are left out with a word.
 
     Raises:
-      ValueError: none fits, or the base cannot be asked so.
+      ValueError: none fits, they are too few, or the base cannot be asked so.
     """
     if args.answers is not None:
         return []
+    from easyspec_jax.training.answers import check_prompts, read_answers
+
     tokenizer = Tokenizer(args.base)
     texts = [text for file in args.prompts for text in read_prompts(file)]
     ask = lambda text: Conversation(tokenizer).ask(text)  # noqa: E731
@@ -158,6 +180,14 @@ def _prompts(args: argparse.Namespace, config: es.ModelConfig, options: Options)
         print(f"{len(ids) - len(found)} prompts are too long, and left out", file=sys.stderr)
     sampling = es.Sampling(temperature=args.temperature)
     make_inputs(config, found[:1], args.max_new_tokens, sampling)
+    there = pathlib.Path(args.out) / ANSWERS
+    check_prompts(
+        found,
+        read_answers(there, config, is_own=True) if there.is_file() else (),
+        temperature=args.temperature,
+        batch=args.batch,
+        held_out=options.held_out,
+    )
     return found
 
 

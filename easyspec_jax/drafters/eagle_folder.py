@@ -175,6 +175,11 @@ def describe(raw: dict[str, Any], base: Model) -> Description:
     return about
 
 
+def default_taps(num_layers: int) -> tuple[int, ...]:
+    """Before which layers the published heads tap a base of so many."""
+    return 2, num_layers // 2, num_layers - 3
+
+
 def taps_of(raw: dict[str, Any], eagle: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     """Where a head taps a base of so many layers.
 
@@ -185,7 +190,7 @@ def taps_of(raw: dict[str, Any], eagle: dict[str, Any], num_layers: int) -> tupl
     # Within eagle_config layers are those whose output is taken, elsewhere whose input.
     taps, shift = (raw[key], 0) if raw.get(key) else (eagle.get(key), 1)
     if not taps:
-        taps, shift = [2, num_layers // 2, num_layers - 3], 0
+        taps, shift = [*default_taps(num_layers)], 0
     known = isinstance(taps, list) and all(map(is_integer, taps))
     if not known or not all(0 <= tap + shift <= num_layers for tap in taps):
         raise ValueError(

@@ -37,15 +37,22 @@ def loop_start(tokens: Sequence[int]) -> int | None:
     return None
 
 
-def read_answers(path: str | os.PathLike, config: ModelConfig) -> list[Answer]:
-    """The answers of a file; a last line that breaks off is left out, as its writer may have ended.
+def read_answers(
+    path: str | os.PathLike, config: ModelConfig, *, is_own: bool = False
+) -> list[Answer]:
+    """The answers of a file.
+
+    Args:
+      is_own: `write_answers` wrote it, and may have been killed: a last line without its end is
+        left out.
 
     Raises:
       ValueError: a line says something else, or an id is none of the base's.
       OSError: it cannot be read.
     """
     *lines, rest = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-    del rest
+    if rest and not is_own:
+        lines.append(rest)
     return [_parse(line, f"{path}, line {i}", config) for i, line in enumerate(lines, 1)]
 
 
@@ -92,6 +99,34 @@ def write_answers(
                 _answer(file, decoder, asked, known, warm, max_new_tokens, eos_ids, seed + index)
             done += len(asked)
             yield done
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]],
+    known: Sequence[Answer],
+    *,
+    temperature: float,
+    batch: int,
+    held_out: int,
+) -> None:
+    """Refuse prompts whose answers, with those there are, leave too few to hold out or to learn.
+
+    Raises:
+      ValueError: saying which.
+    """
+    greedy = {tuple(one.prompt): one.temperature == 0 for one in known}
+    for index, asked in enumerate(_batches(prompts, batch)):
+        for prompt in asked:
+            greedy.setdefault(tuple(prompt), index % 2 == 0 or temperature == 0)
+    if sum(greedy.values()) < held_out:
+        raise ValueError(too_few(held_out, sum(greedy.values())))
+    if len(greedy) <= held_out:
+        raise ValueError(f"no answer is left to learn: all {held_out} are to be held out")
+
+
+def too_few(held_out: int, there: int) -> str:
+    """What is wrong with so few greedy answers."""
+    return f"{held_out} greedy answers are to be held out, but there are {there}"
 
 
 def _drop_broken_line(path: pathlib.Path) -> None:

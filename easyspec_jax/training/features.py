@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,13 +45,16 @@ class FeatureSource:
         Args:
           taps: layers before which the residual stream is read.
           folder: where features are kept for the next time; None: nowhere.
+
+        Raises:
+          ValueError: the disk has no room for them.
         """
         self.base, self.answers, self.taps = base, answers, taps
         self.shape, self.batch = shape, batch
-        self._cache = zeros(base.abstract_cache(batch, shape[0]))
         sizes = [len(one.prompt) + len(one.answer) for one in answers]
         self._start = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
         self._kept = None if folder is None else _Kept(self, folder)
+        self._cache = zeros(base.abstract_cache(batch, shape[0]))
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> tuple[Texts, Features]:
         """Rows (which answers are in each; at most `batch`) with what the base makes of them."""
@@ -96,7 +100,9 @@ class _Kept:
         mode: Any = "w+"
         if (folder / "features.json").is_file() and read_object(folder / "features.json") == about:
             mode = "r+"
-        folder.mkdir(exist_ok=True)
+        else:
+            _check_room(folder, total * (2 * (self._width + d) + 4) + len(source.answers))
+        folder.mkdir(parents=True, exist_ok=True)
 
         def array(name, dtype, shape):
             return np.memmap(folder / name, dtype, mode, shape=shape)
@@ -126,11 +132,37 @@ class _Kept:
         )
 
 
+def _check_room(folder: pathlib.Path, size: int) -> None:
+    """Delete features of other answers there, and refuse a disk without room for so many bytes."""
+    for name in ("features.json", "done", "states", "greedy"):
+        (folder / name).unlink(missing_ok=True)
+    there = next(p for p in folder.absolute().parents if p.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise ValueError(
+            f"the features of these answers are {size / 1e9:.1f} GB, but the disk of {folder} has "
+            f"{free / 1e9:.1f} GB: compute them in every epoch (--no-features, keep_features=False)"
+        )
+
+
 def base_digest(base: Model) -> str:
-    """Of a few of a base's numbers, which another base does not share."""
-    last = base.params.blocks[-1].mlp[-1].norm
-    some = np.concatenate([np.asarray(x, np.float32) for x in (base.params.final_norm, last)])
-    return hashlib.sha256(some.tobytes()).hexdigest()
+    """Of all of a base's numbers and of how it computes with them; the same on any mesh."""
+    parts = [*base.params.blocks, base.params.replace(blocks=())]
+    sums = [int(_sum_of_bits(part)) for part in parts]
+    about = [sums, base.dtype.name, repr(base.quantization), repr(base.config)]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+@jax.jit
+def _sum_of_bits(tree: Any) -> jax.Array:
+    """Of all numbers, modulo 2^32: no order and no layout changes it."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            x = lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}"))
+        return x.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return sum(map(bits, jax.tree.leaves(tree)), jnp.uint32(0))
 
 
 def _about(source: FeatureSource) -> dict[str, Any]:
@@ -139,7 +171,6 @@ def _about(source: FeatureSource) -> dict[str, Any]:
     return {
         "answers": texts.hexdigest(),
         "base": base_digest(source.base),
-        "dtype": source.base.dtype.name,
         "taps": list(source.taps),
     }
 

@@ -6,7 +6,6 @@ row, and may be left out: whoever loads the folder then takes the rows that `d2t
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -54,8 +53,7 @@ def write_head(
     # Not save_file: that leaves a file which its owner alone may read.
     (folder / f".{WEIGHTS_FILE}").write_bytes(save(tensors, {"format": "pt"}))
     os.replace(folder / f".{WEIGHTS_FILE}", folder / WEIGHTS_FILE)
-    write_object(folder / f".{CONFIG_FILE}", about)
-    os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
+    write_object(folder / CONFIG_FILE, about)
 
 
 def head_config(
@@ -63,10 +61,12 @@ def head_config(
 ) -> dict[str, Any]:
     """config.json of a head for a base of this configuration."""
     scaling: Any = None
-    if config.rope_scaling is not None:
-        scaling = dataclasses.asdict(config.rope_scaling)
-        scaling["rope_type"] = scaling.pop("kind")
-        scaling["original_max_position_embeddings"] = scaling.pop("original_max_len")
+    if (rope := config.rope_scaling) is not None:
+        scaling = {"rope_type": rope.kind, "factor": rope.factor}
+        if rope.kind == "llama3":  # readers refuse keys that are not of the kind
+            scaling["low_freq_factor"] = rope.low_freq_factor
+            scaling["high_freq_factor"] = rope.high_freq_factor
+            scaling["original_max_position_embeddings"] = rope.original_max_len
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",

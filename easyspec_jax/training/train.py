@@ -22,12 +22,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from easyspec_jax.config import ModelConfig, is_integer, is_number
+from easyspec_jax.drafters.eagle_folder import default_taps
 from easyspec_jax.json_files import parse_object, write_object
 from easyspec_jax.model import Model
 from easyspec_jax.quantized import Quantized, dequantise, wide_type
 from easyspec_jax.sharding import replicate
+from easyspec_jax.training.answers import too_few
 from easyspec_jax.training.features import FeatureSource, base_digest
 from easyspec_jax.training.folder import write_head
 from easyspec_jax.training.head import start_head
@@ -71,14 +74,14 @@ class Options:
 
     def taps_of(self, config: ModelConfig) -> tuple[int, ...]:
         """The layers before which the residual stream of such a base is read."""
-        layers = config.num_layers
-        return (2, layers // 2, layers - 3) if self.taps is None else tuple(self.taps)
+        return default_taps(config.num_layers) if self.taps is None else tuple(self.taps)
 
-    def check(self, config: ModelConfig) -> None:
-        """Refuse what cannot be trained for a base of this configuration.
+    def check(self, config: ModelConfig, mesh: Mesh) -> None:
+        """Refuse what cannot be trained for a base of this configuration on this mesh.
 
         Raises:
-          ValueError: taps it has not, rows longer than its context, numbers out of range.
+          ValueError: taps it has not, rows longer than its context, numbers out of range; several
+            processes, or rows that the mesh does not divide.
         """
         taps, layers = self.taps_of(config), config.num_layers
         rising = all(a < b for a, b in itertools.pairwise(taps))
@@ -99,6 +102,13 @@ class Options:
             raise ValueError(
                 f"minutes between checkpoints must be at least 0, got {self.checkpoint_minutes!r}"
             )
+        if not (is_integer(self.seed) and 0 <= self.seed < 2**32):
+            raise ValueError(f"the seed must be a whole number of 32 bits, got {self.seed!r}")
+        if mesh.is_multi_process:
+            raise ValueError("a head is trained in one process")
+        if self.num_rows % mesh.size:
+            count = f"{self.num_rows} rows a step cannot be split"
+            raise ValueError(f"{count} over {mesh.size} devices: name a multiple")
 
 
 class Data:
@@ -108,23 +118,17 @@ class Data:
         """Check and pack them.
 
         Raises:
-          ValueError: options that do not fit the base, too few answers, or rows that the mesh does
-            not divide.
+          ValueError: a base in groups, options that do not fit it or its mesh, or too few answers.
         """
-        options.check(base.config)
-        if base.layout.mesh.is_multi_process:
-            raise ValueError("a head is trained in one process")
-        if options.num_rows % base.layout.mesh.size:
-            count = f"{options.num_rows} rows a step cannot be split"
-            raise ValueError(f"{count} over {base.layout.mesh.size} devices: name a multiple")
+        if max(base.partition) > 1:
+            raise ValueError("the base runs layer after layer: load it with group_size=1")
+        options.check(base.config, base.layout.mesh)
         self.options, self.base = options, base
         self.taps = options.taps_of(base.config)
         greedy = [i for i, one in enumerate(answers) if one.temperature == 0]
         held = greedy[: options.held_out]
         if len(held) < options.held_out:
-            raise ValueError(
-                f"{options.held_out} greedy answers are to be held out, but there are {len(held)}"
-            )
+            raise ValueError(too_few(options.held_out, len(held)))
         self.answers = answers
         known = {tuple(answers[i].prompt) for i in held}
         rest = [i for i, one in enumerate(answers) if tuple(one.prompt) not in known]
@@ -178,7 +182,8 @@ def train(
       bar: options of tqdm.
 
     Raises:
-      ValueError: answers, taps or rows that will not do, or a checkpoint made with others.
+      ValueError: a base, answers, taps or rows that will not do, a checkpoint made with others, or
+        a disk without room for features.
     """
     data = Data(base, answers, options)
     optimiser = make_optimiser(options.learning_rate, data.num_steps)
@@ -186,8 +191,8 @@ def train(
     kept = target / FEATURES if options.keep_features else None
     place = target / CHECKPOINT / _STATE_FILE
     found = _read_state(place, data.digest)
-    place.parent.mkdir(parents=True, exist_ok=True)
     source = FeatureSource(base, answers, data.taps, data.shape, options.num_rows, kept)
+    place.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = _vocabulary(data, source, None if found is None else found["sizes"])
     state = _begin(data, vocabulary, optimiser)
     history, seconds = [], 0.0
