@@ -204,7 +204,7 @@ POLYBASIC = ("--drafter", "polybasic", "--draft", "draft")
     [
         (("--drafter", "layer-parallel"), "--drafter layer-parallel needs --draft"),
         (("--max-ngram", 2), "--max-ngram needs --drafter prompt-lookup"),
-        (("--draft", "foreign"), "shared_vocabulary (--other-tokenizer)"),
+        (("--draft", "foreign"), "use a draft of the same family, or --other-tokenizer"),
         (("--drafter", BOTH), f"--drafter {BOTH} needs --draft"),
         (("--drafter", BOTH, "--draft", "draft", "--tree-width", 2), "not take --tree-width"),
         ((*LOOKUP, "--min-ngram", 4), "min_ngram must be a whole number in 1 .. max_ngram=3"),
