@@ -176,7 +176,7 @@ class Scores(struct.PyTreeNode, kw_only=True):
     def _winners(self, k: int, *, total: bool = False) -> tuple[jax.Array, jax.Array, Any]:
         """The k largest, their ids and, if asked for, the logsumexp of each row, f32[B, m]."""
         if self.ids is not None:
-            share = jnp.where(self._known()[None, None], self.share, -jnp.inf)
+            share = jnp.where(self._below(self.ids)[None, None], self.share, -jnp.inf)
             own = self.replace(share=share, ids=None, vocab_size=len(self.ids))
             top, ids, sums = own._winners(k, total=total)
             return top, self.ids[ids], sums
@@ -205,9 +205,9 @@ class Scores(struct.PyTreeNode, kw_only=True):
         ids = jnp.take_along_axis(ids, at, axis=-1).astype(jnp.int32)
         return top, ids, jax.nn.logsumexp(sums.astype(jnp.float32), axis=0) if total else None
 
-    def _known(self) -> jax.Array:
-        """Which ids of this device's share are below V, where they have names of their own."""
-        ids, size = self.ids, self.share.shape[-1]
+    def _below(self, ids: jax.Array) -> jax.Array:
+        """Which of i32[V'] ids are below V, of this device's share: bool[V' / devices]."""
+        size = self.share.shape[-1]
         if self.axes:
             ids = lax.dynamic_slice_in_dim(ids, lax.axis_index(self.axes) * size, size)
         return ids < self.vocab_size
