@@ -145,7 +145,7 @@ def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -
     options = without_places({k: v for k, v in vars(args).items() if k != "table"})
     lengths = {name: [len(ids) for ids in found] for name, found in prompts.items()}
     header = {"machine": machine(), "commit": commit(), "options": options}
-    if args.other_tokenizer:
+    if options.get("other_tokenizer"):  # not every script has that option
         shared = es.shared_vocabulary(args.base, args.draft)
         ids = [i for found in prompts.values() for row in found for i in row]
         header["shared"] = {

@@ -59,9 +59,9 @@ class WatchedDrafter(es.LayerParallelDrafter):
         cache = super().abstract_state(batch, max_len, request)
         return Watched(cache=cache, expected=Expected(block=sums, single=sums))
 
-    def prefill(self, state, request, tokens, start, num):
+    def prefill(self, state, request, tokens, start, num, features):
         """As ever."""
-        cache = super().prefill(state.cache, request, tokens, start, num)
+        cache = super().prefill(state.cache, request, tokens, start, num, features)
         return state.replace(cache=cache)
 
     def propose(self, state, request, base_cache, tokens, start, num, key):

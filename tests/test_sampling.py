@@ -101,6 +101,29 @@ def test_the_likeliest_of_shares_are_those_of_all(vocab, k):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocab", [20, 64], ids=["cut", "all"])
+def test_the_likeliest_of_ids_with_names_of_their_own(vocab):
+    """16 ids of 64 on 8 devices; whatever is cut is never among them."""
+    draw, axes = np.random.default_rng(0), ("layer", "tensor")
+    scores = draw.permutation(2 * 6 * 16).reshape(2, 6, 16).astype(np.float32)
+    ids = jnp.asarray(draw.permutation(64)[:16], jnp.int32)
+
+    def found(share):
+        mine = Scores(share=share, ids=ids, axes=axes, vocab_size=64).fit(vocab)
+        return *mine.likeliest(4), mine.argmax()
+
+    run = jax.shard_map(
+        found, mesh=make_mesh(4, 2), in_specs=P(None, None, axes), out_specs=P()
+    )  # fmt: skip
+    one = Scores(share=jnp.asarray(scores), ids=ids, vocab_size=64).fit(vocab)
+    whole = Scores.of(one.whole())
+    want = (*whole.likeliest(4), whole.argmax())
+    assert (np.asarray(ids) < vocab).sum() >= 4 and want[1].max() < vocab
+    for got in (jax.jit(run)(scores), (*one.likeliest(4), one.argmax())):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_a_wider_tree_than_a_vocabulary_has_impossible_nodes():
     """Of 16 ids on 8 devices the 20 likeliest: the rest is minus infinity."""
 
