@@ -15,6 +15,7 @@ print(tokenizer.decode(out.tokens[0]), out.stats.tokens_per_step)
 from easyspec_jax.compile_options import CompileOptions
 from easyspec_jax.config import ModelConfig, RopeScaling, Sampling
 from easyspec_jax.decode import Decoder, Generation
+from easyspec_jax.depth import AutoDepth
 from easyspec_jax.distributed import initialize_distributed
 from easyspec_jax.drafter import Drafter
 from easyspec_jax.drafters.eagle import EagleDrafter
@@ -44,6 +45,7 @@ from easyspec_jax.verify import Proposal, Verdict
 from easyspec_jax.vocabulary import SharedVocabulary, shared_vocabulary
 
 __all__ = [
+    "AutoDepth",
     "CompileOptions",
     "Decoder",
     "Drafter",

@@ -128,9 +128,9 @@ class Decoder(Engine):
         """
         prompts = np.zeros((batch, prompt_len), np.int32)
         inputs = make_inputs(self.base.config, prompts, max_new_tokens, sampling, logprobs=logprobs)
-        request, state = self.prefill(inputs)
-        state = state.replace(done=jnp.ones_like(state.done))
         run = loop.run_step if stream else loop.run_loop
+        request, state = self.prefill(inputs, run)
+        state = state.replace(done=jnp.ones_like(state.done))
         jax.block_until_ready(self.compiled(run)(self.base, self.drafter, request, state))
 
     def profile(

@@ -16,6 +16,7 @@ from flax import struct
 
 from easyspec_jax import sharding
 from easyspec_jax.cache import KVCache
+from easyspec_jax.depth import usual_depths
 from easyspec_jax.model import Model
 from easyspec_jax.request import Request
 from easyspec_jax.sampling import Scores
@@ -43,6 +44,25 @@ class Drafter(struct.PyTreeNode):
     def depth(self) -> int:
         """How many tokens it likes to draft when nobody says; 0: it never drafts."""
         return 5
+
+    def depths(self, most: int) -> tuple[int, ...]:
+        """Of up to `most` levels those that a decoder may choose from step by step, rising; 0 is a
+        step without a draft. By default a few.
+        """
+        return usual_depths(most)
+
+    @property
+    def num_kinds(self) -> int:
+        """How many kinds of drafts it makes, whose acceptance and costs differ."""
+        return 1
+
+    def foresee(
+        self, request: Request, tokens: jax.Array, length: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of which kind the draft behind a text (the first length[b] of i32[B, S]) would be and how
+        many levels it could have, i32[B] each, as far as that is known without drafting.
+        """
+        return jnp.zeros_like(length), jnp.full_like(length, request.num_draft_tokens)
 
     @property
     def shares_base_cache(self) -> bool:
@@ -87,7 +107,8 @@ class Drafter(struct.PyTreeNode):
         features: jax.Array | None,
     ) -> Any:
         """Absorb prompt tokens (i32[B, C], `num` of them count) at positions start[b] and on, with
-        the base's residual stream there at the taps, [B, C, taps, D]; None without taps.
+        the base's residual stream there at the taps, [B, C, taps, D]; None without taps, and for
+        tokens of steps without a draft, whose features `skip` has seen.
         """
         raise NotImplementedError
 
@@ -130,12 +151,24 @@ class Drafter(struct.PyTreeNode):
         del verdict, aux
         return state
 
+    def skip(self, state: Any, verdict: Verdict, aux: Any) -> Any:
+        """Learn from a step that drafted nothing, before which it absorbed nothing either; by
+        default as `observe` does.
+        """
+        return self.observe(state, verdict, aux)
+
     def report(self, state: Any) -> dict[str, Any]:
         """Counters of this drafter's own stages, by name; by default none. Those of one request
         stand in the state as a `stats.Tally`.
         """
         del state
         return {}
+
+
+def no_proposal(batch: int) -> Proposal:
+    """One without nodes."""
+    none = jnp.zeros((batch, 0), jnp.int32)
+    return Proposal(tokens=none, parents=none, valid=none.astype(bool), depth=0)
 
 
 class Autoregression(Drafter):
@@ -159,6 +192,23 @@ class Autoregression(Drafter):
     def propose(self, state, request, base_cache, tokens, start, num, key):
         """A proposal without nodes."""
         del request, tokens, num, key
-        none = jnp.zeros((start.shape[0], 0), jnp.int32)
-        proposal = Proposal(tokens=none, parents=none, valid=none.astype(bool), depth=0)
-        return proposal, state, base_cache
+        return no_proposal(start.shape[0]), state, base_cache
+
+
+class Waiting(Drafter):
+    """A drafter in a step without a draft."""
+
+    drafter: Drafter
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """What it taps meanwhile."""
+        return self.drafter.taps
+
+    def propose(self, state, request, base_cache, tokens, start, num, key):
+        """A proposal without nodes."""
+        return no_proposal(start.shape[0]), state, base_cache
+
+    def observe(self, state, verdict, aux):
+        """It may look on."""
+        return self.drafter.skip(state, verdict, aux)

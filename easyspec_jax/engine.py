@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from easyspec_jax import loop
+from easyspec_jax import loop, step_costs
 from easyspec_jax.compile_options import CompileOptions
 from easyspec_jax.config import Sampling
+from easyspec_jax.depth import AUTO, DEPTHS, AutoDepth, Pace, Pacing
 from easyspec_jax.drafter import Autoregression, Drafter
 from easyspec_jax.memory import check_memory, decode_budget
 from easyspec_jax.model import Model
@@ -36,7 +38,7 @@ class Engine:
         base: Model,
         drafter: Drafter | None = None,
         *,
-        num_draft_tokens: int | None = None,
+        num_draft_tokens: int | str | AutoDepth | None = None,
         tree_width: int = 1,
         min_draft_probability: float | None = None,
         compile_options: CompileOptions = CompileOptions(),  # noqa: B008
@@ -47,7 +49,8 @@ class Engine:
           base: the model whose distribution is kept.
           drafter: None decodes autoregressively.
           num_draft_tokens: γ, depth of the draft: tokens a step may accept (at most, for drafters
-            that choose). None: as many as the drafter likes.
+            that choose). None: as many as the drafter likes. "auto" or an `AutoDepth`: every step
+            chooses, by what this text has accepted so far and what depths cost here.
           tree_width: w, draft tokens at each depth; 1 is a chain.
           min_draft_probability: drafting stops early once even the likeliest path has a smaller
             probability under the draft model (the product along it, after temperature and filters
@@ -60,10 +63,21 @@ class Engine:
             different tokenizers.
         """
         drafter = Autoregression() if drafter is None else drafter
-        check_pair(base, drafter, num_draft_tokens, tree_width, min_draft_probability)
-        depth = drafter.depth if num_draft_tokens is None else num_draft_tokens
+        auto = AutoDepth() if num_draft_tokens == AUTO else num_draft_tokens
+        gamma: Any = auto  # `check_pair` refuses what is neither None nor a number
+        if isinstance(auto, AutoDepth):
+            gamma = auto.most or max(getattr(drafter, "depth", 0), DEPTHS[-1])
+        check_pair(base, drafter, gamma, tree_width, min_draft_probability)
         self.base, self.drafter = base, drafter
-        self.num_draft_tokens = int(depth) if drafter.depth else 0
+        self.num_draft_tokens = int(drafter.depth if gamma is None else gamma)
+        self.depths: tuple[int, ...] = ()  # that a step may choose from
+        self._given_costs: np.ndarray | None = None  # f32[K, D]
+        self._costs: dict[Any, np.ndarray] = {}  # those found, by what requests have in common
+        if not drafter.depth:
+            self.num_draft_tokens = 0
+        elif isinstance(auto, AutoDepth):
+            self.depths = drafter.depths(self.num_draft_tokens)
+            self._given_costs = auto.table(drafter.num_kinds, self.depths)
         self.tree_width = int(tree_width) if drafter.depth else 1
         self.min_draft_probability = min_draft_probability or None
         if not isinstance(compile_options, CompileOptions):
@@ -109,7 +123,11 @@ class Engine:
         return request, jax.tree.map(shape, state)
 
     def begin(
-        self, inputs: Inputs, size: int | None = None, kept: loop.DecodeState | None = None
+        self,
+        inputs: Inputs,
+        size: int | None = None,
+        kept: loop.DecodeState | None = None,
+        run: Any = loop.run_loop,
     ) -> tuple[Request, loop.DecodeState]:
         """The request and a state with nothing absorbed yet, after the memory it needs was checked.
 
@@ -117,23 +135,65 @@ class Engine:
           inputs: checked.
           size: tokens there is room for; None: `capacity` of what the inputs may come to.
           kept: an earlier state of this size, whose caches are taken over; not to be used again.
+          run: of `loop`, what will decode: where depths are chosen, their costs are measured with
+            it before the first request of a kind.
 
         Raises:
           ValueError: more than the devices hold, or nothing this drafter can draft for.
         """
         size = self.capacity(inputs.total) if size is None else size
-        request = self._put(self._request(inputs))
-        if kept is None:
+        unknown = self._unknown_costs(inputs)
+        if kept is None or unknown:
             budget = self._budget(*self.planned(inputs, size))
             held = {name: budget.pop(name) for name in tuple(budget) if name.endswith("weights")}
             check_memory(self.base.layout.mesh, budget, held)
-            batch = len(inputs.rows)
-            cache = zeros(self.base.abstract_cache(batch, size))
-            draft = self._put(self.drafter.init(batch, size, request))
-        else:
-            cache, draft = kept.cache, begin_tallies(kept.draft)
-        fields = self._put(self._fields(inputs, size))
+        if unknown:
+            self._find_costs(inputs, size, run)
+        request = self._put(self._request(inputs))
+        if kept is None:
+            return request, self._empty(inputs, size, request)
+        cache, draft = kept.cache, begin_tallies(kept.draft)
+        # What a conversation has accepted so far is the best guess at what it will.
+        fields = self._put(self._fields(inputs, size)) | {"pace": kept.pace}
         return request, loop.DecodeState(cache=cache, draft=draft, **fields)
+
+    def _empty(self, inputs: Inputs, size: int, request: Request) -> loop.DecodeState:
+        """A state with nothing absorbed."""
+        batch = len(inputs.rows)
+        cache = zeros(self.base.abstract_cache(batch, size))
+        draft = self._put(self.drafter.init(batch, size, request))
+        fields = self._put(self._fields(inputs, size))
+        return loop.DecodeState(cache=cache, draft=draft, **fields)
+
+    def _find_costs(self, inputs: Inputs, size: int, run: Any) -> None:
+        """What steps cost is known for requests like this one."""
+        request = self._put(self._request(inputs))
+        fields = self._put(self._fields(inputs, size))
+
+        def take(asked: Request, state: loop.DecodeState) -> loop.DecodeState:
+            asked = asked.replace(pacing=self._put(asked.pacing))
+            out = self.compiled(run)(self.base, self.drafter, asked, state)
+            return out[0] if isinstance(out, tuple) else out  # of `loop.run_step`
+
+        def fresh(state: loop.DecodeState, **changes: Any) -> loop.DecodeState:
+            # Copies: they are donated.
+            again = jax.tree.map(jnp.copy, fields) | self._put(changes)
+            return state.replace(**again)
+
+        def find() -> np.ndarray:
+            state = self._empty(inputs, size, request)
+            return step_costs.measured(take, request, state, fresh)
+
+        shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves((self.base, self.drafter))]
+        what = (jax.tree.structure((self.base, self.drafter, request)), shapes, len(inputs.rows))
+        what = (*what, self.tree_width, str(self.compile_options))
+        costs = step_costs.kept(what, (self.drafter.num_kinds, len(self.depths)), find)
+        self._costs[_likeness(inputs)] = costs
+
+    def _unknown_costs(self, inputs: Inputs) -> bool:
+        """Whether costs have to be found before this request."""
+        known = self._given_costs is not None or _likeness(inputs) in self._costs
+        return bool(self.depths) and not known
 
     def absorb(
         self, request: Request, state: loop.DecodeState, longest: int, start: int = 0
@@ -154,9 +214,11 @@ class Engine:
             state = self.compiled(loop.prefill_chunk, chunk)(*arguments, chunk=chunk)
         return state
 
-    def prefill(self, inputs: Inputs) -> tuple[Request, loop.DecodeState]:
-        """The request and a fresh state that has absorbed the prompts; errors as for `begin`."""
-        request, state = self.begin(inputs)
+    def prefill(self, inputs: Inputs, run: Any = loop.run_loop) -> tuple[Request, loop.DecodeState]:
+        """The request and a fresh state that has absorbed the prompts; arguments and errors as for
+        `begin`.
+        """
+        request, state = self.begin(inputs, run=run)
         return request, self.absorb(request, state, inputs.longest)
 
     def memory(
@@ -183,6 +245,13 @@ class Engine:
         least = self.min_draft_probability
         eos_ids: Any = inputs.eos_ids
         min_probability: Any = None if least is None else np.float32(least)
+        pacing = None
+        if self.depths:
+            costs: Any = self._given_costs
+            if costs is None:
+                none = np.ones((self.drafter.num_kinds, len(self.depths)), np.float32)
+                costs = self._costs.get(_likeness(inputs), none)
+            pacing = Pacing(costs=costs, depths=self.depths)
         return Request(
             filters=make_filters(inputs.sampling),
             eos_ids=eos_ids,
@@ -191,6 +260,7 @@ class Engine:
             num_draft_tokens=self.num_draft_tokens,
             tree_width=self.tree_width,
             vocab_size=self.base.config.vocab_size,
+            pacing=pacing,
         )
 
     def _fields(self, inputs: Inputs, size: int) -> dict[str, Any]:
@@ -211,16 +281,25 @@ class Engine:
             "counters": self.no_counts(batch),
             "logprobs": np.zeros((batch, size), np.float32) if inputs.logprobs else None,
             "step": np.int32(0),
+            "pace": Pace.begin(batch, self.drafter.num_kinds, self.num_draft_tokens)
+            if self.depths
+            else None,
         }
 
     def no_counts(self, batch: int) -> Counters:
         """Counters before the first step, on the host."""
-        return Counters.zeros(batch, self.num_draft_tokens, self.tree_width)
+        chosen = bool(self.depths)
+        return Counters.zeros(batch, self.num_draft_tokens, self.tree_width, chosen=chosen)
 
     def _put(self, tree: Any) -> Any:
         """Every array that is not on the mesh yet, on all its devices."""
         put: Callable = lambda x: x if _is_placed(x) else replicate(x, self.base.layout.mesh)  # noqa: E731
         return jax.tree.map(put, tree)
+
+
+def _likeness(inputs: Inputs) -> tuple[int, bool]:
+    """What requests have in common whose steps cost the same."""
+    return len(inputs.rows), make_filters(inputs.sampling).greedy
 
 
 def _is_placed(x: Any) -> bool:

@@ -7,6 +7,7 @@ the last; what a request fixes stands beside it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from easyspec_jax.cache import KVCache
-from easyspec_jax.drafter import Drafter
+from easyspec_jax.cache import KVCache, run_if
+from easyspec_jax.depth import Pace
+from easyspec_jax.drafter import Drafter, Waiting
 from easyspec_jax.model import Model, forward_tapped
 from easyspec_jax.request import Request
 from easyspec_jax.sampling import Scores
@@ -38,7 +40,7 @@ class DecodeState(struct.PyTreeNode, kw_only=True):
     tokens: jax.Array
     length: jax.Array  # i32[B], committed tokens
     limit: jax.Array  # i32[B], the row stops at this length
-    absorbed: jax.Array  # i32[B], in [length - 1 - γ, length]
+    absorbed: jax.Array  # i32[B], in [length - 1 - γ, length]; less where drafting was left out
     done: jax.Array  # bool[B]; a finished row never changes again
     cache: KVCache  # of the base
     draft: Any  # the drafter's state
@@ -46,6 +48,7 @@ class DecodeState(struct.PyTreeNode, kw_only=True):
     # f32[B, S], log p of each new token at temperature 1, unfiltered; None: not asked for
     logprobs: jax.Array | None
     step: jax.Array  # i32[]
+    pace: Pace | None = None  # where the depth of each step is chosen
 
 
 class Emission(struct.PyTreeNode, kw_only=True):
@@ -56,6 +59,7 @@ class Emission(struct.PyTreeNode, kw_only=True):
     num_accepted: jax.Array  # i32[B], accepted draft tokens before any cut
     tries: jax.Array  # i32[B, γ], nodes tried at each depth
     num_drafted: jax.Array  # i32[B], nodes there were to try
+    depth: jax.Array  # i32[], levels that were asked for
 
 
 def step(
@@ -76,7 +80,8 @@ def step(
         verdict = accept_path(scores, proposal, request.filters, verify_key)
         if not proposal.is_chain:
             cache = cache.keep(state.length, verdict.path)
-    draft = drafter.observe(draft, verdict, aux)
+    seen = verdict.replace(length=state.length, active=~state.done)
+    draft = drafter.observe(draft, seen, aux)
     with jax.named_scope("commit"):
         state = state.replace(cache=cache, draft=draft)
         return _commit(request, state, proposal, verdict, scores)
@@ -108,22 +113,28 @@ def _commit(
         rows = jnp.take_along_axis(scores.whole(), on_path[..., None], axis=1).astype(jnp.float32)
         chosen = jnp.take_along_axis(rows, tokens[..., None], axis=-1)[..., 0]
         logprobs = put_rows(logprobs, chosen - jax.nn.logsumexp(rows, axis=-1), state.length)
+    depth, spare = jnp.int32(request.num_draft_tokens), state.counters.tried.shape[1]
+    # Where depths are chosen, a step may have fewer levels than there is room for.
+    pad = lambda x, size: jnp.pad(x, ((0, 0), (0, size - x.shape[1])))  # noqa: E731
+    emission = Emission(
+        tokens=pad(tokens, spare + 1),
+        num_emitted=num,
+        num_accepted=verdict.num_accepted,
+        tries=pad(verdict.tries, spare),
+        num_drafted=num_drafted,
+        depth=depth,
+    )
     new = state.replace(
         tokens=put_rows(state.tokens, tokens, state.length),
         length=length,
         absorbed=jnp.where(state.done, state.absorbed, state.length),
         done=state.done | stopped | (length >= state.limit),
         cache=state.cache.rollback(length - 1),
-        counters=count(state.counters, verdict.num_accepted, verdict.tries, num_drafted, num),
+        counters=count(
+            state.counters, verdict.num_accepted, emission.tries, num_drafted, num, depth
+        ),
         logprobs=logprobs,
         step=state.step + 1,
-    )
-    emission = Emission(
-        tokens=tokens,
-        num_emitted=num,
-        num_accepted=verdict.num_accepted,
-        tries=verdict.tries,
-        num_drafted=num_drafted,
     )
     return new, emission
 
@@ -170,9 +181,24 @@ def prefill_chunk(
 @mesh_jit(out="state", donate="state")
 def run_loop(base: Model, drafter: Drafter, request: Request, state: DecodeState) -> DecodeState:
     """Step until every row is done; `state` is donated."""
-    return lax.while_loop(
-        lambda s: ~s.done.all(), lambda s: step(base, drafter, request, s)[0], state
-    )
+
+    def going(state):
+        return ~state.done.all()
+
+    if request.pacing is None:
+        return lax.while_loop(going, lambda s: step(base, drafter, request, s)[0], state)
+    depths, take = request.pacing.depths, functools.partial(step_of_depth, base, drafter, request)
+
+    def turns(state):
+        for number, depth in enumerate(depths):  # each as often as it is chosen again
+            state = lax.while_loop(
+                lambda s, number=number: going(s) & (_pace(s).choice == number),
+                lambda s, depth=depth: choose(drafter, request, take(depth, s)[0]),
+                state,
+            )
+        return state
+
+    return lax.while_loop(going, turns, choose(drafter, request, state))
 
 
 @mesh_jit(out=("state", None), donate="state")
@@ -180,4 +206,66 @@ def run_step(
     base: Model, drafter: Drafter, request: Request, state: DecodeState
 ) -> tuple[DecodeState, Emission]:
     """One step, for streaming; `state` is donated."""
-    return step(base, drafter, request, state)
+    if request.pacing is None:
+        return step(base, drafter, request, state)
+    take = functools.partial(step_of_depth, base, drafter, request)
+    shapes = jax.eval_shape(lambda: take(request.num_draft_tokens, state)[1])
+    emission = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    state = choose(drafter, request, state)
+    choice = _pace(state).choice  # the turn itself may not change who has one
+    for number, depth in enumerate(request.pacing.depths):
+        state, emission = run_if(
+            choice == number, lambda s, _, depth=depth: take(depth, s), state, emission
+        )
+    return state, emission
+
+
+def choose(drafter: Drafter, request: Request, state: DecodeState) -> DecodeState:
+    """The state with a depth for its next step."""
+    assert request.pacing is not None
+    with jax.named_scope("commit"):
+        kind, levels = drafter.foresee(request, state.tokens, state.length)
+        pace = _pace(state).choose(request.pacing, kind, levels, ~state.done)
+        return state.replace(pace=pace)
+
+
+def step_of_depth(
+    base: Model, drafter: Drafter, request: Request, depth: int, state: DecodeState
+) -> tuple[DecodeState, Emission]:
+    """A step with so many levels, and what it taught. With none the drafter does not run: it falls
+    behind, and absorbs what it missed before it drafts again.
+    """
+    active, shallow = ~state.done, request.replace(num_draft_tokens=depth)
+    if depth:
+        state, emission = step(base, drafter, shallow, _caught_up(drafter, request, state, depth))
+    else:
+        absorbed = state.absorbed
+        state, emission = step(base, Waiting(drafter), shallow, state)
+        state = state.replace(absorbed=absorbed)
+    with jax.named_scope("commit"):
+        pace = _pace(state).learn(depth, emission.num_accepted, active)
+    return state.replace(pace=pace), emission
+
+
+def _pace(state: DecodeState) -> Pace:
+    assert state.pace is not None  # only asked where depths are chosen
+    return state.pace
+
+
+def _caught_up(drafter: Drafter, request: Request, state: DecodeState, depth: int) -> DecodeState:
+    """The state whose drafter lacks no more than a step of `depth` levels absorbs by itself."""
+    width = request.num_draft_tokens + 1
+
+    def lacking(absorbed):
+        return jnp.where(state.done, 0, jnp.maximum(state.length - absorbed - (depth + 1), 0))
+
+    def absorb(carry):
+        draft, absorbed = carry
+        num, recent = jnp.minimum(lacking(absorbed), width), window(state.tokens, absorbed, width)
+        return drafter.prefill(draft, request, recent, absorbed, num, None), absorbed + num
+
+    with jax.named_scope("calibrate"):
+        draft, absorbed = lax.while_loop(
+            lambda carry: (lacking(carry[1]) > 0).any(), absorb, (state.draft, state.absorbed)
+        )
+    return state.replace(draft=draft, absorbed=absorbed)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 
 from easyspec_jax.config import ModelConfig, Sampling, is_integer, is_number
+from easyspec_jax.depth import Pacing
 from easyspec_jax.model import Model
 from easyspec_jax.sampling import Filters
 
@@ -33,6 +34,7 @@ class Request(struct.PyTreeNode, kw_only=True):
     num_draft_tokens: int = struct.field(pytree_node=False)  # γ, at most; 0: autoregression
     tree_width: int = struct.field(pytree_node=False, default=1)  # w; 1 is a chain
     vocab_size: int = struct.field(pytree_node=False)  # V of the base: p and q cover these ids
+    pacing: Pacing | None = None  # where every step chooses how much of γ it drafts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

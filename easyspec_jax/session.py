@@ -88,7 +88,7 @@ class Session:
                 f"{inputs.total}: open one with a larger max_len"
             )
         self._state, self._turn = None, None  # its buffers are about to be donated
-        request, state = engine.begin(inputs, size, old)
+        request, state = engine.begin(inputs, size, old, loop.run_step)
         known = self._known(row) if old is not None else 0
         self._state, self._turn = engine.absorb(request, state, row.size, start=known), request
         self._tokens, self._absorbed = row.tolist(), row.size - 1
@@ -120,8 +120,8 @@ class Session:
                     ids = text.until_stop(ids)
                     done |= text.stopped
                 emitted = np.array([len(ids)], np.int32)
-                counters = count(counters, out.num_accepted, out.tries, out.num_drafted, emitted)
-                self._absorbed = len(self._tokens)  # the step calibrated up to its root
+                drafts = out.num_accepted, out.tries, out.num_drafted
+                counters = count(counters, *drafts, emitted, out.depth)
                 self._tokens += ids
                 self.stats = make_stats(counters)
             yield Piece(ids, min(int(out.num_accepted[0]), len(ids)))
@@ -130,6 +130,6 @@ class Session:
         """What one step emitted, on the host, and whether the row is done; under the lock."""
         state, self._state = self._state, None  # donated: nobody may use it again
         state, out = engine.compiled(loop.run_step)(engine.base, engine.drafter, request, state)
-        out, done = jax.device_get((out, state.done))
-        self._state = state
+        out, done, absorbed = jax.device_get((out, state.done, state.absorbed))
+        self._state, self._absorbed = state, int(absorbed[0])
         return out, bool(done[0])

@@ -36,10 +36,14 @@ class Counters(Tally, struct.PyTreeNode, kw_only=True):
     tried_by_rank: jax.Array  # i32[B, w], how often the r-th sibling of a node was tried
     accepted_by_rank: jax.Array  # i32[B, w], how often it was accepted
     drafted: jax.Array  # i32[B], nodes that were drafted
+    # i32[B, γ + 1], steps by levels that were asked for; None: always γ
+    by_depth: jax.Array | None = None
 
     @classmethod
-    def zeros(cls, batch: int, num_draft_tokens: int, tree_width: int = 1) -> Counters:
-        """No steps yet, on the host."""
+    def zeros(
+        cls, batch: int, num_draft_tokens: int, tree_width: int = 1, *, chosen: bool = False
+    ) -> Counters:
+        """No steps yet, on the host; of steps whose depths are `chosen` one by one."""
 
         def of(*shape: int) -> Any:
             return np.zeros((batch, *shape), np.int32)
@@ -53,10 +57,11 @@ class Counters(Tally, struct.PyTreeNode, kw_only=True):
             tried_by_rank=of(tree_width),
             accepted_by_rank=of(tree_width),
             drafted=of(),
+            by_depth=of(num_draft_tokens + 1) if chosen else None,
         )
 
 
-def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted):
+def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted, depth):
     """Counters after one more step; works on jax and on numpy arrays.
 
     Args:
@@ -64,17 +69,21 @@ def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted):
       tries: i32[B, γ], nodes tried at each depth, the last of which was accepted where one was.
       num_drafted: i32[B], nodes that there were.
       num_emitted: i32[B], tokens emitted after every cut; 0 = the row was not active.
+      depth: i32[], levels that were asked for.
     """
     xp = jnp if isinstance(num_emitted, jax.Array) else np
     active = (num_emitted > 0).astype(xp.int32)
     accepted = xp.minimum(num_accepted, num_emitted)
-    depth = xp.arange(counters.tried.shape[1], dtype=xp.int32)[None]
+    level = xp.arange(counters.tried.shape[1], dtype=xp.int32)[None]
     bins = xp.arange(counters.histogram.shape[1], dtype=xp.int32)[None]
     ranks = xp.arange(counters.tried_by_rank.shape[1], dtype=xp.int32)[None, None]
     hit = (bins == accepted[:, None]).astype(xp.int32) * active[:, None]
-    tries = xp.where(depth < num_emitted[:, None], tries, 0)
-    is_accepted = depth < accepted[:, None]
+    tries = xp.where(level < num_emitted[:, None], tries, 0)
+    is_accepted = level < accepted[:, None]
     tried_rank = ranks < tries[..., None]
+    by_depth = counters.by_depth
+    if by_depth is not None:
+        by_depth = by_depth + (bins == depth).astype(xp.int32) * active[:, None]
     accepted_rank = (ranks == tries[..., None] - 1) & is_accepted[..., None]
     return Counters(
         steps=counters.steps + active,
@@ -85,6 +94,7 @@ def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted):
         tried_by_rank=counters.tried_by_rank + tried_rank.sum(axis=1, dtype=xp.int32),
         accepted_by_rank=counters.accepted_by_rank + accepted_rank.sum(axis=1, dtype=xp.int32),
         drafted=counters.drafted + num_drafted * active,
+        by_depth=by_depth,
     )
 
 
@@ -100,6 +110,7 @@ class Stats:
     tried_per_rank: tuple[int, ...]  # [w], siblings in the order they are tried
     accepted_per_rank: tuple[int, ...]  # [w]
     nodes_drafted: int
+    steps_per_depth: tuple[int, ...]  # [γ + 1], steps by levels that were asked for
     rows: tuple[Stats, ...] = ()  # the same, row by row; empty in a row's own statistics
 
     @property
@@ -140,6 +151,10 @@ def _rates(accepted, tried):
 def make_stats(counters: Counters) -> Stats:
     """Totals, with one entry per row."""
     host = jax.tree.map(np.asarray, counters)
+    by_depth = host.by_depth
+    if by_depth is None:
+        by_depth = np.zeros_like(host.histogram)
+        by_depth[:, -1] = host.steps
 
     def one(pick, rows=()):
         return Stats(
@@ -151,6 +166,7 @@ def make_stats(counters: Counters) -> Stats:
             tried_per_rank=tuple(int(n) for n in pick(host.tried_by_rank)),
             accepted_per_rank=tuple(int(n) for n in pick(host.accepted_by_rank)),
             nodes_drafted=int(pick(host.drafted)),
+            steps_per_depth=tuple(int(n) for n in pick(by_depth)),
             rows=rows,
         )
 

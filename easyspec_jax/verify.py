@@ -58,6 +58,10 @@ class Verdict(struct.PyTreeNode, kw_only=True):
     # i32[B, depth], nodes tried at each depth, counted along the path: those on it, siblings before
     # them, and the children of the last
     tries: jax.Array
+    # For drafters that observe: i32[B], committed tokens before the step, the root the last of
+    # them; bool[B], rows that took part
+    length: jax.Array | None = None
+    active: jax.Array | None = None
 
 
 def verification_placement(start: jax.Array, proposal: Proposal) -> Placement | None:

@@ -58,14 +58,14 @@ def test_counts_of_a_tree_by_hand():
     none = Counters.zeros(2, 3, 4)
     tries = np.array([[2, 1, 3], [3, 2, 0]], np.int32)
     accepted, drafted = np.array([2, 2], np.int32), np.array([12, 9], np.int32)
-    once = count(none, accepted, tries, drafted, np.array([3, 1], np.int32))
+    once = count(none, accepted, tries, drafted, np.array([3, 1], np.int32), 3)
     assert once.tried.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert once.accepted.tolist() == [[1, 1, 0], [1, 0, 0]]
     assert once.tried_by_rank.tolist() == [[3, 2, 1, 0], [1, 1, 1, 0]]
     assert once.accepted_by_rank.tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
     assert once.histogram.tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
     assert once.drafted.tolist() == [12, 9]
-    same = count(once, accepted, tries, drafted, np.array([0, 0], np.int32))  # finished rows
+    same = count(once, accepted, tries, drafted, np.array([0, 0], np.int32), 3)  # finished rows
     assert jax.tree.map(np.ndarray.tolist, same) == jax.tree.map(np.ndarray.tolist, once)
 
 

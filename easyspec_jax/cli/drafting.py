@@ -24,6 +24,7 @@ from easyspec_jax.cli.options import (
     given,
     numbers,
 )
+from easyspec_jax.depth import AUTO
 from easyspec_jax.layer_parallel import PARALLEL
 from easyspec_jax.quantized import KINDS as QUANTIZATIONS
 from easyspec_jax.request import check_tokenizers
@@ -45,6 +46,15 @@ def _group_size(text: str) -> int | tuple[int, ...] | str:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
+def _draft_tokens(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
+
+
 _SIZES = "layers that run at once, all groups' sizes, or what `easyspec tune` found"
 _LAYOUT = "layers of a group side by side on --layer (default), shared, or all the same"
 _FLAG = {"action": "store_true", "default": None}
@@ -53,7 +63,13 @@ _FLAG = {"action": "store_true", "default": None}
 OPTIONS: dict[str, dict[str, Any]] = {
     "draft": dict(metavar="MODEL", help=f"the draft: {MODEL_HELP}"),
     "other_tokenizer": _FLAG | dict(help="the draft's is not the base's: draft what both share"),
-    "num_draft_tokens": COUNT | dict(help="per step (default 5; polybasic: mu + 5)"),
+    "num_draft_tokens": COUNT
+    | dict(
+        type=_draft_tokens,
+        fits=lambda n: n == AUTO or int(n) >= 1,
+        metavar="N|auto",
+        help="per step (default 5; polybasic: mu + 5); auto: chosen anew in each step",
+    ),
     "tree_width": COUNT | dict(help="draft tokens at each depth (default 1)"),
     "candidates": dict(
         choices=("sampled", "best"), help="at temperature > 0: drawn (default), or the likeliest"
@@ -78,6 +94,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "show_draft": _FLAG | dict(help="mark the text that the draft proposed"),
 }
 
+
+# For commands that are about a step of one depth.
+FIXED_DEPTH = COUNT | dict(help="per step (default 5)")
 
 # Tokenizers are read and compared once, for shapes and for weights.
 shared_vocabulary = functools.cache(es.shared_vocabulary)

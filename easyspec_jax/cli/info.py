@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import easyspec_jax as es
 from easyspec_jax import weights
 from easyspec_jax.checkpoint import agreed_quantization, stored_quantization
-from easyspec_jax.cli.drafting import add_option, draft_layout, partition_of
+from easyspec_jax.cli.drafting import FIXED_DEPTH, add_option, draft_layout, partition_of
 from easyspec_jax.cli.options import (
     MODEL_HELP,
     add_mesh,
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(add, "draft_mlp")
     add_option(add, "draft_quantization")
     add_quantization(add)
-    add_option(add, "num_draft_tokens", help="per step (default 5)")
+    add_option(add, "num_draft_tokens", **FIXED_DEPTH)
     add_option(add, "tree_width")
     add_requests(add, memory=": refuse what does not fit into them in bfloat16")
     add("--collectives", action="store_true", help="compile a step, list what devices exchange")

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = (*target.TARGETS, target.HERE)
     add("--device", choices=kinds, default="h200", help="to compile for (default h200)")
     add_mesh(add, tensor="heads (default: 1)")
-    drafting.add_arguments(add, without=("show_draft", "other_tokenizer"))
+    drafting.add_arguments(add, without=("show_draft", "other_tokenizer", "num_draft_tokens"))
+    drafting.add_option(add, "num_draft_tokens", **drafting.FIXED_DEPTH)
     parser.set_defaults(other_tokenizer=None)  # it costs no kernel worth counting
     add_batch(add)
     add_max_len(add, "tokens of each that caches hold, a step's draft among them")

@@ -17,7 +17,7 @@ from easyspec_jax.stats import Stats
 
 _FIGURES = (  # of Stats, as JSON has them
     "steps", "tokens_per_step", "acceptance_rate", "accepted_histogram", "acceptance_per_depth",
-    "acceptance_per_rank", "nodes_drafted", "nodes_accepted",
+    "acceptance_per_rank", "nodes_drafted", "nodes_accepted", "steps_per_depth",
 )  # fmt: skip
 
 
@@ -104,6 +104,9 @@ def _describe(stats: Stats, clock: Clock, speed: float | None) -> list[str]:
         lines[0] += f", acceptance rate {stats.acceptance_rate:.3f}"
         bins = " ".join(f"{n}:{steps}" for n, steps in enumerate(stats.accepted_histogram))
         lines.append(f"accepted draft tokens:steps  {bins}")
+    if sum(n > 0 for n in stats.steps_per_depth) > 1:
+        used = " ".join(f"{d}:{n}" for d, n in enumerate(stats.steps_per_depth) if n)
+        lines.append(f"levels drafted:steps  {used}")
     if len(stats.tried_per_rank) > 1:
         ranks = " ".join(f"{r}:{n}" for r, n in enumerate(stats.accepted_per_rank, 1))
         lines.append(

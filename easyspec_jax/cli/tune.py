@@ -25,7 +25,7 @@ from easyspec_jax.checkpoint import (
     write_partition,
 )
 from easyspec_jax.cli.answering import find_models
-from easyspec_jax.cli.drafting import GROUPED, add_option
+from easyspec_jax.cli.drafting import FIXED_DEPTH, GROUPED, add_option
 from easyspec_jax.cli.options import (
     COUNT,
     add_device,
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention-steps", type=int, metavar="K", help=steps)
     add_mesh(add, layer=None, tensor="tuning, here (default: all)")
     add_device(add, "weigh tokens against the times predicted for", "how many of them")
-    add_option(add, "num_draft_tokens", default=5, help="per step (default 5)")
+    add_option(add, "num_draft_tokens", **FIXED_DEPTH, default=5)
     add("--max-new-tokens", **COUNT, default=64, help="of each answer (default 64)")
     warm = "of the text to be drafted (default 0, greedy)"
     add("--temperature", type=float, default=0.0, metavar="T", help=warm)

@@ -33,7 +33,6 @@ class EagleState(struct.PyTreeNode, kw_only=True):
 
     cache: KVCache  # of the head's one layer; between steps exact up to `length`
     known: jax.Array  # [B, S + 1, D], the base's fused features
-    active: jax.Array  # bool[B], rows that the newest step absorbed for
 
 
 class EagleDrafter(Drafter):
@@ -118,7 +117,6 @@ class EagleDrafter(Drafter):
         return EagleState(
             cache=self.head.model.abstract_cache(batch, max_len),
             known=shape_of(shape, self.head.model.dtype),
-            active=shape_of((batch,), bool),
         )
 
     def prefill(
@@ -136,7 +134,7 @@ class EagleDrafter(Drafter):
             new = self.head.fuse(features)
             state = state.replace(known=_put(state.known, new, start + 1, num))
         _, cache = self._absorb(state, tokens, start, num)
-        return state.replace(cache=cache, active=num > 0)
+        return state.replace(cache=cache)
 
     def _absorb(self, state, tokens, start, num):
         """Hidden states behind the pairs of i32[B, W] tokens, and the cache with them."""
@@ -165,7 +163,7 @@ class EagleDrafter(Drafter):
         absorbed, active = cache.length, num > 0
         with jax.named_scope("draft"):
             proposal, cache = self._draft(hidden, cache, active, request, keys)
-        state = state.replace(cache=cache.rollback(absorbed), active=active)
+        state = state.replace(cache=cache.rollback(absorbed))
         return proposal, state, base_cache
 
     def _draft(
@@ -204,11 +202,12 @@ class EagleDrafter(Drafter):
 
     def observe(self, state: EagleState, verdict: Verdict, aux: jax.Array) -> EagleState:
         """Remember what the base knows at the root and at the accepted nodes."""
+        assert verdict.length is not None and verdict.active is not None
         rows = jnp.pad(verdict.path + 1, ((0, 0), (1, 0)))
         with jax.named_scope("calibrate"):
             new = self.head.fuse(jnp.take_along_axis(aux, rows[..., None, None], axis=1))
-            num = jnp.where(state.active, verdict.num_accepted + 1, 0)
-            return state.replace(known=_put(state.known, new, state.cache.length, num))
+            num = jnp.where(verdict.active, verdict.num_accepted + 1, 0)
+            return state.replace(known=_put(state.known, new, verdict.length, num))
 
 
 def _put(x: jax.Array, new: jax.Array, start: jax.Array, num: jax.Array) -> jax.Array:

@@ -118,6 +118,10 @@ class EarlyExitDrafter(Drafter):
             raise ValueError(f"adaptive=False needs exactly one exit, got exits={exits}")
         object.__setattr__(self, "exits", exits)
 
+    def depths(self, most: int) -> tuple[int, ...]:
+        """It chooses itself."""
+        return (most,)
+
     @property
     def shares_base_cache(self) -> bool:
         """What it drafts with is a part of the base's pass."""

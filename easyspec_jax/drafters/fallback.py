@@ -68,6 +68,25 @@ class FallbackDrafter(Drafter):
         """As many as either likes."""
         return max(getattr(drafter, "depth", 0) for drafter in (self.first, self.second))
 
+    def depths(self, most: int) -> tuple[int, ...]:
+        """Those of both."""
+        return tuple(sorted({*self.first.depths(most)} & {*self.second.depths(most)}))
+
+    @property
+    def num_kinds(self) -> int:
+        """The first's and the second's."""
+        return self.first.num_kinds + self.second.num_kinds
+
+    def foresee(
+        self, request: Request, tokens: jax.Array, length: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The first's draft where it finds one, else the second's."""
+        kind, levels = self.first.foresee(request, tokens, length)
+        other, deep = self.second.foresee(request, tokens, length)
+        found = levels > 0
+        kind = jnp.where(found, kind, self.first.num_kinds + other)
+        return kind, jnp.where(found, levels, deep)
+
     @property
     def taps(self) -> tuple[int, ...]:
         """Those of either."""
@@ -181,6 +200,14 @@ class FallbackDrafter(Drafter):
             first=self.first.observe(state.first, verdict, first),
             second=self.second.observe(state.second, verdict, second),
             counters=counters,
+        )
+
+    def skip(self, state: FallbackState, verdict: Verdict, aux: Any) -> FallbackState:
+        """Both look on; nobody's chain was taken."""
+        first, second = self._tapped(aux)
+        return state.replace(
+            first=self.first.skip(state.first, verdict, first),
+            second=self.second.skip(state.second, verdict, second),
         )
 
     def report(self, state: FallbackState) -> dict[str, Any]:

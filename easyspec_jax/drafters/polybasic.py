@@ -163,6 +163,10 @@ class PolybasicDrafter(Drafter):
         """A full buffer and the last draft of the one below."""
         return self.mu + getattr(self.drafter, "depth", 0)  # `check` refuses what is no drafter
 
+    def depths(self, most: int) -> tuple[int, ...]:
+        """A full buffer or none: its parts are of a size that stays."""
+        return (0, most)
+
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
         """Refuse trees, a buffer without room for the inner drafter, a middle in groups, and what
         the inner drafter refuses.
@@ -317,7 +321,7 @@ class PolybasicDrafter(Drafter):
     def _inner(self, request: Request) -> Request:
         """What the inner drafter is asked for."""
         levels = max(request.num_draft_tokens - self.mu, 1)
-        return request.replace(num_draft_tokens=levels, tree_width=1)
+        return request.replace(num_draft_tokens=levels, tree_width=1, pacing=None)
 
     def _absorb(
         self,

@@ -1,0 +1,124 @@
+"""What a step of each depth takes here: measured with the very program that will decode.
+
+A row is made to end after one step, with costs under which only one depth can be chosen for it; a
+call that takes no step at all is subtracted. So nothing but the loop is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from easyspec_jax.json_files import read_object, write_object
+from easyspec_jax.loop import DecodeState
+from easyspec_jax.request import Request
+
+logger = logging.getLogger("easyspec_jax")
+
+FAR = 1e9  # how much dearer all other depths are than the one that is to be chosen
+LEAST = 1e-6  # seconds, below which no difference means anything
+SECONDS, ROUNDS = 0.2, 20  # for one depth: no more than either, but two behind a first
+
+Run = Callable[[Request, DecodeState], DecodeState]
+
+
+def measured(
+    run: Run, request: Request, state: DecodeState, fresh: Callable[..., DecodeState]
+) -> np.ndarray:
+    """Seconds of a step by kind of draft and depth, f32[K, D], the same in all processes; of kinds
+    that do not come up those of the dearest one.
+
+    Args:
+      run: the loop of a decoder, or one step of it; donates the state.
+      request: with any costs.
+      state: of the size that will be decoded; donated.
+      fresh: a state and values of its fields to the state with caches kept and all else as before a
+        first step.
+    """
+    pacing = request.pacing
+    assert pacing is not None
+    num_kinds, num_depths = pacing.costs.shape
+    shape, lengths = state.tokens.shape, np.asarray(state.length)
+    # One that repeats itself and one that does not: what drafts may hang on it.
+    same, new = np.zeros(shape, np.int32), np.arange(shape[0] * shape[1], dtype=np.int32)
+    texts = (same, new.reshape(shape) % request.vocab_size)[: 1 if num_kinds == 1 else 2]
+    seconds = np.zeros((num_kinds, num_depths), np.float32)
+
+    def take(number, steps, text, state):
+        """The seconds of 0 or 1 step of this depth, and the state behind it."""
+        costs = np.full((num_kinds, num_depths), FAR, np.float32)
+        costs[:, number] = 1.0
+        asked = request.replace(pacing=pacing.replace(costs=costs))
+        done = np.full(lengths.shape, steps == 0)
+        state = jax.block_until_ready(fresh(state, tokens=text, limit=lengths + steps, done=done))
+        start = time.perf_counter()
+        state = jax.block_until_ready(run(asked, state))
+        return time.perf_counter() - start, state
+
+    for text in texts:
+        _, state = take(0, 0, text, state)
+        assert state.pace is not None
+        kinds = np.unique(jax.device_get(state.pace.kind))
+        least, state = _in_turns(functools.partial(take, text=text), num_depths, state)
+        seconds[kinds] = np.maximum(seconds[kinds], least)
+    seconds = np.where(seconds > 0, seconds, seconds.max(axis=0))
+    seconds[:, 0] = seconds[:, 0].min()  # without a draft they are all the same
+    if jax.process_count() > 1:
+        seconds = np.asarray(multihost_utils.broadcast_one_to_all(seconds))
+    return seconds
+
+
+def _in_turns(
+    take: Callable[..., tuple[float, DecodeState]], num_depths: int, state: DecodeState
+) -> tuple[np.ndarray, DecodeState]:
+    """Least seconds of a step of each depth, f32[D], above what a call takes; depths take turns, so
+    that what else is going on meets them all.
+    """
+    found, spent = [], 0.0
+    while len(found) < 3 or (len(found) < ROUNDS and spent < SECONDS * num_depths):
+        row = []
+        for number in range(num_depths):
+            for steps in (0, 1):
+                one, state = take(number, steps, state=state)
+                row.append(one)
+        found.append(row)
+        spent += sum(row)
+    least = np.min(found[1:], axis=0)  # the first may have compiled
+    return np.maximum(least[1::2] - least[::2].min(), LEAST).astype(np.float32), state
+
+
+def kept(what: Any, shape: tuple[int, int], find: Callable[[], np.ndarray]) -> np.ndarray:
+    """Costs (f32[K, D], of this shape) that were found before for what prints as `what`, on a
+    device of this kind; else found now, and kept beside jax's compilation cache, where there is
+    one. Several processes keep nothing: they would have to agree.
+    """
+    settings: Any = jax.config
+    folder = settings.jax_compilation_cache_dir
+    if not folder or "://" in str(folder) or jax.process_count() > 1:
+        return find()
+    device = jax.devices()[0]
+    about = f"{jax.__version__} {device.platform} {device.device_kind} {len(jax.devices())} {what}"
+    name = hashlib.sha256(about.encode()).hexdigest()[:24]
+    file = pathlib.Path(folder) / f"easyspec-step-costs-{name}.json"
+    try:
+        costs = np.asarray(read_object(file)["seconds"], np.float32)
+        if costs.shape == shape and np.isfinite(costs).all() and (costs > 0).all():
+            return costs
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or not one of these
+    costs = find()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_object(file, {"seconds": [[round(float(x), 7) for x in row] for row in costs]})
+    except OSError as error:
+        logger.info("seconds of steps are not kept: %s", error)
+    return costs

@@ -1,0 +1,217 @@
+"""Depth chosen step by step against every fixed depth and the base alone: time and tokens a step.
+
+    python experiments/auto.py --case lookup --base CKPT --set summaries=FILE --out FILE
+    python experiments/auto.py --table FILE [FILE ...]
+
+A case is a drafter: "draft" (--draft, in groups of --group-size), "lookup" (prompt lookup), "head"
+(lookup, else the package's or another --head) and "random" (a draft of random weights). Arms are
+the base alone, γ of 1, 2, 3, 5 and 8, and "auto"; all answer a prompt before any sees the next one,
+in changing order, after a warm-up that compiles and measures. A second --then text is put behind
+the first answer and answered in the same session. FILE gets a header and a line a prompt; started
+again, the script keeps what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import prompt_sets
+from acceptance import open_results, read_results
+from records import append, commit, machine, without_places
+from tqdm import tqdm
+
+import easyspec_jax as es
+from easyspec_jax.text import Tokenizer
+
+GAMMAS = (1, 2, 3, 5, 8)
+ALONE, AUTO = "alone", "auto"
+Record = dict[str, Any]
+
+
+def make_drafter(args: argparse.Namespace, base: es.Model) -> es.Drafter:
+    """The drafter of the case."""
+    mesh = base.layout.mesh
+    if args.case == "draft":
+        return es.LayerParallelDrafter(es.load_model(args.draft, mesh, group_size=args.group_size))
+    if args.case == "random":
+        small = dataclasses.replace(base.config, num_layers=4, embed_dim=256, mlp_dim=512)
+        return es.LayerParallelDrafter(es.random_model(small, mesh, seed=1, dtype=base.dtype))
+    if args.case == "lookup":
+        return es.PromptLookupDrafter()
+    head = args.head or resources.files("easyspec_jax") / "heads" / "smollm2-135m-instruct"
+    return es.FallbackDrafter(
+        es.PromptLookupDrafter(min_ngram=3), es.EagleDrafter.load(str(head), base)
+    )
+
+
+def make_arms(args: argparse.Namespace) -> dict[str, es.Decoder]:
+    """A decoder of each arm, the base alone first."""
+    base = es.load_model(args.base, es.make_mesh())
+    drafter = make_drafter(args, base)
+    arms = {ALONE: es.Decoder(base)}
+    for gamma in GAMMAS:
+        arms[str(gamma)] = es.Decoder(base, drafter, num_draft_tokens=gamma)
+    arms[AUTO] = es.Decoder(base, drafter, num_draft_tokens=AUTO)
+    return arms
+
+
+def answer(
+    decoder: es.Decoder, ids: list[int], then: list[int], args: argparse.Namespace, t: float
+) -> tuple[float, list[int], list[es.Stats]]:
+    """Seconds of the decoding behind the prompts, all new tokens, and statistics of each turn."""
+    options = {"sampling": es.Sampling(temperature=t), "seed": args.seed}
+    if not then:
+        start = time.perf_counter()
+        out = decoder.generate([ids], max_new_tokens=args.max_new_tokens, **options)
+        return time.perf_counter() - start, out.tokens[0], [out.stats]
+    room = len(ids) + len(then) + 2 * args.max_new_tokens
+    session, text, new, stats, seconds = es.Session(max_len=room), list(ids), [], [], 0.0
+    for more in ([], then):
+        text += more
+        start = time.perf_counter()
+        stream = decoder.stream(
+            text, max_new_tokens=args.max_new_tokens, session=session, **options
+        )
+        turn = [token for piece in stream for token in piece]
+        seconds += time.perf_counter() - start
+        text, new = text + turn, new + turn
+        stats.append(session.stats)
+    return seconds, new, stats
+
+
+def measure(args: argparse.Namespace, sets, then: list[int], lines, keep: Callable) -> None:
+    """Every prompt that no line has yet, answered by every arm."""
+    done = {(line["set"], line["prompt"], line["temperature"]) for line in lines}
+    wanted = [
+        (t, name, i)
+        for t in args.temperatures
+        for i in range(args.num_prompts)
+        for name in sets
+        if (name, args.skip + i, t) not in done
+    ]
+    arms, warm = make_arms(args) if wanted else {}, set()
+    for turn, (t, name, i) in enumerate(tqdm(wanted, desc=args.case)):
+        ids = sets[name][args.skip + i]
+        order = list(arms.items())
+        order = order[turn % len(order) :] + order[: turn % len(order)]
+        found: Record = {}
+        for arm, decoder in order:
+            size = decoder.capacity(len(ids) + args.max_new_tokens)
+            if (arm, size, t > 0) not in warm:  # compiles, and measures what depths cost
+                answer(decoder, ids, then, args, t)
+                warm.add((arm, size, t > 0))
+        runs: dict[str, list] = {arm: [] for arm in arms}
+        for _ in range(args.repeats):
+            for arm, decoder in order:
+                runs[arm].append(answer(decoder, ids, then, args, t))
+        for arm in arms:
+            _, tokens, stats = runs[arm][0]
+            found[arm] = {
+                "seconds": round(statistics.median(run[0] for run in runs[arm]), 4),
+                "new_tokens": len(tokens),
+                "steps": sum(s.steps for s in stats),
+                "identical": tokens == runs[ALONE][0][1],
+            }
+            if arm == AUTO:
+                found[arm]["steps_per_depth"] = [s.steps_per_depth for s in stats]
+        keep({"set": name, "prompt": args.skip + i, "temperature": t, "arms": found})
+
+
+def ratios(lines: list[Record]) -> dict[str, float]:
+    """Tokens a second of every arm over those of the base alone."""
+
+    def speed(arm):
+        return sum(x["arms"][arm]["new_tokens"] for x in lines) / sum(
+            x["arms"][arm]["seconds"] for x in lines
+        )
+
+    return {arm: speed(arm) / speed(ALONE) for arm in lines[0]["arms"]}
+
+
+def table(files: list[pathlib.Path]) -> str:
+    """A row for each case, set and temperature."""
+    fixed = [str(gamma) for gamma in GAMMAS]
+    heads = [
+        "case",
+        "set",
+        "T",
+        "prompts",
+        *(f"{g} tokens" for g in fixed),
+        AUTO,
+        "auto / best fixed",
+    ]
+    rows = [heads, ["---"] * len(heads)]
+    for file in files:
+        header, lines = read_results(file)
+        keys = dict.fromkeys((line["set"], line["temperature"]) for line in lines)
+        for name, t in keys:
+            here = [x for x in lines if (x["set"], x["temperature"]) == (name, t)]
+            found = ratios(here)
+            best = max(1.0, *(found[g] for g in fixed))
+            row = [header["options"]["case"], name, f"{t:g}", str(len(here))]
+            row += [f"{found[arm]:.2f}" for arm in (*fixed, AUTO)]
+            rows.append([*row, f"{found[AUTO] / best:.3f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--case", choices=("draft", "lookup", "head", "random"))
+    p.add_argument("--base", help="converted checkpoint")
+    p.add_argument("--draft", help="converted checkpoint")
+    p.add_argument("--head", help="folder of a head")
+    p.add_argument("--group-size", type=int, default=1)
+    p.add_argument("--set", action="append", default=[], metavar="NAME=PATH")
+    p.add_argument("--then", help="text that is put behind the first answer")
+    p.add_argument("--chat", action="store_true", help="each prompt is a user's message")
+    p.add_argument("--num-prompts", type=int, default=4, help="of each set")
+    p.add_argument("--skip", type=int, default=0, help="the first prompts of each set")
+    p.add_argument("--max-prompt-tokens", type=int, default=700, help="longer ones are skipped")
+    p.add_argument("--max-new-tokens", type=int, default=96)
+    p.add_argument("--temperatures", type=lambda s: [float(t) for t in s.split(",")], default=[0.0])
+    p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=pathlib.Path)
+    p.add_argument("--table", type=pathlib.Path, nargs="+", help="only print these files")
+    args = p.parse_args(argv)
+    if not args.table and not all((args.case, args.base, args.set, args.out)):
+        p.error("--case, --base, --set and --out are needed, or --table")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what is missing in the file, print it all; or print files."""
+    args = parse(argv)
+    if args.table:
+        print(table(args.table))
+        return
+    tokenizer = Tokenizer(args.base)
+    sets = prompt_sets.read_prompts(
+        tokenizer, args.set, args.skip + args.num_prompts, args.max_prompt_tokens, chat=args.chat
+    )
+    then = tokenizer.encode(args.then, add_special_tokens=False) if args.then else []
+    left_out = {"table", "num_prompts", "temperatures"}  # more of them may be asked for later
+    options = without_places({k: v for k, v in vars(args).items() if k not in left_out})
+    header = {"machine": machine(), "commit": commit(), "options": options, "prompt_tokens": {}}
+    header, lines = open_results(args.out, header)
+
+    def keep(line):
+        append(args.out, line)
+        lines.append(line)
+
+    measure(args, sets, then, lines, keep)
+    print(table([args.out]))
+    print(json.dumps(header | {"lines": lines}))
+
+
+if __name__ == "__main__":
+    main()
