@@ -60,6 +60,16 @@ def test_a_draft_changes_the_statistics_and_not_the_text(easyspec, options):
     assert "siblings" not in err
 
 
+@pytest.mark.slow
+def test_every_step_chooses_its_depth(easyspec):
+    depths = ("--num-draft-tokens", "auto", "--group-size", 3)
+    status, out, _ = generate(easyspec, "--draft", "draft", *depths, "--json")
+    text, _, stats = out.strip().rpartition("\n")
+    stats = json.loads(stats)
+    assert (status, text) == (0, expected_text())
+    assert len(stats["steps_per_depth"]) == 9 and sum(stats["steps_per_depth"]) == stats["steps"]
+
+
 def test_a_tree_changes_the_statistics_and_not_the_text(easyspec):
     tree = ("--tree-width", 3, "--candidates", "best", "--min-draft-probability", 0.001)
     status, out, err = generate(
