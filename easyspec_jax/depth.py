@@ -21,11 +21,11 @@ from easyspec_jax.config import is_integer, is_number
 
 AUTO = "auto"  # `AutoDepth()` in a word
 DEPTHS = (0, 1, 2, 3, 5, 8)  # that are compiled, up to the deepest
-DECAY = 0.9  # what counts of a depth are worth once it has been tried again
-HOPE = 0.6  # how often the first token is accepted before anything is known
-BELIEF = 3.0  # how many tries that, and a shallower depth's share for a deeper one, count for
-PROBING = 0.015  # share of the time that drafts may cost which only ask whether to draft
-NOW = 1 << 20  # steps that nobody waits for
+DECAY = 0.92  # what counts of a level are worth once it has been tried again
+FIRST, HOPE = 3.0, 0.6  # tries of the first level that a text begins with, and what came of them
+BELIEF = 6.0  # tries that the share of the level above counts for
+PROBING = 0.015  # share of the time that may be lost by drafts which only ask whether to draft
+SOONER = 8  # steps that need not be waited for where such a draft was accepted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +101,19 @@ class Pace(struct.PyTreeNode, kw_only=True):
     accepted: jax.Array
     kind: jax.Array  # i32[B], of the draft that the next step would make
     levels: jax.Array  # i32[B], how deep that could be
-    waited: jax.Array  # i32[], steps since the last draft; NOW where some of it was accepted
+    waited: jax.Array  # i32[], steps since the last draft
     choice: jax.Array  # i32[], number of the next step's depth
 
     @classmethod
     def begin(cls, batch: int, num_kinds: int, most: int) -> Pace:
-        """Nothing known, on the host."""
-        counts: Any = np.zeros((batch, num_kinds, most), np.float32)
+        """Nothing known but hope, on the host."""
+        tried: Any = np.zeros((batch, num_kinds, most), np.float32)
+        tried[..., 0] = FIRST
         row: Any = np.zeros((batch,), np.int32)
         zero: Any = np.int32(0)
         return cls(
-            tried=counts, accepted=counts, kind=row, levels=row, waited=zero, choice=zero
-        )  # fmt: skip
+            tried=tried, accepted=HOPE * tried, kind=row, levels=row, waited=zero, choice=zero
+        )
 
     def learn(self, depth: int, num_accepted: jax.Array, active: jax.Array) -> Pace:
         """What is known after a step of `depth` levels.
@@ -133,7 +134,7 @@ class Pace(struct.PyTreeNode, kw_only=True):
         return self.replace(
             tried=jnp.where(tried, DECAY * self.tried + 1.0, self.tried),
             accepted=jnp.where(tried, DECAY * self.accepted + hit, self.accepted),
-            waited=jnp.where(more, jnp.int32(NOW), jnp.int32(0)),
+            waited=jnp.where(more, jnp.int32(SOONER), jnp.int32(0)),
         )
 
     def choose(self, pacing: Pacing, kind: jax.Array, levels: jax.Array, active: jax.Array) -> Pace:
@@ -150,7 +151,8 @@ class Pace(struct.PyTreeNode, kw_only=True):
         tokens = jnp.where(active[:, None], tokens[:, np.array(pacing.depths)], 0.0).sum(axis=0)
         choice = jnp.argmax(tokens / jnp.maximum(costs, 1e-30)).astype(jnp.int32)
         if len(pacing.depths) > 1:
-            patience = (costs[1] / jnp.maximum(costs[0], 1e-30) - 1.0) / PROBING
+            loss = costs[1] / jnp.maximum(costs[0], 1e-30) - tokens[1] / tokens[0]
+            patience = loss / PROBING
             asks = (self.waited.astype(jnp.float32) >= patience) & (levels > 0).any()
             choice = jnp.where((choice == 0) & asks, jnp.int32(1), choice)
         choice = jnp.where(active.any(), choice, jnp.int32(-1))
@@ -161,16 +163,17 @@ def expected_tokens(tried: jax.Array, accepted: jax.Array, levels: jax.Array) ->
     """Tokens that a step of each depth is expected to bring, f32[B, γ + 1].
 
     A level's share of accepted tokens is drawn to that of the level above, as if that had been seen
-    BELIEF times; the first one's to HOPE.
+    BELIEF times.
 
     Args:
       tried: f32[B, γ], with `accepted` as in `Pace`, of one kind.
       levels: i32[B], levels that there can be.
     """
-    share = jnp.full_like(tried[:, 0], HOPE)
+    share = accepted[:, 0] / tried[:, 0]
     path, tokens = jnp.ones_like(share), [jnp.ones_like(share)]
     for i in range(tried.shape[1]):
-        share = (accepted[:, i] + BELIEF * share) / (tried[:, i] + BELIEF)
+        if i:
+            share = (accepted[:, i] + BELIEF * share) / (tried[:, i] + BELIEF)
         path = path * share
         tokens.append(tokens[-1] + jnp.where(i < levels, path, 0.0))
     return jnp.stack(tokens, axis=1)

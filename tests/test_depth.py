@@ -24,8 +24,18 @@ from test_distribution import FILTERED, TINY, tiny_table
 from test_drafters import REPETITIVE, WAYS
 
 import easyspec_jax as es
-from easyspec_jax import depth, step_costs
-from easyspec_jax.depth import BELIEF, DECAY, HOPE, PROBING, Pace, Pacing, usual_depths
+from easyspec_jax import step_costs
+from easyspec_jax.depth import (
+    BELIEF,
+    DECAY,
+    FIRST,
+    HOPE,
+    PROBING,
+    SOONER,
+    Pace,
+    Pacing,
+    usual_depths,
+)
 
 slow = pytest.mark.slow
 ALIKE = es.AutoDepth(most=3, costs=(1, 1, 1, 1))  # as deep as there is hope
@@ -60,14 +70,16 @@ def plain_choice(tried, accepted, levels, costs, depths, waited):
     """What `Pace.choose` does, one row after the other, of kind 0."""
     tokens = np.zeros(len(depths))
     for row in range(len(tried)):
-        share, path, total = HOPE, 1.0, [1.0]
+        share, path, total = accepted[row, 0] / tried[row, 0], 1.0, [1.0]
         for i in range(tried.shape[1]):
-            share = (accepted[row, i] + BELIEF * share) / (tried[row, i] + BELIEF)
+            if i:
+                share = (accepted[row, i] + BELIEF * share) / (tried[row, i] + BELIEF)
             path *= share
             total.append(total[-1] + (path if i < levels[row] else 0.0))
         tokens += np.array(total)[list(depths)]
     best = int(np.argmax(tokens / costs))
-    if best == 0 and waited * PROBING >= costs[1] / costs[0] - 1 and levels.max() > 0:
+    loss = costs[1] / costs[0] - tokens[1] / tokens[0]
+    if best == 0 and waited * PROBING >= loss and levels.max() > 0:
         return 1
     return best
 
@@ -77,7 +89,7 @@ def test_the_choice_has_most_tokens_a_second():
     depths = usual_depths(5)
     choose = jax.jit(lambda pace, pacing, *rest: pace.choose(pacing, *rest).choice)
     for _ in range(60):
-        tried = rng.uniform(0, 10, (2, 1, 5)).astype(np.float32)
+        tried = rng.uniform(0.1, 10, (2, 1, 5)).astype(np.float32)
         accepted = tried * rng.uniform(0, 1, (2, 1, 1)).astype(np.float32)
         levels = rng.integers(0, 6, 2).astype(np.int32)
         costs = 1 + rng.uniform(0, 0.8) * np.array(depths, np.float32)
@@ -107,14 +119,17 @@ def test_what_a_step_teaches():
     )
     pace = pace.learn(3, np.array([1, 2, 3], np.int32), np.array([True, True, False]))
     tried, accepted = np.zeros((3, 2, 4)), np.zeros((3, 2, 4))
-    tried[0, 0, :2], accepted[0, 0, :1] = 1, 1  # the second was rejected, a third never asked
-    tried[1, 1, :2], accepted[1, 1, :2] = 1, 1  # there were no more than two
-    np.testing.assert_array_equal(pace.tried, tried)
-    np.testing.assert_array_equal(pace.accepted, accepted)
-    assert int(pace.waited) == depth.NOW
+    tried[:, :, 0], accepted[:, :, 0] = FIRST, FIRST * HOPE
+    tried[0, 0] = [DECAY * FIRST + 1, 1, 0, 0]  # the second was rejected, a third never asked
+    accepted[0, 0] = [DECAY * FIRST * HOPE + 1, 0, 0, 0]
+    tried[1, 1] = [DECAY * FIRST + 1, 1, 0, 0]  # there were no more than two
+    accepted[1, 1] = [DECAY * FIRST * HOPE + 1, 1, 0, 0]
+    np.testing.assert_allclose(pace.tried, tried, rtol=1e-6)
+    np.testing.assert_allclose(pace.accepted, accepted, rtol=1e-6)
+    assert int(pace.waited) == SOONER
     rejected = pace.learn(1, np.zeros(3, np.int32), np.ones(3, bool))
-    assert float(rejected.tried[0, 0, 0]) == pytest.approx(DECAY + 1)
-    assert float(rejected.accepted[0, 0, 0]) == pytest.approx(DECAY)
+    assert float(rejected.tried[0, 0, 0]) == pytest.approx(DECAY * tried[0, 0, 0] + 1)
+    assert float(rejected.accepted[0, 0, 0]) == pytest.approx(DECAY * accepted[0, 0, 0])
     assert int(rejected.waited) == 0 and int(rejected.learn(0, None, None).waited) == 1
 
 
@@ -179,9 +194,9 @@ def test_a_text_that_is_not_drafted_is_asked_again():
         accepted = np.array([drafted[-1] if step >= 60 else 0], np.int32)
         pace = pace.learn(drafted[-1], accepted, one)
     assert sum(drafted[:60]) < 10  # from now on every draft would be accepted
-    assert sum(drafted[90:]) == 30
+    assert sum(drafted[90:]) > 24
     runs = [len([*group]) for choice, group in itertools.groupby(drafted[:60]) if not choice]
-    assert runs[-2] == round(0.3 / PROBING)
+    assert 8 < runs[-2] <= 0.3 / PROBING + 1  # what a draft in vain may cost
 
 
 @slow
