@@ -64,6 +64,7 @@ def pytest_configure(config):
         "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_traceback_in_locations_limit": 0,  # a compiler carries the lines of every operation
     }.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

@@ -70,7 +70,7 @@ REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
 
 
 def of_ways(pairs):
-    """Parameters of a test of several ways, (name, shape) each."""
+    """Parameters of a test of several ways, (name, shape) and more each."""
     slow = {name: [pytest.mark.slow] * way.slow for name, way in WAYS.items()}
     return [pytest.param(*pair, marks=slow[pair[0]]) for pair in pairs]
 
@@ -101,14 +101,13 @@ def frozen(prompts):
     ("name", "shape", "mesh_shape"),
     [
         *((*way, (1, 1)) for way in SHAPES if way[0] not in QUICK_ELSEWHERE),
-        # the others' own tests run them on a mesh, and these ones' on one device
+        # the others' own tests run them on a mesh, and those of these on one device
         *(
             pytest.param(*way, (1, 1), marks=pytest.mark.slow)
             for way in SHAPES
             if way[0] in QUICK_ELSEWHERE
         ),
         ("prompt-lookup", (3, 2), (4, 2)),
-        *(pytest.param(*way, (4, 2), marks=pytest.mark.slow) for way in SHAPES[:-1]),
     ],
 )
 def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
@@ -179,8 +178,14 @@ def test_a_stream_is_what_generate_gives(name, shape, s):
     assert sum(p.num_accepted for p in pieces) == sum(want.stats.accepted_per_depth)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((4, 2), marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "shape"), of_ways(CHAINS))
+@pytest.mark.parametrize(
+    ("name", "shape", "mesh_shape"),
+    [
+        *of_ways((*way, (1, 1)) for way in CHAINS),
+        # its state has those of others in it
+        pytest.param("polybasic", (5, 1), (4, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_a_session_continues_and_changes_its_conversation(name, shape, mesh_shape):
     """As a fresh start would, and from where an abandoned stream was left."""
     decoder, session = drafting(name, shape, mesh_shape), es.Session(max_len=48)
