@@ -101,14 +101,11 @@ def test_a_broken_rule_of_trees_is_noticed(monkeypatch):
     assert sequence_surprise(decoder, PLAIN) > 5
 
 
+@slow
 @pytest.mark.parametrize(
     "broken",
     # the first is noticed by the test of one step too
-    [
-        pytest.param("no residual", marks=slow),
-        pytest.param("q of another temperature", marks=slow),
-        "stale key",
-    ],
+    ["no residual", "q of another temperature", "stale key"],
 )
 def test_broken_sampling_is_noticed(monkeypatch, broken):
     decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken

@@ -185,7 +185,8 @@ def test_the_base_in_another_writing_drafts_the_same_trees():
 @pytest.mark.parametrize(
     ("mesh_shape", "gamma", "width", "num_shared"),
     [
-        ((1, 1), 2, 3, 2),  # a level has fewer tokens than nodes
+        # a level has fewer tokens than nodes
+        pytest.param((1, 1), 2, 3, 2, marks=slow),
         pytest.param((4, 2), 3, 2, 40, marks=slow),
     ],
 )
