@@ -44,26 +44,26 @@ LIBC = ctypes.CDLL(None)
 
 
 def pytest_configure(config):
-    """One folder of compiled programs for all workers of a run, empty when it begins. Programs are
-    optimised only where tests with real weights are asked for.
+    """One folder of compiled programs for all workers of a run, empty when it begins unless
+    EASYSPEC_TEST_CACHE names another. Programs are optimised only where tests with real weights
+    are asked for.
     """
     worker = "PYTEST_XDIST_WORKER" in os.environ  # has the environment of who started it
     if not worker and "real" not in config.option.markexpr.replace("not real", ""):
         flags = [f"--{name}={QUICK[name]}" for name in known_flags()]
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
-    if worker:
-        folder = os.environ["EASYSPEC_TEST_CACHE"]
-    else:
-        made = tempfile.TemporaryDirectory(prefix="easyspec-compiled-")
+    if not worker:
+        made = tempfile.TemporaryDirectory(prefix="easyspec-tests-")
         config.add_cleanup(made.cleanup)
-        folder = os.environ["EASYSPEC_TEST_CACHE"] = made.name
-    # No test writes into the cache of whoever runs it.
-    os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")
+        # No test writes into the cache of whoever runs it.
+        os.environ["XDG_CACHE_HOME"] = os.path.join(made.name, "cache")
+        os.environ.setdefault("EASYSPEC_TEST_CACHE", os.path.join(made.name, "compiled"))
     # In the environment too, for the processes that tests start.
     for name, value in {
-        "jax_compilation_cache_dir": folder,
+        "jax_compilation_cache_dir": os.environ["EASYSPEC_TEST_CACHE"],
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_traceback_in_locations_limit": 0,  # a compiler carries the lines of every operation
     }.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

@@ -126,19 +126,15 @@ def test_greedy_equals_autoregression_for_every_way_to_draft(
     assert got.stats.emitted == want.stats.emitted
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((4, 2), marks=slow)])
-def test_a_bad_draft_costs_no_text(mesh_shape):
+def test_a_bad_draft_costs_no_text():
     want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
-    assert autoregressive(mesh_shape).generate(PROMPTS, max_new_tokens=NEW).tokens == want
-    decoder = stranger_drafting(mesh_shape)
-    assert decoder.generate(PROMPTS, max_new_tokens=NEW).tokens == want
+    assert stranger_drafting().generate(PROMPTS, max_new_tokens=NEW).tokens == want
 
 
 @pytest.mark.parametrize(
     ("mesh_shape", "gamma", "width", "group_size", "calibrate", "least"),
     [
         ((1, 1), 3, 4, GROUPS, True, None),
-        pytest.param((1, 1), 1, 4, 1, False, None, marks=slow),
         pytest.param((4, 2), 3, 4, GROUPS, True, 0.05, marks=slow),
         pytest.param((2, 4), 3, 8, (3,), False, None, marks=slow),
     ],
@@ -209,29 +205,21 @@ OTHER_LAYOUTS = [
 )
 def test_a_draft_may_be_laid_out_in_any_way(layout):
     """In one program with a base over all devices: what is drafted, and so every statistic, is what
-    one device drafts; also in a session that goes on.
+    one device drafts.
     """
     draft = model((4, 2), group_size=GROUPS, layout=layout)
     decoder = es.Decoder(model((4, 2)), es.LayerParallelDrafter(draft), num_draft_tokens=3)
     assert decoder.generate(PROMPTS, max_new_tokens=NEW) == self_drafting().generate(
         PROMPTS, max_new_tokens=NEW
     )
-    histories = []
-    for each in (decoder, self_drafting()):
-        session, text = es.Session(96), PROMPTS[0]
-        for more in ([], [3, 4, 5]):
-            text = text + more
-            text = text + joined(each.stream(text, max_new_tokens=12, session=session))
-        histories.append((text, session.stats))
-    assert histories[0] == histories[1]
 
 
 @slow
 @pytest.mark.parametrize(
     ("mesh_shape", "heads", "size", "layout"),
     [
-        ((4, 2), (9, 3), 3, "grouped"),
-        ((2, 4), (28, 4), 3, "grouped"),
+        ((4, 2), (9, 3), (3, 2), "grouped"),
+        ((2, 4), (28, 4), (3, 2), "grouped"),
     ],
     ids=str,
 )
@@ -240,7 +228,7 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
     Everything is drafted as on one device.
     """
     config = es.ModelConfig(
-        vocab_size=61, embed_dim=12, mlp_dim=18, num_layers=8, num_heads=heads[0],
+        vocab_size=61, embed_dim=12, mlp_dim=18, num_layers=5, num_heads=heads[0],
         num_kv_heads=heads[1], head_dim=4, max_len=96,
     )  # fmt: skip
     seen = []
@@ -249,18 +237,16 @@ def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
         drafter = es.LayerParallelDrafter(draft)
         decoder = es.Decoder(model(shape, config=config), drafter, num_draft_tokens=3)
         seen.append(decoder.generate(PROMPTS, max_new_tokens=NEW))
-    assert seen[0] == seen[1]
-    alone = es.Decoder(model((1, 1), config=config))
-    assert alone.generate(PROMPTS, max_new_tokens=NEW).tokens == seen[0].tokens
+    assert seen[0] == seen[1] and seen[0].stats.nodes_accepted > 0
 
 
 @slow
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     config=st.builds(
         es.ModelConfig,
         vocab_size=st.sampled_from([8, 61, 64]), embed_dim=st.sampled_from([8, 24]),
-        mlp_dim=st.sampled_from([12, 32]), num_layers=st.integers(1, 9), num_heads=st.just(6),
+        mlp_dim=st.sampled_from([12, 32]), num_layers=st.integers(1, 6), num_heads=st.just(6),
         num_kv_heads=st.sampled_from([1, 2, 3, 6]), head_dim=st.sampled_from([4, 8]),
         tie_embeddings=st.booleans(), qkv_bias=st.booleans(), qk_norm=st.booleans(),
         max_len=st.just(96),
@@ -330,12 +316,11 @@ def test_bfloat16_diverges_only_at_near_ties():
 # Stopping.
 
 
-@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
-def test_stop_inside_an_accepted_block(width):
+def test_stop_inside_an_accepted_block():
     """Every place to stop, for a draft that is always right: nothing behind it is emitted or
     counted.
     """
-    decoder = self_drafting((1, 1), 1, 3, width=width)
+    decoder = self_drafting((1, 1), 1, 3)
     whole = autoregressive().generate([PROMPTS[0]], max_new_tokens=NEW).tokens[0]
     for token in dict.fromkeys(whole):
         out = decoder.generate([PROMPTS[0]], max_new_tokens=NEW, eos_ids=[token])
@@ -343,7 +328,7 @@ def test_stop_inside_an_accepted_block(width):
         assert out.tokens[0] == cut
         assert out.stats.emitted == len(cut)
         assert sum(out.stats.accepted_per_depth) <= len(cut)
-        assert out.stats.acceptance_rate == 1.0 or width > 1
+        assert out.stats.acceptance_rate == 1.0
 
 
 def test_finished_rows_never_change():
@@ -355,10 +340,9 @@ def test_finished_rows_never_change():
         assert row == (whole[: whole.index(eos) + 1] if eos in whole else whole)
 
 
-@pytest.mark.parametrize("width", [pytest.param(1, marks=slow), 4])
-def test_context_end_stops(width):
+def test_context_end_stops():
     prompt = [1] * 90
-    out = self_drafting(width=width).generate([prompt], max_new_tokens=50)
+    out = self_drafting(width=4).generate([prompt], max_new_tokens=50)
     assert len(out.tokens[0]) == CONFIG.max_len - 90
     assert out.tokens == autoregressive().generate([prompt], max_new_tokens=50).tokens
 
@@ -366,16 +350,9 @@ def test_context_end_stops(width):
 # Streaming.
 
 
-@pytest.mark.parametrize(
-    ("s", "width"),
-    [
-        (es.Sampling(), 1),
-        (es.Sampling(temperature=0.9, top_k=30), 1),
-        pytest.param(es.Sampling(temperature=0.9, top_k=30), 4, marks=slow),
-    ],
-)
-def test_stream_equals_generate(s, width):
-    decoder, session = self_drafting(width=width), es.Session()
+@pytest.mark.parametrize("s", [es.Sampling(), es.Sampling(temperature=0.9, top_k=30)])
+def test_stream_equals_generate(s):
+    decoder, session = self_drafting(), es.Session()
     want = decoder.generate([PROMPTS[0]], max_new_tokens=NEW, sampling=s, seed=3)
     pieces = list(
         decoder.stream(PROMPTS[0], max_new_tokens=NEW, sampling=s, seed=3, session=session)
@@ -405,10 +382,9 @@ def test_stop_string_ends_with_the_token_that_completes_it():
     assert session.stats.emitted == len(text)
 
 
-@pytest.mark.parametrize("width", [1, pytest.param(4, marks=slow)])
-def test_session_continues_a_conversation(width, monkeypatch):
+def test_session_continues_a_conversation(monkeypatch):
     """A second turn gives what a fresh start gives, and absorbs only what is new."""
-    decoder, session = self_drafting(width=width), es.Session(max_len=48)
+    decoder, session = self_drafting(), es.Session(max_len=48)
     first = joined(decoder.stream(PROMPTS[0], max_new_tokens=12, session=session))
     turn = [*PROMPTS[0], *first, 5, 6, 7]
     absorbed = spy_on_prefills(monkeypatch)

@@ -52,25 +52,20 @@ WAYS = {
             mu=3,
         ),
         ((5, 1),),
+        slow=True,
     ),
     "prompt-lookup": Way(lambda base: es.PromptLookupDrafter(), ((4, 1), (3, 2))),
 }
-QUICK_ELSEWHERE = {"polybasic", *(name for name, way in WAYS.items() if way.slow)}
 CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
 SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
 BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
-# rows of polybasic's that stop apart are below
-OFTEN = [
-    pytest.param(*way, marks=pytest.mark.slow) if way[0] in QUICK_ELSEWHERE else way
-    for way in SHAPES
-]
 DRAWN = es.Sampling(temperature=0.9, top_k=30)
 STREAMS = [(name, way.shapes[-1], DRAWN) for name, way in WAYS.items()]
 REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
 
 
 def of_ways(pairs):
-    """Parameters of a test of several ways, (name, shape) each."""
+    """Parameters of a test of several ways, (name, shape) and more each."""
     slow = {name: [pytest.mark.slow] * way.slow for name, way in WAYS.items()}
     return [pytest.param(*pair, marks=slow[pair[0]]) for pair in pairs]
 
@@ -100,15 +95,9 @@ def frozen(prompts):
 @pytest.mark.parametrize(
     ("name", "shape", "mesh_shape"),
     [
-        *((*way, (1, 1)) for way in SHAPES if way[0] not in QUICK_ELSEWHERE),
-        # the others' own tests run them on a mesh, and these ones' on one device
-        *(
-            pytest.param(*way, (1, 1), marks=pytest.mark.slow)
-            for way in SHAPES
-            if way[0] in QUICK_ELSEWHERE
-        ),
+        # the others' own tests run them on a mesh
+        *of_ways((*way, (1, 1)) for way in SHAPES),
         ("prompt-lookup", (3, 2), (4, 2)),
-        *(pytest.param(*way, (4, 2), marks=pytest.mark.slow) for way in SHAPES[:-1]),
     ],
 )
 def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
@@ -123,7 +112,7 @@ def test_greedy_text_is_autoregressions(name, shape, mesh_shape):
     assert accepted > 0  # or nothing was tested
 
 
-@pytest.mark.parametrize(("name", "shape"), OFTEN)
+@pytest.mark.parametrize(("name", "shape"), of_ways(SHAPES))
 @settings(max_examples=12, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=20), min_size=3, max_size=3),
@@ -179,8 +168,14 @@ def test_a_stream_is_what_generate_gives(name, shape, s):
     assert sum(p.num_accepted for p in pieces) == sum(want.stats.accepted_per_depth)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), pytest.param((4, 2), marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "shape"), of_ways(CHAINS))
+@pytest.mark.parametrize(
+    ("name", "shape", "mesh_shape"),
+    [
+        *of_ways((*way, (1, 1)) for way in CHAINS),
+        # its state has those of others in it
+        pytest.param("polybasic", (5, 1), (4, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_a_session_continues_and_changes_its_conversation(name, shape, mesh_shape):
     """As a fresh start would, and from where an abandoned stream was left."""
     decoder, session = drafting(name, shape, mesh_shape), es.Session(max_len=48)

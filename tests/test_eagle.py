@@ -158,10 +158,12 @@ def check_q(run, tensors, fields):
 )
 def test_drafts_are_what_the_equations_say(tmp_path, variant, width, mesh_shape):
     _, tensors, fields = head_folder(tmp_path, variant)
-    run = started(decoder(mesh_shape, width, variant=variant), [PROMPTS[0]], NEW, DRAWN)
-    for _ in range(3):
-        check_q(run, tensors, fields)
+    decoding = decoder(mesh_shape, width, variant=variant)
+    run = started(decoding, [PROMPTS[0]], NEW, DRAWN)
+    check_q(run, tensors, fields)
+    for _ in range(2 * (variant == "midlayer")):  # a step of any is the same program
         run.step()
+        check_q(run, tensors, fields)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +172,7 @@ def test_drafts_are_what_the_equations_say(tmp_path, variant, width, mesh_shape)
         ((1, 1), {"width": 2, "least": 0.1}),
         pytest.param((1, 1), {}, marks=slow),
         pytest.param((1, 1), {"width": 4, "gamma": 1}, marks=slow),
-        pytest.param((4, 2), {}, marks=slow),
         pytest.param((4, 2), {"width": 2, "least": 0.1, "variant": "model.layers.0"}, marks=slow),
-        pytest.param((1, 8), {"width": 2}, marks=slow),
         pytest.param((8, 1), {"layout": "replicated"}, marks=slow),
     ],
 )
@@ -217,8 +217,7 @@ def head_entries(state, b):
 
 
 @slow
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("s", [PLAIN, FILTERED])
+@pytest.mark.parametrize(("width", "s"), [(1, PLAIN), (3, FILTERED)])
 def test_sampled_sequences_follow_the_base(tmp_path, width, s):
     tiny = es.ModelConfig(
         vocab_size=6, embed_dim=8, mlp_dim=12, num_layers=3, num_heads=2, num_kv_heads=1,
@@ -234,7 +233,7 @@ def test_sampled_sequences_follow_the_base(tmp_path, width, s):
 
 @slow
 def test_requests_compile_once_and_the_state_is_donated():
-    decoding = decoder()
+    decoding = decoder(variant="few ids")
     decoding.generate(PROMPTS, max_new_tokens=NEW)
     compiled = compilations()
     decoding.generate([[5] * 12, [4], [9, 9]], max_new_tokens=NEW - 3)
@@ -246,11 +245,10 @@ def test_requests_compile_once_and_the_state_is_donated():
 
 
 @slow
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)])
-def test_it_drafts_for_a_middle_with_the_middles_features(mesh_shape):
+def test_it_drafts_for_a_middle_with_the_middles_features():
     """A base that agrees with the middle accepts whole buffers: the middle must catch up."""
-    base = model(mesh_shape)
-    drafts = es.PolybasicDrafter(base, drafter(mesh_shape), mu=3)
+    base = model((1, 1))
+    drafts = es.PolybasicDrafter(base, drafter(), mu=3)
     assert drafts.taps == ()
     decoding = es.Decoder(base, drafts, num_draft_tokens=6)
     out = decoding.generate(PROMPTS, max_new_tokens=NEW)
@@ -262,7 +260,7 @@ def test_it_drafts_for_a_middle_with_the_middles_features(mesh_shape):
     stage = run.state.draft.stage
     for b, text in enumerate(np.asarray(stage.tokens)):
         end = int(stage.length[b])
-        fresh = started(decoder(mesh_shape), [text[:end].tolist()])
+        fresh = started(decoder(), [text[:end].tolist()])
         known = np.asarray(stage.draft.known)[b, :end]
         true = np.asarray(fresh.state.draft.known)[0, :end]
         np.testing.assert_allclose(known, true, atol=1e-12)

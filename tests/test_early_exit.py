@@ -66,28 +66,11 @@ def faded(base, first, scale):
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None)
-@given(
-    prompt=st.lists(st.integers(0, 60), min_size=1, max_size=16),
-    new=st.integers(1, 30),
-    eos=st.lists(st.integers(0, 60), max_size=3),
-    how=st.sampled_from([{}, {"exits": (2,), "adaptive": False, "gamma": 4}]),
-)
-def test_greedy_equals_autoregression_whatever_is_asked(prompt, new, eos, how):
-    options = {"max_new_tokens": new, "eos_ids": eos}
-    want = autoregressive().generate([prompt], **options)
-    got = exiting(**how).generate([prompt], **options)
-    assert got.tokens == want.tokens
-    assert got.stats.emitted == len(got.tokens[0])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh_shape", "exits", "gamma", "adaptive"),
     [
         ((4, 2), (1, 2), 7, True),
         ((1, 1), (2,), 18, True),
-        ((2, 4), None, 6, True),
     ],
 )
 def test_greedy_equals_autoregression_on_meshes(mesh_shape, exits, gamma, adaptive):
@@ -103,9 +86,9 @@ def test_greedy_equals_autoregression_on_meshes(mesh_shape, exits, gamma, adapti
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
-    num_layers=st.integers(2, 7),
+    num_layers=st.integers(2, 6),
     data=st.data(),
     gamma=st.sampled_from([1, 2, 5, 7]),
     scale=st.sampled_from([0.02, 0.3, 1.0]),
@@ -200,21 +183,17 @@ def test_base_cache_equals_fresh_prefill(make):
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "s",
-    [es.Sampling(), pytest.param(es.Sampling(temperature=0.9, top_k=30), marks=pytest.mark.slow)],
-)
-def test_stream_equals_generate_and_sessions_go_on(s):
+def test_stream_equals_generate_and_sessions_go_on():
+    """test_drafters.py streams what is drawn."""
     decoder, session = exiting(), es.Session(max_len=56)
-    options = {"max_new_tokens": NEW, "sampling": s, "seed": 3}
+    options = {"max_new_tokens": NEW}
     want = decoder.generate([PROMPTS[0]], **options)
     pieces = list(decoder.stream(PROMPTS[0], **options, session=session))
     assert joined(pieces) == want.tokens[0] and session.stats == want.stats
     assert sum(p.num_accepted for p in pieces) == sum(want.stats.accepted_per_depth)
-    if s.temperature == 0:
-        turn = [*PROMPTS[0], *want.tokens[0], 5, 6, 7]
-        second = joined(decoder.stream(turn, max_new_tokens=12, session=session))
-        assert second == autoregressive().generate([turn], max_new_tokens=12).tokens[0]
+    turn = [*PROMPTS[0], *want.tokens[0], 5, 6, 7]
+    second = joined(decoder.stream(turn, max_new_tokens=12, session=session))
+    assert second == autoregressive().generate([turn], max_new_tokens=12).tokens[0]
 
 
 # What it chooses, against a plain reference.
@@ -354,12 +333,11 @@ def test_only_the_layers_that_are_counted_run(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2)], ids=str)
-def test_the_compiled_loop_copies_no_cache(mesh_shape):
+def test_the_compiled_loop_copies_no_cache():
     """In optimised HLO: each of 3 layers is written once in each of 3 windows from its exit on,
     once while drafting below the last exit; no copies as large as an entry.
     """
-    moved = cache_traffic(exiting(mesh_shape), 1)
+    moved = cache_traffic(exiting(), 1)
     assert moved["dynamic-update-slice"] == 2 * (2 + 3 * 2)
     assert not {"copy", "transpose", "concatenate", "select", "convert"} & set(moved)
 

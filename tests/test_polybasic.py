@@ -14,13 +14,10 @@ from decoders import (
     compilations,
     entries,
     fresh_cache,
-    joined,
     model,
     started,
     surprise,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_distribution import FILTERED, PLAIN, TINY, enumerate_sequences
 
 import easyspec_jax as es
@@ -71,28 +68,12 @@ def plain():
 # I1: greedy tokens are those of greedy autoregression; float64 makes this exact.
 
 
-@slow
-@settings(max_examples=20, deadline=None)
-@given(
-    prompts=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=16), min_size=3, max_size=3),
-    new=st.integers(1, NEW),
-    eos=st.lists(st.integers(0, 60), max_size=3),
-    middle=st.sampled_from(["stranger", "base"]),
-)
-def test_greedy_equals_autoregression_whatever_is_asked(prompts, new, eos, middle):
-    options = {"max_new_tokens": new, "eos_ids": eos}
-    want, got = (d.generate(prompts, **options) for d in (plain(), chain(middle)))
-    assert got.tokens == want.tokens
-    assert got.stats.emitted == sum(map(len, got.tokens))
-
-
 @pytest.mark.parametrize(
     ("middle", "inner", "mesh_shape", "options"),
     [
         ("base", "own verification", (1, 1), {"gamma": 4, "mu": 2}),
-        pytest.param("stranger", "stranger", (4, 2), {}, marks=slow),
         pytest.param("base", "stranger", (1, 1), {"gamma": 3, "mu": 2}, marks=slow),
-        pytest.param("stranger", "chain", (4, 2), {"gamma": 6, "mu": 3}, marks=slow),
+        pytest.param("stranger", "chain", (1, 1), {"gamma": 6, "mu": 3}, marks=slow),
         pytest.param(
             "stranger", "self", (1, 1), {"min_draft_probability": 0.1, "gamma": 8}, marks=slow
         ),
@@ -129,20 +110,6 @@ def test_a_drafter_that_uses_the_middles_cache_finds_it_whole():
     report = out.drafter_report
     assert report["middle_catch_up_passes"] == out.stats.steps - len(PROMPTS)  # all but the first
     assert report["middle_passes"] == report["inner_drafts"] + report["middle_catch_up_passes"]
-
-
-@slow
-def test_streams_and_sessions_give_the_tokens_of_generate():
-    decoder, prompt = chain("stranger"), PROMPTS[0]
-    want = plain().generate([prompt], max_new_tokens=2 * NEW).tokens[0]
-    session = es.Session(max_len=56)
-    run = functools.partial(decoder.stream, session=session)
-    first = joined(run(prompt, max_new_tokens=NEW))
-    assert first == want[:NEW]
-    # The conversation goes on; goes back to before the answer's end; and again as it is.
-    for kept in (NEW, NEW - 7, NEW - 7):
-        more = joined(run([*prompt, *want[:kept]], max_new_tokens=NEW - 5))
-        assert more == want[kept : kept + NEW - 5]
 
 
 # The middle's cache, and what a waiting row keeps.
@@ -186,7 +153,7 @@ def tiny_chain(label="llama", gamma=4, mu=2):
     return es.Decoder(base, drafter, num_draft_tokens=gamma)
 
 
-ROWS = np.tile([[3, 1]], (4096, 1))
+ROWS = np.tile([[3, 1]], (2048, 1))
 
 
 def chain_surprise(decoder, s):
@@ -195,18 +162,15 @@ def chain_surprise(decoder, s):
 
 
 @slow
-@pytest.mark.parametrize(
-    ("s", "mu"),
-    [(FILTERED, 2), (PLAIN, 1)],
-)
-def test_sampled_sequences_follow_the_base(s, mu):
-    assert chain_surprise(tiny_chain(mu=mu), s) < 5
+def test_sampled_sequences_follow_the_base():
+    """Filtered; the test below is of the whole distribution."""
+    assert chain_surprise(tiny_chain(), FILTERED) < 5
 
 
 @slow
 def test_a_stop_id_inside_a_buffer_keeps_the_distribution():
     """The middle drafts nothing behind it, and the base may reject it and go on."""
-    decoder, stop = tiny_chain(mu=2), 2
+    decoder, stop = tiny_chain(), 2
     table = collections.Counter()
     for text, p in enumerate_sequences(decoder.base, [3, 1], PLAIN).items():
         table[text[: text.index(stop) + 1] if stop in text else text] += p
@@ -223,16 +187,15 @@ def test_a_wrong_q_is_noticed(monkeypatch):
 
 
 @slow
-@pytest.mark.parametrize("s", [PLAIN, FILTERED])
-def test_the_buffer_follows_the_middle(s):
+def test_the_buffer_follows_the_middle():
     decoder = tiny_chain(mu=3, gamma=5)
-    run = started(decoder, ROWS, NEW, s)
+    run = started(decoder, ROWS, NEW, PLAIN)
     run.step()
     buffers = np.asarray(run.state.draft.stage.tokens)[:, 2:5].tolist()
-    table = enumerate_sequences(decoder.drafter.middle, [3, 1], s)
-    assert surprise(map(tuple, buffers), table) < 5
-    if s == PLAIN:
-        assert surprise(map(tuple, buffers), enumerate_sequences(decoder.base, [3, 1], s)) > 5
+    of_middle, of_base = (
+        enumerate_sequences(m, [3, 1], PLAIN) for m in (decoder.drafter.middle, decoder.base)
+    )
+    assert surprise(map(tuple, buffers), of_middle) < 5 < surprise(map(tuple, buffers), of_base)
 
 
 # Refusals, memory, time.
@@ -283,22 +246,15 @@ def test_any_drafter_may_stand_below_a_middle_of_another_vocabulary(kind):
     drafter = es.PolybasicDrafter(middle, inner, mu=2)
     decoder = es.Decoder(base, drafter, num_draft_tokens=4)
     prompts = [PROMPTS[0]]
-    want = es.Decoder(base).generate(prompts, max_new_tokens=9).tokens
+    want = plain().generate(prompts, max_new_tokens=9).tokens
     assert decoder.generate(prompts, max_new_tokens=9).tokens == want
     out = decoder.generate(prompts, max_new_tokens=9, sampling=es.Sampling(temperature=0.8))
     assert len(out.tokens[0]) == 9 and max(out.tokens[0]) < BASE.vocab_size
 
 
 @slow
-def test_the_phases_of_its_step_are_timed():
-    times = chain("base").profile(prompt_len=8, max_new_tokens=NEW, repeats=2)
-    assert all(seconds >= 0 for seconds in times.values())
-    assert times["step"] > 0 and times["draft"] > 0
-
-
-@slow
 def test_requests_of_one_size_compile_once_and_the_state_is_donated():
-    decoder = chain("base", gamma=7)
+    decoder = chain("base")
     decoder.generate(PROMPTS, max_new_tokens=NEW)
     compiled = compilations()
     decoder.generate([[5] * 12, [4], [9, 9]], max_new_tokens=NEW - 3)

@@ -160,6 +160,8 @@ def looking_up():
     return es.Decoder(model((1, 1)), drafter, num_draft_tokens=3, tree_width=3)
 
 
+# test_drafters.py has a few
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     motifs=st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=6), min_size=2, max_size=2),

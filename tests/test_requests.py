@@ -70,16 +70,12 @@ def test_counts_of_a_tree_by_hand():
 
 
 @functools.cache
-def answered(width):
-    return self_drafting(width=width).generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+def answered():
+    return self_drafting(width=4).generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
 
 
-WIDTHS = [pytest.param(1, marks=pytest.mark.slow), 4]
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_statistics_agree_with_themselves(width):
-    stats = answered(width).stats
+def test_statistics_agree_with_themselves():
+    stats = answered().stats
     assert stats.emitted == NEW * 3 and sum(stats.accepted_histogram) == stats.steps
     assert stats.steps == sum(row.steps for row in stats.rows)
     accepted = sum(i * n for i, n in enumerate(stats.accepted_histogram))
@@ -98,9 +94,8 @@ def test_a_drafter_reports_its_own_counters(monkeypatch):
     assert autoregressive().generate([PROMPTS[0]], max_new_tokens=2).drafter_report == {}
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_logprobs_are_the_bases(width):
-    out = answered(width)
+def test_logprobs_are_the_bases():
+    out = answered()
     for prompt, new, got in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
         text = [*prompt, *new, *[0] * (8 - len(prompt))]  # all of one length
         scores = jax.nn.log_softmax(all_logits(model((1, 1)), [text])[0])
@@ -138,11 +133,7 @@ def test_warmup_compiles_the_stream():
 
 @pytest.mark.parametrize(
     ("batch", "width", "least"),
-    [
-        (1, 1, None),
-        (3, 3, 0.2),
-        pytest.param(3, 4, None, marks=pytest.mark.slow),
-    ],
+    [(1, 1, None), (3, 3, 0.2)],
 )
 def test_the_compiled_loop_copies_no_cache(batch, width, least):
     """In optimised HLO: writes in place, and neither copies nor transposes as large as an entry;

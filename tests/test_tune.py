@@ -201,7 +201,6 @@ def test_above_temperature_zero_acceptance_is_the_overlap():
     [
         (3, 0.8),
         (-3, 0.0),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((3, 0.0), (-3, 0.8))),
     ],
 )
 def test_vocabularies_may_be_padded_differently(temperature, more):
@@ -244,8 +243,8 @@ def sensitive(layer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [2, 4])
-def test_a_sensitive_layer_begins_a_block(layer):
+def test_a_sensitive_layer_begins_a_block():
+    layer = 2
     m = sensitive(layer)
     found = tune.tune(
         m, m, PROMPTS, attention_steps=2, num_draft_tokens=3, max_new_tokens=16, num_confirmed=1
@@ -279,7 +278,7 @@ def test_several_devices_tune_as_one():
     found = [
         tune.tune(
             *(MODEL(shape),) * 2, PROMPTS, attention_steps=3, num_draft_tokens=3,
-            max_new_tokens=16, num_confirmed=2,
+            max_new_tokens=16, num_confirmed=1,
         )
         for shape in ((1, 1), (2, 4))
     ]  # fmt: skip

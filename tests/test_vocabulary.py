@@ -10,7 +10,6 @@ import pytest
 from decoders import (
     CONFIG,
     GROUPS,
-    MESHES,
     NEW,
     PROMPTS,
     SMALL,
@@ -173,13 +172,12 @@ def test_the_base_in_another_writing_is_always_right():
 
 
 @slow
-@pytest.mark.parametrize("s", [es.Sampling(), FILTERED])
-def test_the_base_in_another_writing_drafts_the_same_trees(s):
+def test_the_base_in_another_writing_drafts_the_same_trees():
     drafter, options = es.LayerParallelDrafter(model((1, 1))), {"num_draft_tokens": 3}
     plain = es.Decoder(model((1, 1)), drafter, tree_width=2, **options)
     other = translated(CONFIG.vocab_size, tree_width=2, **options)
     want, got = (
-        x.generate(PROMPTS, max_new_tokens=NEW, sampling=s, seed=2) for x in (plain, other)
+        x.generate(PROMPTS, max_new_tokens=NEW, sampling=FILTERED, seed=2) for x in (plain, other)
     )
     assert got.tokens == want.tokens and got.stats == want.stats
 
@@ -187,9 +185,9 @@ def test_the_base_in_another_writing_drafts_the_same_trees(s):
 @pytest.mark.parametrize(
     ("mesh_shape", "gamma", "width", "num_shared"),
     [
-        ((1, 1), 2, 3, 2),  # a level has fewer tokens than nodes
-        *(pytest.param(shape, 3, 2, 40, marks=slow) for shape in MESHES),
-        pytest.param((4, 2), 2, 1, 40, marks=slow),
+        # a level has fewer tokens than nodes
+        pytest.param((1, 1), 2, 3, 2, marks=slow),
+        pytest.param((4, 2), 3, 2, 40, marks=slow),
     ],
 )
 def test_greedy_text_is_autoregressions(mesh_shape, gamma, width, num_shared):
@@ -201,21 +199,19 @@ def test_greedy_text_is_autoregressions(mesh_shape, gamma, width, num_shared):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["polybasic", "fallback", "uncalibrated", "stops early"])
+@pytest.mark.parametrize("kind", ["polybasic", "uncalibrated, stops early"])
 def test_greedy_text_is_autoregressions_wherever_it_stands(kind):
     base = model((1, 1))
     draft = model((1, 1), group_size=2, seed=7, config=SMALL)
     drafter = es.LayerParallelDrafter(
         draft,
         vocabulary=foreign(50, SMALL.vocab_size),
-        calibrate=kind != "uncalibrated",
+        calibrate=kind == "polybasic",
     )
     options = {"num_draft_tokens": 5}
     if kind == "polybasic":
         drafter = es.PolybasicDrafter(model((1, 1), seed=3), drafter, mu=3)
-    elif kind == "fallback":
-        drafter = es.FallbackDrafter(es.PromptLookupDrafter(), drafter)
-    elif kind == "stops early":
+    else:
         options |= {"min_draft_probability": 0.1, "tree_width": 2}
     out = es.Decoder(base, drafter, **options).generate(PROMPTS, max_new_tokens=NEW)
     assert out.tokens == autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
@@ -236,8 +232,6 @@ def tiny_foreign(width, candidates="sampled"):
     [
         (1, "sampled", PLAIN),
         pytest.param(5, "sampled", FILTERED, marks=slow),  # five children of four tokens
-        pytest.param(5, "best", PLAIN, marks=slow),
-        pytest.param(1, "sampled", FILTERED, marks=slow),
     ],
 )
 def test_sampled_sequences_follow_the_base(width, candidates, s):
