@@ -288,7 +288,7 @@ def small_vocabulary(temperature: float, width: int) -> dict[str, Any]:
 
 
 def measure(args, prompts, missing):
-    """Yield the record of each (rule, width, prompt) when it is done."""
+    """Yield the record of each (prompt, rule, width) when it is done."""
     mesh = es.make_mesh(1, 1)
     base = es.load_model(args.base, mesh)
     draft = es.load_model(args.draft, mesh, group_size=args.group_size, layout="grouped")
@@ -296,28 +296,27 @@ def measure(args, prompts, missing):
         "ours": es.LayerParallelDrafter(draft),
         "published": PublishedDrafter(draft, temperature=args.temperature),
     }
-    for (rule, width), found in itertools.groupby(tqdm(missing, unit="prompt"), lambda x: x[:2]):
+    for i, rule, width in tqdm(missing, unit="answer"):
         decoder = es.Decoder(
             base, drafters[rule], num_draft_tokens=args.num_draft_tokens, tree_width=width
         )
-        for _, _, i in found:
-            with as_published() if rule == "published" else contextlib.nullcontext():
-                out = decoder.generate(
-                    [prompts[i]],
-                    max_new_tokens=args.max_new_tokens,
-                    sampling=es.Sampling(temperature=args.temperature),
-                    seed=args.seed + i,
-                )
-            yield {
-                "rule": rule,
-                "is": RULES[rule],
-                "width": width,
-                "prompt": i,
-                "steps": out.stats.steps,
-                "emitted": out.stats.emitted,
-                "accepted_histogram": out.stats.accepted_histogram,
-                **out.drafter_report,
-            }
+        with as_published() if rule == "published" else contextlib.nullcontext():
+            out = decoder.generate(
+                [prompts[i]],
+                max_new_tokens=args.max_new_tokens,
+                sampling=es.Sampling(temperature=args.temperature),
+                seed=args.seed + i,
+            )
+        yield {
+            "prompt": i,
+            "rule": rule,
+            "is": RULES[rule],
+            "width": width,
+            "steps": out.stats.steps,
+            "emitted": out.stats.emitted,
+            "accepted_histogram": out.stats.accepted_histogram,
+            **out.drafter_report,
+        }
 
 
 def format_results(header, lines) -> str:
@@ -392,8 +391,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     prompts = [ids for found in sets.values() for ids in found]
     header, lines = acceptance.open_results(args.out, acceptance.make_header(args, sets))
-    done = {(x.get("rule"), x.get("width"), x.get("prompt")) for x in lines}
-    wanted = itertools.product(RULES, args.widths, range(len(prompts)))
+    done = {(x.get("prompt"), x.get("rule"), x.get("width")) for x in lines}
+    wanted = itertools.product(range(len(prompts)), RULES, args.widths)
     small = {x.get("small_vocabulary") for x in lines}
     for width in (w for w in SMALL_WIDTHS if w not in small):
         lines.append(small_vocabulary(args.temperature, width))
