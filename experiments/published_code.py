@@ -323,14 +323,14 @@ def format_results(header, lines) -> str:
     """Markdown: tokens per step by width with 95 % intervals over prompts, paired where both rules
     have the prompt; and the small vocabulary.
     """
-    o, prompts = header["options"], sum(map(len, header["prompt_tokens"].values()))
+    o = header["options"]
     table = [
         f"{o['draft']} in groups of {o['group_size']} drafts {o['num_draft_tokens']} deep for "
-        f"{o['base']} at temperature {o['temperature']:g}: tokens per step on {prompts} prompts, "
-        f"{o['max_new_tokens']} tokens each. The published code's rule is not lossless.",
+        f"{o['base']} at temperature {o['temperature']:g}: tokens per step, {o['max_new_tokens']} "
+        "tokens a prompt; total variation between p and a step's first token by the rule.",
         "",
-        "| width | ours, lossless | published code, not lossless | more | its first token from p |",
-        "| --- | --- | --- | --- | --- |",
+        f"| width | prompts | ours, {RULES['ours']} | {RULES['published']} | ratio | from p |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for width in o["widths"]:
         arms = {
@@ -351,7 +351,7 @@ def format_results(header, lines) -> str:
             "{:.2f} ({:.2f}, {:.2f})".format(*found[name]) for name in ("other", "mine", "ratio")
         ]
         distance = sum(x["distance"] for x in published) / sum(counts[0]["steps"])
-        table.append(f"| {width} | {' | '.join(cells)} | {distance:.2f} |")
+        table.append(f"| {width} | {len(both)} | {' | '.join(cells)} | {distance:.2f} |")
     table += [
         "",
         f"Total variation of two tokens from the base's, {SMALL.vocab_size} ids:",
