@@ -28,7 +28,9 @@ from test_distribution import FILTERED, PLAIN, TINY, enumerate_sequences
 from test_requests import cache_traffic
 
 import easyspec_jax as es
+from easyspec_jax import engine
 from easyspec_jax.drafters import early_exit, exit_statistics
+from easyspec_jax.request import make_inputs
 
 
 @functools.cache
@@ -229,6 +231,31 @@ class Plain:
             tau = (self.sums / self.counts).mean(axis=1)
         return np.where((self.counts > 0).all(axis=1), tau, 0.0)
 
+    def absorb(self, text):
+        """What a whole prompt says, but its last token."""
+        end = len(text) - 1
+        self.count(text, max(end - 32, 0), end)
+        self.choose()
+
+    def count(self, text, begin, end):
+        """Add the positions begin .. end - 1."""
+        truth = self.guess(-1, text)[0]
+        for x in range(len(self.exits)):
+            tokens, p = self.guess(x, text)
+            for i in range(begin, end):
+                self.counts[x, int(tokens[i] == truth[i])] += 1
+                self.sums[x, int(tokens[i] == truth[i])] += p[i]
+
+    def choose(self):
+        """Exit and number of tokens for the next step."""
+        best = -1.0
+        for x, layers in enumerate(self.exits):
+            a = self.counts[x, 1] / self.counts[x].sum()
+            for g in range(self.gamma + 1):
+                value = sum(a**i for i in range(g + 1)) / (g * layers + self.num_layers)
+                if value > best + 1e-9:
+                    best, self.exit, self.limit = value, x, g
+
     def step(self, text):
         """The draft behind `text`, and how many of its tokens are right."""
         draft, tau = [], self.thresholds()[self.exit]
@@ -242,19 +269,20 @@ class Plain:
         wrong = [i for i, token in enumerate(draft) if token != truth[i]]
         accepted = wrong[0] if wrong else len(draft)
         self.counts, self.sums = 0.95 * self.counts, 0.95 * self.sums
-        for x in range(len(self.exits)):
-            tokens, p = (a[last:] for a in self.guess(x, text + draft))
-            for i in range(accepted + 1):
-                self.counts[x, int(tokens[i] == truth[i])] += 1
-                self.sums[x, int(tokens[i] == truth[i])] += p[i]
-        best = -1.0
-        for x, layers in enumerate(self.exits):
-            a = self.counts[x, 1] / self.counts[x].sum()
-            for g in range(self.gamma + 1):
-                value = sum(a**i for i in range(g + 1)) / (g * layers + self.num_layers)
-                if value > best + 1e-9:
-                    best, self.exit, self.limit = value, x, g
+        self.count(text + draft, last, last + accepted + 1)
+        self.choose()
         return draft, accepted
+
+
+def check_statistics(found, plain):
+    for got, want in (
+        (found.mismatched, plain.counts[:, 0]),
+        (found.matched, plain.counts[:, 1]),
+        (found.mismatched_confidence, plain.sums[:, 0]),
+        (found.matched_confidence, plain.sums[:, 1]),
+        (found.threshold, plain.thresholds()),
+    ):
+        np.testing.assert_allclose(np.asarray(got), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +296,7 @@ class Plain:
 def test_every_step_is_that_of_a_plain_reference(make, doubts):
     decoder = make()
     plain, text = Plain(decoder), list(PROMPTS[0])
+    plain.absorb(text)
     run = started(decoder, [text], 40)
     lengths, stopped = [], 0
     while not bool(run.state.done[0]):
@@ -279,19 +308,46 @@ def test_every_step_is_that_of_a_plain_reference(make, doubts):
         assert int(out.num_drafted[0]) == len(draft)
         assert int(out.num_accepted[0]) == accepted
         text += np.asarray(out.tokens)[0, : int(out.num_emitted[0])].tolist()
-        found = run.state.draft.statistics
-        for got, want in (
-            (found.mismatched, plain.counts[:, 0]),
-            (found.matched, plain.counts[:, 1]),
-            (found.mismatched_confidence, plain.sums[:, 0]),
-            (found.matched_confidence, plain.sums[:, 1]),
-            (found.threshold, plain.thresholds()),
-        ):
-            np.testing.assert_allclose(np.asarray(got), want, rtol=1e-5, atol=1e-6)
+        check_statistics(run.state.draft.statistics, plain)
         lengths.append(len(draft))
         stopped += len(draft) < limit
-    assert len(set(lengths)) > 1
+    if make is fading:  # its prompt says so
+        assert set(lengths) == {decoder.num_draft_tokens}
+    else:
+        assert len(set(lengths)) > 1
     assert stopped or not doubts  # confidence ended some drafts
+
+
+def test_the_last_positions_of_a_prompt_are_counted(monkeypatch):
+    """Whatever the pieces; one of fewer than 32 takes the place of as many."""
+    monkeypatch.setattr(engine, "PREFILL_CHUNKS", (16, 64))
+    config = dataclasses.replace(CONFIG, max_len=128)
+    decoder = early(faded(model((1, 1), config=config), 1, 0.1))
+    text = np.random.default_rng(0).integers(0, 61, 128).tolist()
+
+    def absorbed(length, state=None, start=0):
+        inputs = make_inputs(config, [text[:length]], 1, es.Sampling())
+        request, state = decoder.begin(inputs, 128, state)
+        return decoder.absorb(request, state, length, start)
+
+    def check(state, plain):
+        check_statistics(state.draft.statistics, plain)
+        assert (int(state.draft.exit), int(state.draft.limit)) == (plain.exit, plain.limit)
+
+    for length in (5, 40, 100):  # pieces of 4, 39, and 64 and 35
+        plain, state = Plain(decoder, 128), absorbed(length)
+        plain.absorb(text[:length])
+        check(state, plain)
+    assert 0.3 < float(state.draft.statistics.alpha.max()) < 1
+    # Later turns: a piece that moves back to 64 to fit, and one to 112, which absorbs four again.
+    plain, state = Plain(decoder, 128), absorbed(117, state, start=99)
+    plain.absorb(text[:117])
+    check(state, plain)
+    plain.counts, plain.sums = plain.counts * 24 / 32, plain.sums * 24 / 32
+    plain.count(text, 112, 120)
+    plain.choose()
+    check(absorbed(121, state, start=116), plain)
+    assert exiting(exits=(2,), adaptive=False).drafter.taps == ()  # nothing to count
 
 
 def test_token_per_layer_by_hand():

@@ -21,7 +21,7 @@ from easyspec_jax import tree as trees
 from easyspec_jax.cache import KVCache, run_if
 from easyspec_jax.config import is_integer
 from easyspec_jax.drafter import Drafter, refuse_no_model
-from easyspec_jax.drafters.exit_statistics import ExitStatistics, choose_exit
+from easyspec_jax.drafters.exit_statistics import NUM_PROMPT, ExitStatistics, choose_exit
 from easyspec_jax.model import (
     Model,
     embed,
@@ -86,14 +86,15 @@ class EarlyExitDrafter(Drafter):
     Each step drafts from one of a few candidate exits, the one that brought most tokens per layer
     run according to decayed counts of the tokens before (Token-per-Layer, DEL), at most as many
     as that says and γ, and none where the plain step is the best. A drafted token whose confidence
-    is below the exit's threshold is the last of its draft, and so is a stop id. The first step
-    drafts one token from the first exit: prompts are not counted. A model that was not trained for
-    early exit gains nothing.
+    is below the exit's threshold is the last of its draft, and so is a stop id. The last 32
+    positions of a prompt are counted before the first step. A model that was not trained for early
+    exit gains nothing.
 
     Args:
       base: the very model that the `Decoder` decodes, not in groups.
       exits: candidates, each a number of layers that draft, strictly rising in 1 .. L - 1. Default:
-        six (or all), evenly spread. Each costs a row of the head product per verified token.
+        six (or all), evenly spread. Each costs a row of the head product per verified token, and
+        32 rows per piece of a prompt.
       adaptive: False always drafts γ tokens (or up to a stop id) from the one exit in `exits`
         (LayerSkip), and nothing is counted.
 
@@ -126,6 +127,11 @@ class EarlyExitDrafter(Drafter):
     def shares_base_cache(self) -> bool:
         """What it drafts with is a part of the base's pass."""
         return True
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The exits and the last layer, for prompts; `verify` has their streams by itself."""
+        return (*self.exits, self.base.config.num_layers) if self.adaptive else ()
 
     def check(self, base: Model, num_draft_tokens: int, tree_width: int) -> None:
         """Refuse another base than the one it was made of, and trees."""
@@ -167,7 +173,9 @@ class EarlyExitDrafter(Drafter):
         )
 
     def init(self, batch: int, max_len: int, request: Request) -> ExitState:
-        """Nothing counted yet; the first step drafts one token from the first exit."""
+        """Nothing counted yet: behind a prompt of one token the first step drafts one token from
+        the first exit.
+        """
         first = 1 if self.adaptive else request.num_draft_tokens
         return super().init(batch, max_len, request).replace(limit=np.int32(first))
 
@@ -180,9 +188,22 @@ class EarlyExitDrafter(Drafter):
         num: jax.Array,
         features: jax.Array | None,
     ) -> ExitState:
-        """Nothing: the cache is the base's."""
-        del request, tokens, start, num, features
-        return state
+        """Count what the exits say of the last `NUM_PROMPT` of these tokens, or of all if they are
+        fewer, and choose for the next step. The cache is the base's.
+        """
+        del start
+        if features is None:
+            return state
+        n = min(NUM_PROMPT, tokens.shape[1])
+        first = jnp.maximum(num[0] - n, 0)
+        streams = lax.dynamic_slice_in_dim(features[0], first, n).swapaxes(0, 1)
+        _, found, log_p = (x[..., 0] for x in score(self.base, streams).likeliest(1))
+        statistics = state.statistics.count_prompt(
+            found[:-1] == found[-1:],
+            jnp.exp(log_p[:-1]),
+            first + jnp.arange(n, dtype=jnp.int32) < num[0],
+        )
+        return self._choose(state, statistics, request.num_draft_tokens)
 
     def propose(
         self,
@@ -343,8 +364,12 @@ class EarlyExitDrafter(Drafter):
             return state
         counted = jnp.arange(aux.truth.shape[0], dtype=jnp.int32) <= accepted
         statistics = state.statistics.count(aux.shadow == aux.truth[None], aux.confidence, counted)
-        depth = verdict.path.shape[1]
-        exit, limit = choose_exit(statistics, self.exits, num_layers, depth)
+        return self._choose(state, statistics, verdict.path.shape[1])
+
+    def _choose(self, state: ExitState, statistics: ExitStatistics, max_tokens: int) -> ExitState:
+        """The state with these statistics, and with exit and number of tokens as they say."""
+        num_layers = self.base.config.num_layers
+        exit, limit = choose_exit(statistics, self.exits, num_layers, max_tokens)
         return state.replace(statistics=statistics, exit=exit, limit=limit)
 
     def report(self, state: ExitState) -> dict[str, Any]:

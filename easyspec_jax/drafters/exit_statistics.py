@@ -1,8 +1,8 @@
 """Which early exit is worth drafting from, told from shadow tokens (DEL, arXiv 2504.05598).
 
 Every verified position says for every exit, drafting or not, whether its argmax, the shadow token,
-is the last layer's. Decayed counts of that give each exit's acceptance rate, and with it the tokens
-that a step would bring per layer it has to run.
+is the last layer's; so do the last positions of a prompt. Decayed counts of that give each exit's
+acceptance rate, and with it the tokens that a step would bring per layer it has to run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 DECAY = 0.95  # ω: what a step's counts are worth one step later
+NUM_PROMPT = 32  # positions that are counted of a prompt, its last
 
 
 class ExitStatistics(struct.PyTreeNode, kw_only=True):
@@ -55,15 +56,30 @@ class ExitStatistics(struct.PyTreeNode, kw_only=True):
           confidences: f32[X, n].
           counted: bool[n], which columns count.
         """
+        return self._add(jnp.float32(DECAY), matches, confidences, counted)
+
+    def count_prompt(
+        self, matches: jax.Array, confidences: jax.Array, counted: jax.Array
+    ) -> ExitStatistics:
+        """A piece of a prompt, arguments as for `count`: its columns take the place of as many of
+        the last `NUM_PROMPT`. So that many are all there is, and of fewer, behind another piece or
+        in a later turn, what was before keeps the rest of its weight.
+        """
+        kept = 1 - counted.sum(dtype=jnp.float32) / NUM_PROMPT
+        return self._add(kept, matches, confidences, counted)
+
+    def _add(
+        self, kept: jax.Array, matches: jax.Array, confidences: jax.Array, counted: jax.Array
+    ) -> ExitStatistics:
         right = (matches & counted[None]).astype(jnp.float32)
         wrong = (~matches & counted[None]).astype(jnp.float32)
-        return ExitStatistics(
-            matched=DECAY * self.matched + right.sum(axis=1),
-            mismatched=DECAY * self.mismatched + wrong.sum(axis=1),
-            matched_confidence=DECAY * self.matched_confidence + (right * confidences).sum(axis=1),
-            mismatched_confidence=DECAY * self.mismatched_confidence
-            + (wrong * confidences).sum(axis=1),
+        new = ExitStatistics(
+            matched=right.sum(axis=1),
+            mismatched=wrong.sum(axis=1),
+            matched_confidence=(right * confidences).sum(axis=1),
+            mismatched_confidence=(wrong * confidences).sum(axis=1),
         )
+        return jax.tree.map(lambda old, new: kept * old + new, self, new)
 
 
 def token_per_layer(
