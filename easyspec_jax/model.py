@@ -182,7 +182,7 @@ def attention(
     x: jax.Array,
     kv: LayerKV,
     step: Step,
-    entries: Callable[[tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]] | None = None,
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerKV]:
     """What one attention layer adds to x ([B, T, D]), as a partial sum over `layout.heads`, and its
     cache with x written.
@@ -190,7 +190,7 @@ def attention(
     Writing first and reading the updated cache lets XLA update the donated buffer in place.
 
     Args:
-      entries: what to write, of the new keys and values ([K * B, T, H] each); None: just these.
+      keep: bool[], True where the cache stays as it is; None: it is written.
     """
     c = model.config
     batch, t, _ = x.shape
@@ -200,8 +200,7 @@ def attention(
         q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
     q, k = rotate(q, step), rotate(k, step)
     by_head = lambda y: y.transpose(2, 0, 1, 3, 4).reshape(k_heads * batch, -1, h)  # noqa: E731
-    new = (by_head(k), by_head(v))
-    kv = kv.write(*(new if entries is None else entries(new)), step.start)
+    kv = kv.write(by_head(k), by_head(v), step.start, keep)
     attend = _attend_cudnn if model.layout.attention == "cudnn" else _attend
     out = attend(by_head(q), kv, step).reshape(k_heads, batch, t, groups, h)
     out = out.transpose(1, 2, 0, 3, 4)
@@ -334,7 +333,10 @@ def make_step(
     frequencies = jnp.asarray(rope_frequencies(model.config), wide)
     angles = positions.astype(wide)[..., None] * frequencies[None, None]
     angles = angles[:, :, None, None, :]
-    return Step(start=cache.length, cos=jnp.cos(angles), sin=jnp.sin(angles), mask=seen)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if model.layout.for_gpu:  # one kernel
+        cos, sin = lax.optimization_barrier(jnp.stack((cos, sin)))
+    return Step(start=cache.length, cos=cos, sin=sin, mask=seen)
 
 
 def run_blocks(
