@@ -23,7 +23,7 @@ from jax import lax
 
 from easyspec_jax.cache import LayerKV
 from easyspec_jax.config import is_integer
-from easyspec_jax.model import Model, RunBlock, Step, attention, mlp, run_layer
+from easyspec_jax.model import Model, RunBlock, Step, attention, attentions, mlp, run_layer
 from easyspec_jax.sharding import psum
 from easyspec_jax.weights import Block
 
@@ -150,17 +150,13 @@ def _attend_at_once(model, block, x, kv, step):
     and the written cache.
     """
     group, n = model.layout.group, model.layout.group_devices
-    deltas, written = [], []
-    for weights, slot_kv in zip(block.attention, kv, strict=True):
-        delta, new = attention(model, weights, x, slot_kv, step)
-        if group is None:
-            deltas.append(delta[None])
-        else:
-            mine = (jnp.arange(n, dtype=jnp.int32) == lax.axis_index(group))[:, None, None, None]
-            deltas.append(jnp.where(mine, delta[None], jnp.zeros((), delta.dtype)))
-        written.append(new)
+    deltas, written = attentions(model, block.attention, x, kv, step)
     if group is None and not model.layout.heads:
-        return [delta[0] for delta in deltas], tuple(written)
+        return deltas, tuple(written)
+    deltas = [delta[None] for delta in deltas]
+    if group is not None:
+        mine = (jnp.arange(n, dtype=jnp.int32) == lax.axis_index(group))[:, None, None, None]
+        deltas = [jnp.where(mine, delta, jnp.zeros((), delta.dtype)) for delta in deltas]
     together = psum(jnp.concatenate(deltas), _attention_axes(model))
     return [together[j] for j in range(len(together))], tuple(written)
 
