@@ -72,7 +72,7 @@ class Tree(struct.PyTreeNode, kw_only=True):
         return Proposal(
             tokens=self.tokens,
             parents=self.parents,
-            valid=self.valid,
+            valid=lax.optimization_barrier(self.valid),  # else each kernel that asks finds it again
             probs=self.probs,
             depth=depth,
             levels=levels,
