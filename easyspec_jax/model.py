@@ -157,7 +157,7 @@ def rotate(x: jax.Array, step: Step) -> jax.Array:
 def _project_heads(
     model: Model, w: Attention, x: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), before rotation."""
+    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), not rotated."""
     row, scale = normed(model, x, w.norm)
 
     def project(weight, bias):

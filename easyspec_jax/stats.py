@@ -35,9 +35,9 @@ class Counters(Tally, struct.PyTreeNode, kw_only=True):
     @classmethod
     def zeros(cls, batch: int, num_draft_tokens: int, tree_width: int = 1) -> Counters:
         """No steps yet, on the host."""
-        size = 4 + 3 * num_draft_tokens + 2 * tree_width
+        counts: Any = np.zeros((batch, 4 + 3 * num_draft_tokens + 2 * tree_width), np.int32)
         return cls(
-            counts=np.zeros((batch, size), np.int32),
+            counts=counts,
             num_draft_tokens=num_draft_tokens,
             tree_width=tree_width,
         )
