@@ -88,14 +88,14 @@ def _largest_threshold(
     grows; 0 if none.
 
     Floats that are not negative order as their bits do, so deciding 30 bits from the highest down
-    is exact: one at a time where passes over p cost what they compute, six at a time where they
+    is exact: one at a time where passes over p cost what they compute, five at a time where they
     cost a few launches, as on GPUs.
 
     Args:
       p: f32[..., V].
       holds: p [..., 1, V] and thresholds [..., n, 1] to bool[..., n].
     """
-    few, many = (functools.partial(_bisect, holds=holds, bits=bits) for bits in (1, 6))
+    few, many = (functools.partial(_bisect, holds=holds, bits=bits) for bits in (1, 5))
     return lax.platform_dependent(p, cpu=few, default=many)
 
 

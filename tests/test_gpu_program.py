@@ -130,7 +130,7 @@ QUANTIZED = {
     },
 }
 COMMIT_LAUNCHES = 10
-DRAW_LAUNCHES = 39  # temperature, top-k and top-p over 128256 tokens
+DRAW_LAUNCHES = 47  # temperature, top-k and top-p over 128256 tokens
 
 
 @functools.cache
