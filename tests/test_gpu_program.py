@@ -272,7 +272,7 @@ def test_a_draw_is_few_launches_and_sorts_nothing():
     assert not re.search(r" (sort|topk)\(", texts["hlo"])
 
 
-@pytest.mark.parametrize(("width", "launches"), [(1, 18), (4, 120)])
+@pytest.mark.parametrize(("width", "launches"), [(1, 20), (4, 120)])
 def test_drawn_nodes_are_accepted_in_few_launches(width, launches):
     """Beside one draw: chains without a loop, of a tree five launches a node."""
     config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=1)
