@@ -79,19 +79,26 @@ class LayerKV(struct.PyTreeNode):
 
     def _stored(self, index: int) -> tuple[Any, Any | None]:
         """What is stored of keys (0) or values (1), and their scales."""
-        numbers = self.arrays[0][index] if self._in_one else self.arrays[index]
-        return numbers, (self.arrays[index - 2][..., 0] if self._scaled else None)
+        scales = self.arrays[index - 2][..., 0] if self._scaled else None
+        if not self._in_one:
+            return self.arrays[index], scales
+        # Not array[index]: XLA:GPU copies values that are one of two in an array of four axes.
+        heads = self.arrays[0].shape[1]
+        flat = self.arrays[0].reshape(-1, *self.arrays[0].shape[2:])
+        return lax.slice_in_dim(flat, index * heads, (index + 1) * heads), scales
 
-    def write(self, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerKV:
-        """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]); start is
-        i32[B].
+    def write(
+        self, k: jax.Array, v: jax.Array, start: jax.Array, keep: jax.Array | None = None
+    ) -> LayerKV:
+        """Entries start[b] .. start[b] + T - 1 of row b hold k and v ([K * B, T, H]), or what they
+        held where `keep` (bool[]); start is i32[B].
         """
         new = (k, v)
         scales: tuple[jax.Array, ...] = ()
         if self._scaled:
             new, scales = zip(*(_rounded(x, self.arrays[0].dtype) for x in new), strict=True)
         new = ((jnp.concatenate(new),) if self._in_one else new) + scales
-        return self._each(lambda x, axis, i: _write(x, new[i].swapaxes(1, axis), start, axis))
+        return self._each(lambda x, axis, i: _write(x, new[i].swapaxes(1, axis), start, axis, keep))
 
     def keep(self, start: jax.Array, index: jax.Array) -> LayerKV:
         """Entries start[b] + index[b, j] of row b are copied to start[b] + j (index: i32[B, J]);
@@ -127,12 +134,20 @@ def _rounded(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return found.codes, found.scales
 
 
-def _write(cache, new, start, axis):
+def _write(cache, new, start, axis, keep=None):
+    """`new` in place of as many entries of each row, or, where `keep`, these again: a select of the
+    whole cache would copy it.
+    """
+
+    def put(c, n, s, axis):
+        if keep is not None:
+            n = jnp.where(keep, lax.dynamic_slice_in_dim(c, s, n.shape[axis], axis), n)
+        return lax.dynamic_update_slice_in_dim(c, n, s, axis)
+
     if start.shape[0] == 1:
-        return lax.dynamic_update_slice_in_dim(cache, new, start[0], axis)
+        return put(cache, new, start[0], axis)
     starts = jnp.tile(start, cache.shape[0] // start.shape[0])
-    put = lambda c, n, s: lax.dynamic_update_slice_in_dim(c, n, s, axis - 1)  # noqa: E731
-    return jax.vmap(put)(cache, new, starts)
+    return jax.vmap(lambda c, n, s: put(c, n, s, axis - 1))(cache, new, starts)
 
 
 def _keep(cache, start, index, axis):

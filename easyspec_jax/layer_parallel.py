@@ -23,7 +23,7 @@ from jax import lax
 
 from easyspec_jax.cache import LayerKV
 from easyspec_jax.config import is_integer
-from easyspec_jax.model import Model, RunBlock, Step, attention, mlp, run_layer
+from easyspec_jax.model import Model, RunBlock, Step, attention, attentions, mlp, run_layer
 from easyspec_jax.sharding import psum
 from easyspec_jax.weights import Block
 
@@ -70,37 +70,30 @@ def run_exact(
     """
     if len(block.mlp) == 1:
         return run_layer(model, block, x, kv, step)
-    slots, latest = list(kv), None
+    slots = list(kv)
     for j, weights in enumerate(block.mlp):
         slot = j // model.layout.group_devices
-        delta, slots[slot], latest = _turn(model, block, x, slots[slot], step, j, latest)
+        delta, slots[slot] = _turn(model, block, x, slots[slot], step, j)
         x = x + psum(delta, _attention_axes(model))
         x = x + psum(mlp(model, weights, x), model.layout.mlp)
     return x, tuple(slots)
 
 
-def _turn(model, block, x, kv, step, j, latest):
-    """Attention of layer j of a group on the device that owns it, zeros elsewhere; the cache `kv`
-    of its slot, written; and the entries written last, for the next turn.
+def _turn(model, block, x, kv, step, j):
+    """Attention of layer j of a group on the device that owns it, zeros elsewhere; and the cache
+    `kv` of its slot, written.
 
     All devices attend in every turn, since the others would only wait: a conditional would leave
     every CUDA graph and copy whole caches in its other branch. What a device writes before its own
-    turn is overwritten in it; after it, it writes the same again.
+    turn is overwritten in it; after it, its entries stay.
     """
     group, n = model.layout.group, model.layout.group_devices
     if group is None:
-        return *attention(model, block.attention[j], x, kv, step), None
-    mine, turn, written = lax.axis_index(group), j % n, []
-
-    def entries(new):
-        if turn:
-            new = jax.tree.map(lambda a, b: jnp.where(mine < turn, b, a), new, latest)
-        written.append(new)
-        return new
-
-    delta, kv = attention(model, block.attention[j // n], x, kv, step, entries)
-    delta = jnp.where(mine == turn, delta, jnp.zeros((), delta.dtype))
-    return delta, kv, written[0]
+        return attention(model, block.attention[j], x, kv, step)
+    mine, turn = lax.axis_index(group), j % n
+    keep = mine < turn if turn else None
+    delta, kv = attention(model, block.attention[j // n], x, kv, step, keep)
+    return jnp.where(mine == turn, delta, jnp.zeros((), delta.dtype)), kv
 
 
 def run_fuzzy(
@@ -157,17 +150,13 @@ def _attend_at_once(model, block, x, kv, step):
     and the written cache.
     """
     group, n = model.layout.group, model.layout.group_devices
-    deltas, written = [], []
-    for weights, slot_kv in zip(block.attention, kv, strict=True):
-        delta, new = attention(model, weights, x, slot_kv, step)
-        if group is None:
-            deltas.append(delta[None])
-        else:
-            mine = (jnp.arange(n, dtype=jnp.int32) == lax.axis_index(group))[:, None, None, None]
-            deltas.append(jnp.where(mine, delta[None], jnp.zeros((), delta.dtype)))
-        written.append(new)
+    deltas, written = attentions(model, block.attention, x, kv, step)
     if group is None and not model.layout.heads:
-        return [delta[0] for delta in deltas], tuple(written)
+        return deltas, tuple(written)
+    deltas = [delta[None] for delta in deltas]
+    if group is not None:
+        mine = (jnp.arange(n, dtype=jnp.int32) == lax.axis_index(group))[:, None, None, None]
+        deltas = [jnp.where(mine, delta, jnp.zeros((), delta.dtype)) for delta in deltas]
     together = psum(jnp.concatenate(deltas), _attention_axes(model))
     return [together[j] for j in range(len(together))], tuple(written)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -157,9 +157,7 @@ def rotate(x: jax.Array, step: Step) -> jax.Array:
 def _project_heads(
     model: Model, w: Attention, x: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), before norms of
-    heads and rotation.
-    """
+    """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H] of x ([B, T, D]), not rotated."""
     row, scale = normed(model, x, w.norm)
 
     def project(weight, bias):
@@ -170,9 +168,12 @@ def _project_heads(
 
     heads = project(w.wqkv, w.bqkv)
     if w.wkv is not None:
-        key, value = jnp.split(project(w.wkv, w.bkv), 2, axis=3)
-        return heads, key, value
-    query, key, value = jnp.split(heads, (heads.shape[3] - 2, heads.shape[3] - 1), axis=3)
+        query, (key, value) = heads, jnp.split(project(w.wkv, w.bkv), 2, axis=3)
+    else:
+        query, key, value = jnp.split(heads, (heads.shape[3] - 2, heads.shape[3] - 1), axis=3)
+    if w.q_norm is not None:
+        eps = model.config.norm_eps
+        query, key = rms_norm(query, w.q_norm, eps), rms_norm(key, w.k_norm, eps)
     return query, key, value
 
 
@@ -182,7 +183,7 @@ def attention(
     x: jax.Array,
     kv: LayerKV,
     step: Step,
-    entries: Callable[[tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]] | None = None,
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerKV]:
     """What one attention layer adds to x ([B, T, D]), as a partial sum over `layout.heads`, and its
     cache with x written.
@@ -190,22 +191,38 @@ def attention(
     Writing first and reading the updated cache lets XLA update the donated buffer in place.
 
     Args:
-      entries: what to write, of the new keys and values ([K * B, T, H] each); None: just these.
+      keep: bool[], True where the cache stays as it is; None: it is written.
     """
-    c = model.config
+    (delta,), (kv,) = attentions(model, (w,), x, (kv,), step, keep)
+    return delta, kv
+
+
+def attentions(
+    model: Model,
+    weights: Sequence[Attention],
+    x: jax.Array,
+    kv: Sequence[LayerKV],
+    step: Step,
+    keep: jax.Array | None = None,
+) -> tuple[list[jax.Array], list[LayerKV]]:
+    """The same of several layers that all read x."""
     batch, t, _ = x.shape
-    q, k, v = _project_heads(model, w, x)
-    k_heads, groups, h = q.shape[2:]
-    if w.q_norm is not None:
-        q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
-    q, k = rotate(q, step), rotate(k, step)
-    by_head = lambda y: y.transpose(2, 0, 1, 3, 4).reshape(k_heads * batch, -1, h)  # noqa: E731
-    new = (by_head(k), by_head(v))
-    kv = kv.write(*(new if entries is None else entries(new)), step.start)
     attend = _attend_cudnn if model.layout.attention == "cudnn" else _attend
-    out = attend(by_head(q), kv, step).reshape(k_heads, batch, t, groups, h)
-    out = out.transpose(1, 2, 0, 3, 4)
-    return product(model, out.reshape(batch, t, -1), w.wo).astype(x.dtype), kv
+    by_head = lambda y: y.transpose(2, 0, 1, 3, 4).reshape(y.shape[2] * batch, -1, h)  # noqa: E731
+    h, found, written = model.config.head_dim, [], []
+    for w, cache in zip(weights, kv, strict=True):
+        q, k, v = _project_heads(model, w, x)
+        new = by_head(rotate(k, step)), by_head(v)
+        written.append(cache.write(*new, step.start, keep))
+        found.append(attend(by_head(rotate(q, step)), written[-1], step))
+    if len(found) > 1 and batch * t == 1 and model.layout.for_gpu:  # one kernel for all products
+        found = jnp.split(lax.optimization_barrier(jnp.concatenate(found)), len(found))
+
+    def output(w, y):
+        y = y.reshape(-1, batch, t, *q.shape[3:]).transpose(1, 2, 0, 3, 4)
+        return product(model, y.reshape(batch, t, -1), w.wo).astype(x.dtype)
+
+    return [output(w, y) for w, y in zip(weights, found, strict=True)], written
 
 
 def _attend(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:
@@ -334,7 +351,10 @@ def make_step(
     frequencies = jnp.asarray(rope_frequencies(model.config), wide)
     angles = positions.astype(wide)[..., None] * frequencies[None, None]
     angles = angles[:, :, None, None, :]
-    return Step(start=cache.length, cos=jnp.cos(angles), sin=jnp.sin(angles), mask=seen)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if model.layout.for_gpu:  # one kernel
+        cos, sin = lax.optimization_barrier(jnp.stack((cos, sin)))
+    return Step(start=cache.length, cos=cos, sin=sin, mask=seen)
 
 
 def run_blocks(

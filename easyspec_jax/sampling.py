@@ -195,6 +195,10 @@ class Scores(struct.PyTreeNode, kw_only=True):
         with jax.named_scope("logits"):
             found = _of_all_devices(jnp.concatenate(found, axis=-1), self.axes)
         found, sums = found[..., : 2 * top.shape[-1]], found[..., -1]
+        sums = jax.nn.logsumexp(sums.astype(jnp.float32), axis=0) if total else None
+        if k == 1:
+            top, ids = _first_largest(found[..., :1], found[..., 1:], 0)
+            return top, ids.astype(jnp.int32), sums
         tops, ids = (
             jnp.moveaxis(x, 0, -2).reshape(*own.shape[:-1], -1)
             for x in jnp.split(found, 2, axis=-1)
@@ -203,7 +207,7 @@ class Scores(struct.PyTreeNode, kw_only=True):
         tops, ids = jnp.pad(tops, spare, constant_values=-jnp.inf), jnp.pad(ids, spare)
         top, at = lax.top_k(tops, k)
         ids = jnp.take_along_axis(ids, at, axis=-1).astype(jnp.int32)
-        return top, ids, jax.nn.logsumexp(sums.astype(jnp.float32), axis=0) if total else None
+        return top, ids, sums
 
     def _below(self, ids: jax.Array) -> jax.Array:
         """Which of i32[V'] ids are below V, of this device's share: bool[V' / devices]."""
@@ -235,8 +239,9 @@ def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     as a vocabulary is ever sorted.
     """
     if k == 1:
-        index = argmax(x)[..., None]
-        return jnp.take_along_axis(x, index, axis=-1), index
+        index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+        top, index = _first_largest(x, index, x.ndim - 1)
+        return top[..., None], index[..., None]
     size = x.shape[-1]
     if size <= 2 * BLOCK:
         top, index = lax.top_k(x, k)
@@ -248,6 +253,20 @@ def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     top, at = lax.top_k(few.reshape(*x.shape[:-1], -1), k)
     index = jnp.take_along_axis(where, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
     return top, jnp.minimum(index, size - 1)
+
+
+def _first_largest(x: jax.Array, ids: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The largest x along an axis and its id, of equals that of the smallest id: one pass, where an
+    argmax and a look-up would keep x.
+    """
+
+    def better(a, b):
+        (x, i), (y, j) = a, b
+        wins = (x > y) | (x != x)  # as of `argmax`
+        return lax.select(wins, x, y), lax.select(wins | ((x == y) & (i < j)), i, j)
+
+    start = (jnp.array(-jnp.inf, x.dtype), jnp.zeros((), ids.dtype))
+    return lax.reduce((x, ids), start, better, (axis,))
 
 
 def argmax(logits: jax.Array) -> jax.Array:

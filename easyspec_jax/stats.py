@@ -26,39 +26,70 @@ def begin_tallies(state: Any) -> Any:
 
 
 class Counters(Tally, struct.PyTreeNode, kw_only=True):
-    """Running counts of every row of a batch."""
+    """Running counts of every row of a batch, in one array, so that a step adds to them at once."""
 
-    steps: jax.Array  # i32[B], steps in which the row was active
-    emitted: jax.Array  # i32[B], new tokens
-    histogram: jax.Array  # i32[B, γ + 1], steps by number of accepted draft tokens
-    tried: jax.Array  # i32[B, γ], steps that tried draft tokens at this depth
-    accepted: jax.Array  # i32[B, γ], steps that accepted one there
-    tried_by_rank: jax.Array  # i32[B, w], how often the r-th sibling of a node was tried
-    accepted_by_rank: jax.Array  # i32[B, w], how often it was accepted
-    drafted: jax.Array  # i32[B], nodes that were drafted
+    counts: jax.Array  # i32[B, 3 + (γ + 1) + 2 γ + 2 w], what the properties say, in their order
     # i32[B, γ + 1], steps by levels that were asked for; None: always γ
-    by_depth: jax.Array | None = None
+    by_depth: jax.Array | None
+    num_draft_tokens: int = struct.field(pytree_node=False)
+    tree_width: int = struct.field(pytree_node=False)
 
     @classmethod
     def zeros(
         cls, batch: int, num_draft_tokens: int, tree_width: int = 1, *, chosen: bool = False
     ) -> Counters:
         """No steps yet, on the host; of steps whose depths are `chosen` one by one."""
-
-        def of(*shape: int) -> Any:
-            return np.zeros((batch, *shape), np.int32)
-
+        counts: Any = np.zeros((batch, 4 + 3 * num_draft_tokens + 2 * tree_width), np.int32)
+        by_depth: Any = np.zeros((batch, num_draft_tokens + 1), np.int32)
         return cls(
-            steps=of(),
-            emitted=of(),
-            histogram=of(num_draft_tokens + 1),
-            tried=of(num_draft_tokens),
-            accepted=of(num_draft_tokens),
-            tried_by_rank=of(tree_width),
-            accepted_by_rank=of(tree_width),
-            drafted=of(),
-            by_depth=of(num_draft_tokens + 1) if chosen else None,
+            counts=counts,
+            by_depth=by_depth if chosen else None,
+            num_draft_tokens=num_draft_tokens,
+            tree_width=tree_width,
         )
+
+    @property
+    def steps(self) -> jax.Array:
+        """i32[B], steps in which the row was active."""
+        return self.counts[:, 0]
+
+    @property
+    def emitted(self) -> jax.Array:
+        """i32[B], new tokens."""
+        return self.counts[:, 1]
+
+    @property
+    def drafted(self) -> jax.Array:
+        """i32[B], nodes that were drafted."""
+        return self.counts[:, 2]
+
+    @property
+    def histogram(self) -> jax.Array:
+        """i32[B, γ + 1], steps by number of accepted draft tokens."""
+        return self._part(0, self.num_draft_tokens + 1)
+
+    @property
+    def tried(self) -> jax.Array:
+        """i32[B, γ], steps that tried draft tokens at this depth."""
+        return self._part(self.num_draft_tokens + 1, self.num_draft_tokens)
+
+    @property
+    def accepted(self) -> jax.Array:
+        """i32[B, γ], steps that accepted one there."""
+        return self._part(2 * self.num_draft_tokens + 1, self.num_draft_tokens)
+
+    @property
+    def tried_by_rank(self) -> jax.Array:
+        """i32[B, w], how often the r-th sibling of a node was tried."""
+        return self._part(3 * self.num_draft_tokens + 1, self.tree_width)
+
+    @property
+    def accepted_by_rank(self) -> jax.Array:
+        """i32[B, w], how often it was accepted."""
+        return self._part(3 * self.num_draft_tokens + 1 + self.tree_width, self.tree_width)
+
+    def _part(self, first: int, size: int) -> jax.Array:
+        return self.counts[:, 3 + first : 3 + first + size]
 
 
 def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted, depth):
@@ -74,9 +105,9 @@ def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted, dep
     xp = jnp if isinstance(num_emitted, jax.Array) else np
     active = (num_emitted > 0).astype(xp.int32)
     accepted = xp.minimum(num_accepted, num_emitted)
-    level = xp.arange(counters.tried.shape[1], dtype=xp.int32)[None]
-    bins = xp.arange(counters.histogram.shape[1], dtype=xp.int32)[None]
-    ranks = xp.arange(counters.tried_by_rank.shape[1], dtype=xp.int32)[None, None]
+    level = xp.arange(counters.num_draft_tokens, dtype=xp.int32)[None]
+    bins = xp.arange(counters.num_draft_tokens + 1, dtype=xp.int32)[None]
+    ranks = xp.arange(counters.tree_width, dtype=xp.int32)[None, None]
     hit = (bins == accepted[:, None]).astype(xp.int32) * active[:, None]
     tries = xp.where(level < num_emitted[:, None], tries, 0)
     is_accepted = level < accepted[:, None]
@@ -85,17 +116,12 @@ def count(counters: Counters, num_accepted, tries, num_drafted, num_emitted, dep
     if by_depth is not None:
         by_depth = by_depth + (bins == depth).astype(xp.int32) * active[:, None]
     accepted_rank = (ranks == tries[..., None] - 1) & is_accepted[..., None]
-    return Counters(
-        steps=counters.steps + active,
-        emitted=counters.emitted + num_emitted,
-        histogram=counters.histogram + hit,
-        tried=counters.tried + (tries > 0).astype(xp.int32),
-        accepted=counters.accepted + is_accepted.astype(xp.int32),
-        tried_by_rank=counters.tried_by_rank + tried_rank.sum(axis=1, dtype=xp.int32),
-        accepted_by_rank=counters.accepted_by_rank + accepted_rank.sum(axis=1, dtype=xp.int32),
-        drafted=counters.drafted + num_drafted * active,
-        by_depth=by_depth,
-    )
+    one = xp.stack((active, num_emitted, num_drafted * active), axis=1)
+    tried_by_rank = tried_rank.sum(axis=1, dtype=xp.int32)
+    accepted_by_rank = accepted_rank.sum(axis=1, dtype=xp.int32)
+    each = (one, hit, tries > 0, is_accepted, tried_by_rank, accepted_by_rank)
+    new = xp.concatenate([x.astype(xp.int32) for x in each], axis=1)
+    return counters.replace(counts=counters.counts + new, by_depth=by_depth)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,14 +26,13 @@ from easyspec_jax.verify import Proposal
 class Tree(struct.PyTreeNode, kw_only=True):
     """A tree that grows; the newest level is what the next one hangs on."""
 
-    tokens: jax.Array  # i32[B, γ·w]
-    parents: jax.Array  # i32[B, γ·w], -1 = root
-    valid: jax.Array  # bool[B, γ·w]
+    # i32[B, 3, γ·w]: tokens, parents (-1 = root) and whether they are valid; in one array, so that
+    # one update writes a level
+    nodes: jax.Array
     # f32[B, 1 + (γ - 1)·w, V], q behind the root and each node but the last level's; None: chosen
     probs: jax.Array | None
-    newest: jax.Array  # i32[B, w], tokens of the newest level
-    alive: jax.Array  # bool[B, w], which of them are nodes at all
-    # f32[B, w], log q of each one's path from the root; zeros in a chain that nothing stops
+    # f32[B, w], log q of the path to each node of the newest level; zeros in a chain that nothing
+    # stops
     logprob: jax.Array
     score: jax.Array  # f32[B, w], what decides who stays: logprob, perturbed where nodes are drawn
     ancestors: jax.Array | None  # bool[B, w, γ·w], themselves included; None: a chain
@@ -42,7 +41,30 @@ class Tree(struct.PyTreeNode, kw_only=True):
     @property
     def width(self) -> int:
         """w."""
-        return self.newest.shape[1]
+        return self.logprob.shape[1]
+
+    @property
+    def tokens(self) -> jax.Array:
+        """i32[B, γ·w]."""
+        return self.nodes[:, 0]
+
+    @property
+    def parents(self) -> jax.Array:
+        """i32[B, γ·w], -1 = root."""
+        return self.nodes[:, 1] if self.width > 1 else _chain(*self.tokens.shape)
+
+    @property
+    def valid(self) -> jax.Array:
+        """bool[B, γ·w]; nothing behind an invalid node is."""
+        valid = self.nodes[:, 2] > 0
+        if self.width > 1:
+            return valid
+        node = jnp.arange(valid.shape[1], dtype=jnp.int32)
+        return (valid[:, None] | (node[None] > node[:, None])[None]).all(axis=-1)
+
+    def level(self, depth: jax.Array | int) -> jax.Array:
+        """Tokens of a level (0 = children of the root), i32[B, w]."""
+        return _level(self.tokens, depth, self.width)
 
     def proposal(self, levels: jax.Array | None = None) -> Proposal:
         """What there is to verify; `levels` (i32[]) of it, where growing may have stopped early."""
@@ -50,7 +72,7 @@ class Tree(struct.PyTreeNode, kw_only=True):
         return Proposal(
             tokens=self.tokens,
             parents=self.parents,
-            valid=self.valid,
+            valid=lax.optimization_barrier(self.valid),  # else each kernel that asks finds it again
             probs=self.probs,
             depth=depth,
             levels=levels,
@@ -63,7 +85,7 @@ class Tree(struct.PyTreeNode, kw_only=True):
         """
         if self.ancestors is None:
             return None
-        positions = jnp.broadcast_to((origin + depth)[:, None], self.newest.shape)
+        positions = jnp.broadcast_to((origin + depth)[:, None], self.logprob.shape)
         return Placement(origin=origin, positions=positions, ancestors=self.ancestors)
 
 
@@ -73,16 +95,11 @@ def plant(active: jax.Array, depth: int, width: int, vocab_size: int, *, drawn: 
     """
     batch, n = active.shape[0], depth * width
     row = jnp.zeros((batch, width), jnp.float32)
-    nodes = jnp.zeros((batch, n), jnp.int32)
-    chain = jnp.broadcast_to(jnp.arange(-1, n - 1, dtype=jnp.int32)[None], (batch, n))
+    none = jnp.array([0, -1, 0], jnp.int32)[None, :, None]
     expanded = 1 + n - width
     return Tree(
-        tokens=nodes,
-        parents=chain if width == 1 else nodes - 1,
-        valid=jnp.zeros((batch, n), bool),
+        nodes=jnp.broadcast_to(none, (batch, 3, n)),
         probs=jnp.zeros((batch, expanded, vocab_size), jnp.float32) if drawn else None,
-        newest=jnp.zeros((batch, width), jnp.int32),
-        alive=jnp.ones((batch, width), bool),
         logprob=row,
         score=row,
         ancestors=jnp.zeros((batch, width, n), bool) if width > 1 else None,
@@ -119,7 +136,10 @@ def grow(
     if q is not None and weighed:
         perturbed = tree.logprob[:, :m, None] + best
         score = _condition(perturbed, tree.score[:, :m, None])
-    alive = tree.alive[:, :m, None] & (best > -jnp.inf)
+    alive = best > -jnp.inf
+    if w > 1:  # of rows that have stopped nothing is asked any more
+        before = _level(tree.valid, depth - 1, w) | (jnp.asarray(depth) == 0)
+        alive = alive & before[:, :m, None]
     size = max(m * k, w)  # more than m * k where the vocabulary is smaller than w
     spare = ((0, 0), (0, size - m * k))
     tokens, alive, logprob, score = (
@@ -132,8 +152,8 @@ def grow(
         tokens, alive, logprob, score, parent = (
             jnp.take_along_axis(x, kept, axis=1) for x in (tokens, alive, logprob, score, parent)
         )
-    level = {"newest": tokens, "alive": alive, "logprob": logprob, "score": score}
-    return _append(tree, depth, level, parent, q, min_probability)
+    tree = tree.replace(logprob=logprob, score=score)
+    return _append(tree, depth, tokens, alive, parent, q, min_probability)
 
 
 def draft(
@@ -160,44 +180,55 @@ def draft(
         scores = scores.fit(request.vocab_size)
         return grow(tree, depth, scores, request.filters, keys[depth], least)
 
-    def level(state):
-        depth, tree, carry = state
+    def level(depth, state):
+        tree, carry = state
         scores, carry = run(tree, depth - 1, carry)
-        return depth + 1, grown(tree, depth, scores), carry
+        return grown(tree, depth, scores), carry
+
+    def more(state):
+        depth, (tree, _) = state
+        return (depth < gamma) & ~tree.stopped.all()
 
     tree = plant(active, gamma, request.tree_width, request.vocab_size, drawn=drawn)
-    state = (jnp.int32(1), grown(tree, 0, scores), carry)
+    levels, state = jnp.int32(1), (grown(tree, 0, scores), carry)
     if gamma > 1 and least is None:
-        state = lax.fori_loop(1, gamma, lambda _, state: level(state), state)
+        state = lax.fori_loop(1, gamma, level, state)
     elif gamma > 1:
-        state = lax.while_loop(lambda s: (s[0] < gamma) & ~s[1].stopped.all(), level, state)
-    levels, tree, carry = state
+        levels, state = lax.while_loop(more, lambda s: (s[0] + 1, level(*s)), (levels, state))
+    tree, carry = state
     return tree.proposal(None if least is None else levels), carry
 
 
-def _append(tree, depth, level, parent, q, min_probability):
-    """The tree with one more level (fields of `Tree`) written in; `parent` is i32[B, w] within the
-    level before.
+def _chain(batch, n):
+    """Parents of the nodes of chains, i32[B, n]."""
+    return jnp.broadcast_to(jnp.arange(-1, n - 1, dtype=jnp.int32)[None], (batch, n))
+
+
+def _level(x, depth, width):
+    """Entries of x ([B, γ·w]) of a level; of the root's, -1, any."""
+    return lax.dynamic_slice_in_dim(x, jnp.asarray(depth * width, jnp.int32), width, axis=1)
+
+
+def _append(tree, depth, tokens, alive, parent, q, min_probability):
+    """The tree with one more level written in: its tokens, which of them are nodes at all, and
+    their parents within the level before, [B, w] each.
     """
-    w, alive = tree.width, level["alive"]
+    w = tree.width
     at = jnp.asarray(depth * w, jnp.int32)
-    put = lambda x, new, i=at: lax.dynamic_update_slice_in_dim(x, new, i, axis=1)  # noqa: E731
+    put = lax.dynamic_update_slice_in_dim
+    valid = (alive & ~tree.stopped[:, None]).astype(jnp.int32)
+    level = jnp.stack((tokens, jnp.where(at == 0, -1, at - w + parent), valid), axis=1)
     ancestors, stopped = tree.ancestors, tree.stopped
     if ancestors is not None:
         node = at + jnp.arange(w, dtype=jnp.int32)
         itself = node[:, None] == jnp.arange(ancestors.shape[2], dtype=jnp.int32)[None]
         ancestors = jnp.take_along_axis(ancestors, parent[..., None], axis=1) | itself[None]
     if min_probability is not None:
-        likeliest = jnp.where(alive, level["logprob"], -jnp.inf).max(axis=1)
+        likeliest = jnp.where(alive, tree.logprob, -jnp.inf).max(axis=1)
         stopped = stopped | (jnp.exp(likeliest) < min_probability)
     return tree.replace(
-        **level,
-        tokens=put(tree.tokens, level["newest"]),
-        parents=put(tree.parents, jnp.where(at == 0, -1, at - w + parent))
-        if w > 1
-        else tree.parents,
-        valid=put(tree.valid, alive & ~tree.stopped[:, None]),
-        probs=put(tree.probs, q, jnp.maximum(at - w + 1, 0)) if q is not None else None,
+        nodes=put(tree.nodes, level, at, 2),
+        probs=put(tree.probs, q, jnp.maximum(at - w + 1, 0), 1) if q is not None else None,
         ancestors=ancestors,
         stopped=stopped,
     )

@@ -86,7 +86,7 @@ def node_paths(new, depth):
     """Tokens from the root to each node of level depth - 1, of every row; the root's at depth 0."""
     if depth == 0:
         return [[()]] * new.tokens.shape[0]
-    host = new.replace(tokens=np.asarray(new.tokens), parents=np.asarray(new.parents))
+    host = jax.tree.map(np.asarray, new.proposal())
     level = range((depth - 1) * new.width, depth * new.width)
     return [[node_path(host, b, i) for i in level] for b in range(new.tokens.shape[0])]
 

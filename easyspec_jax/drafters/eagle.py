@@ -188,7 +188,7 @@ class EagleDrafter(Drafter):
                 parents = jnp.where(depth == 0, 0, parents)
                 known = jnp.take_along_axis(known, parents[..., None], axis=1)
             placement = tree.placement(origin, depth)
-            embedded = embed(head.embedding, tree.newest)
+            embedded = embed(head.embedding, tree.level(depth))
             hidden, cache = head.run(embedded, known, cache, placement=placement)
             return head.score(hidden), (head.goes_on(hidden), cache)
 

@@ -66,6 +66,7 @@ class Draft(struct.PyTreeNode, kw_only=True):
     """A chain that grows while `more`: its newest token, drafted but not yet run, is run next."""
 
     tree: trees.Tree
+    token: jax.Array  # i32[1, 1], the newest
     count: jax.Array  # i32[], tokens run to the exit, the root the first of them
     more: jax.Array  # bool[]
     hidden: jax.Array  # as in ExitState
@@ -232,7 +233,7 @@ class EarlyExitDrafter(Drafter):
             least = request.min_probability
             tree = trees.grow(tree, count, scores, request.filters, keys[count], least)
             # Only the next token is stopped, never one that was drawn: that would bias the text.
-            stopped = tree.stopped | (tree.newest == request.eos_ids[None]).any(axis=1)
+            stopped = tree.stopped | (tree.level(count) == request.eos_ids[None]).any(axis=1)
             if self.adaptive:
                 stopped = stopped | (jnp.exp(scores.likeliest(1)[2][:, 0, 0]) < threshold)
             return tree.replace(stopped=stopped)
@@ -240,19 +241,26 @@ class EarlyExitDrafter(Drafter):
         def extend(draft):
             cache = draft.cache.rollback(origin + draft.count)
             hidden, cache = self._run_to_exit(
-                draft.tree.newest, draft.hidden, draft.count, cache, state.exit
+                draft.token, draft.hidden, draft.count, cache, state.exit
             )
             x = hidden[state.exit, :, draft.count][:, None]
             more = (draft.count < limit) & ~draft.tree.stopped[0]
             keep = lambda count, x, tree: tree  # noqa: E731
             tree = lax.cond(more, draw, keep, draft.count, x, draft.tree)
-            count = draft.count + 1
-            return Draft(tree=tree, count=count, more=more, hidden=hidden, cache=cache)
+            return Draft(
+                tree=tree,
+                token=tree.level(draft.count),
+                count=draft.count + 1,
+                more=more,
+                hidden=hidden,
+                cache=cache,
+            )
 
         drawn = not request.filters.greedy
         tree = trees.plant(num > 0, gamma, 1, request.vocab_size, drawn=drawn)
         draft = Draft(
-            tree=tree.replace(newest=root),
+            tree=tree,
+            token=root,
             count=jnp.int32(0),
             more=jnp.bool_(True),
             hidden=state.hidden,

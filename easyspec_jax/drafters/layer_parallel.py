@@ -164,9 +164,10 @@ class LayerParallelDrafter(Drafter):
             return found if shared is None else shared.offer(found, request.vocab_size)
 
         def run(tree, depth, cache):
-            placement, tokens = tree.placement(origin, depth), self._read(tree.newest)
+            placement, tokens = tree.placement(origin, depth), self._read(tree.level(depth))
+            cache = cache.rollback(origin + depth * tree.width)
             hidden, cache = forward(self.draft, tokens, cache, placement=placement, run_block=fuzzy)
-            return scores(hidden), cache
+            return scores(hidden), cache.rollback(origin)  # no loop carries a length
 
         drawn = self.candidates == "sampled" and not request.filters.greedy
         return trees.draft(request, active, keys, scores(hidden), run, cache, drawn=drawn)
