@@ -136,7 +136,7 @@ class Stats:
     tried_per_rank: tuple[int, ...]  # [w], siblings in the order they are tried
     accepted_per_rank: tuple[int, ...]  # [w]
     nodes_drafted: int
-    steps_per_depth: tuple[int, ...]  # [γ + 1], steps by levels that were asked for
+    steps_per_depth: tuple[int, ...] = ()  # [γ + 1], steps by levels that were asked for
     rows: tuple[Stats, ...] = ()  # the same, row by row; empty in a row's own statistics
 
     @property

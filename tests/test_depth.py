@@ -19,7 +19,7 @@ from decoders import (
     spy_on_prefills,
     started,
 )
-from test_decode import committed, entries_apart
+from test_decode import committed, entries_apart, new_tokens
 from test_distribution import FILTERED, TINY, tiny_table
 from test_drafters import REPETITIVE, WAYS
 
@@ -38,10 +38,10 @@ from easyspec_jax.depth import (
 )
 
 slow = pytest.mark.slow
-ALIKE = es.AutoDepth(most=3, costs=(1, 1, 1, 1))  # as deep as there is hope
+ALIKE = es.AutoDepth(most=2, costs=(1, 1, 1))  # as deep as there is hope
 
 
-def moody(drafter, gamma=3):
+def moody(drafter, gamma=2):
     """The same drafter, which now says before each step how deep it can draft: 0 to γ, by how much
     text there is.
     """
@@ -149,11 +149,10 @@ def test_text_and_caches_are_exact_when_every_step_has_another_depth(mesh_shape,
             absorbed = np.asarray(run.state.absorbed)
             np.testing.assert_array_equal(run.state.draft.length, absorbed)
             assert entries_apart(run.state.draft, fresh.state.draft, absorbed) < 1e-9
-    run.finish()
     want = autoregressive().generate([[1, 2, 3, 4, 5, 6, 7], [9, 8]], max_new_tokens=NEW).tokens
-    tokens, ends = np.asarray(run.state.tokens), np.asarray(run.state.length)
-    assert [t[n : n + NEW].tolist() for t, n in zip(tokens, ends - NEW, strict=True)] == want
-    assert {*steps} >= {0, 3} and len({*steps}) >= 3
+    for new, expected in zip(new_tokens(run), want, strict=True):
+        assert len(new) > 8 and new == expected[: len(new)]
+    assert {*steps} == {0, 1, 2}
 
 
 @slow
@@ -175,8 +174,8 @@ def test_costs_decide_and_stats_tell():
     """A draft that is the base is always right: what it costs is all that counts."""
     base, exact = model((1, 1)), es.LayerParallelDrafter(model((1, 1)))
     before = compilations()
-    for costs, used in (((1, 1.1, 1.2, 1.3), {3}), ((1, 9, 9, 9), {0})):
-        auto = es.AutoDepth(most=3, costs=costs)
+    for costs, used in (((1, 1.1, 1.2), {2}), ((1, 9, 9), {0})):
+        auto = es.AutoDepth(most=2, costs=costs)
         decoder = es.Decoder(base, exact, num_draft_tokens=auto)
         stats = decoder.generate(PROMPTS, max_new_tokens=NEW).stats
         assert {i for i, n in enumerate(stats.steps_per_depth) if n} == used
