@@ -29,6 +29,7 @@ from records import append, commit, machine, without_places
 from tqdm import tqdm
 
 import easyspec_jax as es
+from easyspec_jax.engine import PREFILL_CHUNKS
 from easyspec_jax.text import Tokenizer
 
 GAMMAS = (1, 2, 3, 5, 8)
@@ -66,7 +67,7 @@ def make_arms(args: argparse.Namespace) -> dict[str, es.Decoder]:
 def answer(
     decoder: es.Decoder, ids: list[int], then: list[int], args: argparse.Namespace, t: float
 ) -> tuple[float, list[int], list[es.Stats]]:
-    """Seconds of the decoding behind the prompts, all new tokens, and statistics of each turn."""
+    """Seconds, prompts included; all new tokens; and statistics of each turn."""
     options = {"sampling": es.Sampling(temperature=t), "seed": args.seed}
     if not then:
         start = time.perf_counter()
@@ -104,10 +105,13 @@ def measure(args: argparse.Namespace, sets, then: list[int], lines, keep: Callab
         order = order[turn % len(order) :] + order[: turn % len(order)]
         found: Record = {}
         for arm, decoder in order:
-            size = decoder.capacity(len(ids) + args.max_new_tokens)
-            if (arm, size, t > 0) not in warm:  # compiles, and measures what depths cost
+            room = len(ids) + args.max_new_tokens
+            room += len(then) + args.max_new_tokens if then else 0
+            piece = sum(len(ids) - 1 > chunk for chunk in PREFILL_CHUNKS)
+            shapes = (arm, decoder.capacity(room), piece, t > 0)
+            if then or shapes not in warm:  # compiles, and measures what depths cost
                 answer(decoder, ids, then, args, t)
-                warm.add((arm, size, t > 0))
+                warm.add(shapes)
         runs: dict[str, list] = {arm: [] for arm in arms}
         for _ in range(args.repeats):
             for arm, decoder in order:
