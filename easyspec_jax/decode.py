@@ -55,7 +55,7 @@ class Decoder(Engine):
           max_new_tokens: at least 1.
           sampling: greedy by default.
           eos_ids: any of these ends its row and stays its last token.
-          seed: same seed, same mesh, same result.
+          seed: same seed, same mesh, same result; with automatic depth where costs are given, too.
           logprobs: also return the base's log-probability of every new token.
 
         Raises:
@@ -153,8 +153,8 @@ class Decoder(Engine):
         inputs = make_inputs(self.base.config, prompts, max_new_tokens, sampling)
         if not is_integer(repeats) or repeats < 1:
             raise ValueError(f"repeats must be a whole number above 0, got {repeats!r}")
-        jax.block_until_ready(self.prefill(inputs))
-        request, state = jax.block_until_ready(self.begin(inputs))
+        jax.block_until_ready(self.prefill(inputs, None))
+        request, state = jax.block_until_ready(self.begin(inputs, run=None))
         start = time.perf_counter()
         state = jax.block_until_ready(self.absorb(request, state, inputs.longest))
         times = {"prefill": time.perf_counter() - start}

@@ -9,6 +9,7 @@ is the best.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +34,13 @@ class AutoDepth:
     """`num_draft_tokens` of a decoder that chooses the depth of each step itself.
 
     Args:
-      most: the deepest; compiled are 0, 1, 2, 3, 5, 8 up to here, and this one. None: 8, or what
-        the drafter likes if that is more.
+      most: the deepest; compiled are 0, 1, 2, 3, 5, 8 up to here, and this one (what else a
+        drafter says: `Drafter.depths`). None: 8, or what the drafter likes if that is more.
       costs: what a step of each of them takes, in any unit (for a drafter of several kinds of
         drafts one such row for each); None: seconds, measured before the first request of its kind
-        (batch, greedy or not) and kept beside jax's compilation cache, where there is one. Where
-        draws have to be the same again, give them: with other costs a seed draws another text.
+        (batch, greedy or not) and kept beside jax's compilation cache, where there is one and one
+        process. Where draws have to be the same again, give them: with other costs a seed draws
+        another text.
 
     Raises:
       ValueError: `most` is no whole number above 0, or costs are no positive numbers.
@@ -85,6 +87,18 @@ def usual_depths(most: int) -> tuple[int, ...]:
     return (*(depth for depth in DEPTHS if depth < most), most)
 
 
+def check_depths(depths: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The depths that a drafter can be asked for.
+
+    Raises:
+      ValueError: they do not rise from 0 to `most`, and are not that alone.
+    """
+    rising = all(a < b for a, b in itertools.pairwise(depths))
+    if not depths or not rising or depths[-1] != most or (len(depths) > 1 and depths[0] != 0):
+        raise ValueError(f"a drafter's depths must rise from 0 to {most}, got {depths}")
+    return depths
+
+
 class Pacing(struct.PyTreeNode, kw_only=True):
     """What a request fixes: the depths to choose from, and what they cost. K kinds of drafts."""
 
@@ -95,8 +109,8 @@ class Pacing(struct.PyTreeNode, kw_only=True):
 class Pace(struct.PyTreeNode, kw_only=True):
     """What is known before a step, of every row of a batch."""
 
-    # f32[B, K, γ], decayed: drafts of a kind whose first i tokens were accepted and that had one
-    # more, and those where it was accepted too
+    # f32[B, K, γ], decayed: drafts of a kind whose first i tokens were accepted and that could have
+    # had one more, and those where it was accepted too
     tried: jax.Array
     accepted: jax.Array
     kind: jax.Array  # i32[B], of the draft that the next step would make
@@ -153,7 +167,7 @@ class Pace(struct.PyTreeNode, kw_only=True):
         if len(pacing.depths) > 1:
             loss = costs[1] / jnp.maximum(costs[0], 1e-30) - tokens[1] / tokens[0]
             patience = loss / PROBING
-            asks = (self.waited.astype(jnp.float32) >= patience) & (levels > 0).any()
+            asks = (self.waited.astype(jnp.float32) >= patience) & (active & (levels > 0)).any()
             choice = jnp.where((choice == 0) & asks, jnp.int32(1), choice)
         choice = jnp.where(active.any(), choice, jnp.int32(-1))
         return self.replace(kind=kind, levels=levels, choice=choice)

@@ -46,8 +46,8 @@ class Drafter(struct.PyTreeNode):
         return 5
 
     def depths(self, most: int) -> tuple[int, ...]:
-        """Of up to `most` levels those that a decoder may choose from step by step, rising; 0 is a
-        step without a draft. By default a few.
+        """Of up to `most` levels those that a decoder may choose from step by step: from 0, a step
+        without a draft, to `most`, or that alone. By default a few.
         """
         return usual_depths(most)
 
@@ -152,8 +152,8 @@ class Drafter(struct.PyTreeNode):
         return state
 
     def skip(self, state: Any, verdict: Verdict, aux: Any) -> Any:
-        """Learn from a step that drafted nothing, before which it absorbed nothing either; by
-        default as `observe` does.
+        """Learn from a step that drafted nothing, before which it absorbed nothing either and whose
+        base pass was the default one (so is `aux`); by default as `observe` does.
         """
         return self.observe(state, verdict, aux)
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from easyspec_jax import loop, step_costs
 from easyspec_jax.compile_options import CompileOptions
 from easyspec_jax.config import Sampling
-from easyspec_jax.depth import AUTO, DEPTHS, AutoDepth, Pace, Pacing
+from easyspec_jax.depth import AUTO, DEPTHS, AutoDepth, Pace, Pacing, check_depths
 from easyspec_jax.drafter import Autoregression, Drafter
 from easyspec_jax.memory import check_memory, decode_budget
 from easyspec_jax.model import Model
@@ -76,8 +76,9 @@ class Engine:
         if not drafter.depth:
             self.num_draft_tokens = 0
         elif isinstance(auto, AutoDepth):
-            self.depths = drafter.depths(self.num_draft_tokens)
-            self._given_costs = auto.table(drafter.num_kinds, self.depths)
+            depths = check_depths(drafter.depths(self.num_draft_tokens), self.num_draft_tokens)
+            self._given_costs = auto.table(drafter.num_kinds, depths)
+            self.depths = depths if len(depths) > 1 else ()  # or nothing is left to choose
         self.tree_width = int(tree_width) if drafter.depth else 1
         self.min_draft_probability = min_draft_probability or None
         if not isinstance(compile_options, CompileOptions):
@@ -136,22 +137,22 @@ class Engine:
           size: tokens there is room for; None: `capacity` of what the inputs may come to.
           kept: an earlier state of this size, whose caches are taken over; not to be used again.
           run: of `loop`, what will decode: where depths are chosen, their costs are measured with
-            it before the first request of a kind.
+            it before the first request of a kind, unless one of another kind is kept. None: costs
+            do not matter.
 
         Raises:
           ValueError: more than the devices hold, or nothing this drafter can draft for.
         """
         size = self.capacity(inputs.total) if size is None else size
-        unknown = self._unknown_costs(inputs)
-        if kept is None or unknown:
+        if kept is None:
             budget = self._budget(*self.planned(inputs, size))
             held = {name: budget.pop(name) for name in tuple(budget) if name.endswith("weights")}
             check_memory(self.base.layout.mesh, budget, held)
-        if unknown:
-            self._find_costs(inputs, size, run)
-        request = self._put(self._request(inputs))
-        if kept is None:
+            if run is not None and self._unknown_costs(inputs):
+                self._find_costs(inputs, size, run)
+            request = self._put(self._request(inputs))
             return request, self._empty(inputs, size, request)
+        request = self._put(self._request(inputs))
         cache, draft = kept.cache, begin_tallies(kept.draft)
         # What a conversation has accepted so far is the best guess at what it will.
         fields = self._put(self._fields(inputs, size)) | {"pace": kept.pace}
@@ -249,8 +250,9 @@ class Engine:
         if self.depths:
             costs: Any = self._given_costs
             if costs is None:
+                alike = [x for (rows, _), x in self._costs.items() if rows == len(inputs.rows)]
                 none = np.ones((self.drafter.num_kinds, len(self.depths)), np.float32)
-                costs = self._costs.get(_likeness(inputs), none)
+                costs = self._costs.get(_likeness(inputs), (*alike, none)[0])
             pacing = Pacing(costs=costs, depths=self.depths)
         return Request(
             filters=make_filters(inputs.sampling),

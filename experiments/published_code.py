@@ -98,7 +98,7 @@ class PublishedDrafter(es.LayerParallelDrafter):
             cache, q = carry
             placement = tree.placement(origin, depth)
             hidden, cache = forward(
-                self.draft, tree.newest, cache, placement=placement, run_block=fuzzy
+                self.draft, tree.level(depth), cache, placement=placement, run_block=fuzzy
             )
             scores, q = scored(hidden, q, 1 + depth * width)
             return scores, (cache, q)

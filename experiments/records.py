@@ -52,7 +52,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def without_places(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a command line fit to be published: of a path only its last part."""
-    places = {"base", "draft", "middle", "base_hf", "draft_hf", "prompts"}
+    places = {"base", "draft", "middle", "head", "base_hf", "draft_hf", "prompts"}
 
     def fit(name, value):
         if name == "set" and value is not None:

@@ -111,6 +111,11 @@ def test_rows_that_are_done_and_other_kinds_do_not_count():
     assert int(pace.choose(pacing, dear, all_levels, both).choice) == 0  # a batch costs its dearest
     assert int(pace.choose(pacing, dear, all_levels, np.array([True, False])).choice) == 2
     assert int(pace.choose(pacing, cheap, all_levels, ~both).choice) == -1
+    # A row that is done may find what it likes: nobody asks whether to draft it.
+    first, waited = np.array([True, False]), pace.replace(waited=np.int32(1000))
+    never = Pacing(costs=np.array([[1, 3, 5], [1, 5, 9]], np.float32), depths=(0, 1, 2))
+    assert int(waited.choose(never, cheap, np.array([2, 0], np.int32), first).choice) == 1
+    assert int(waited.choose(never, cheap, np.array([0, 2], np.int32), first).choice) == 0
 
 
 def test_what_a_step_teaches():
@@ -232,6 +237,7 @@ def test_sampled_sequences_follow_the_base():
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     drafter = es.FallbackDrafter(es.PromptLookupDrafter(min_ngram=2), grouped())
     auto = es.AutoDepth(most=2)
+    before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
         first = es.Decoder(model((1, 1)), drafter, num_draft_tokens=auto)
@@ -248,7 +254,7 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
         with pytest.raises(TypeError, match="NoneType"):  # what does not fit is measured again
             other.generate([REPETITIVE[0]], max_new_tokens=NEW)
     finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.parametrize(

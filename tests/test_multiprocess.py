@@ -59,7 +59,7 @@ def start(argv, folder) -> subprocess.Popen:
 
 
 GROUPED = ("--draft", "draft", "--group-size", 4)
-LOOKUP = ("--drafter", "prompt-lookup", "--num-draft-tokens", 3)
+LOOKUP = ("--drafter", "prompt-lookup", "--num-draft-tokens", "auto")  # costs are agreed on
 
 
 def easyspec(*options, drafter=GROUPED, prompt="hello there", tokens=24):
