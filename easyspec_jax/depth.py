@@ -103,7 +103,7 @@ class Pacing(struct.PyTreeNode, kw_only=True):
     """What a request fixes: the depths to choose from, and what they cost. K kinds of drafts."""
 
     costs: jax.Array  # f32[K, D]
-    depths: tuple[int, ...] = struct.field(pytree_node=False)  # D of them, rising
+    depths: tuple[int, ...] = struct.field(pytree_node=False)  # D of them, rising from 0
 
 
 class Pace(struct.PyTreeNode, kw_only=True):
@@ -115,7 +115,7 @@ class Pace(struct.PyTreeNode, kw_only=True):
     accepted: jax.Array
     kind: jax.Array  # i32[B], of the draft that the next step would make
     levels: jax.Array  # i32[B], how deep that could be
-    waited: jax.Array  # i32[], steps since the last draft
+    waited: jax.Array  # i32[B, K], steps of this kind without a draft since the last with one
     choice: jax.Array  # i32[], number of the next step's depth
 
     @classmethod
@@ -126,7 +126,12 @@ class Pace(struct.PyTreeNode, kw_only=True):
         row: Any = np.zeros((batch,), np.int32)
         zero: Any = np.int32(0)
         return cls(
-            tried=tried, accepted=HOPE * tried, kind=row, levels=row, waited=zero, choice=zero
+            tried=tried,
+            accepted=HOPE * tried,
+            waited=tried[..., 0].astype(np.int32) * 0,
+            kind=row,
+            levels=row,
+            choice=zero,
         )
 
     def learn(self, depth: int, num_accepted: jax.Array, active: jax.Array) -> Pace:
@@ -136,19 +141,20 @@ class Pace(struct.PyTreeNode, kw_only=True):
           num_accepted: i32[B], accepted draft tokens before any cut.
           active: bool[B], rows that took part.
         """
-        if not depth:
-            return self.replace(waited=self.waited + 1)
         num_kinds, most = self.tried.shape[1:]
+        mine = jnp.arange(num_kinds, dtype=jnp.int32)[None] == self.kind[:, None]
+        mine = mine & active[:, None]
+        if not depth:
+            return self.replace(waited=self.waited + mine.astype(jnp.int32))
         level = jnp.arange(most, dtype=jnp.int32)[None, None]
         num, there = num_accepted[:, None, None], jnp.minimum(self.levels, depth)[:, None, None]
-        mine = jnp.arange(num_kinds, dtype=jnp.int32)[None, :, None] == self.kind[:, None, None]
-        tried = mine & active[:, None, None] & (level < there) & (level <= num)
+        tried = mine[..., None] & (level < there) & (level <= num)
         hit = (level < num).astype(jnp.float32)
-        more = (active & (num_accepted > 0)).any()
+        waited = jnp.where(num_accepted > 0, jnp.int32(SOONER), jnp.int32(0))[:, None]
         return self.replace(
             tried=jnp.where(tried, DECAY * self.tried + 1.0, self.tried),
             accepted=jnp.where(tried, DECAY * self.accepted + hit, self.accepted),
-            waited=jnp.where(more, jnp.int32(SOONER), jnp.int32(0)),
+            waited=jnp.where(mine, waited, self.waited),
         )
 
     def choose(self, pacing: Pacing, kind: jax.Array, levels: jax.Array, active: jax.Array) -> Pace:
@@ -164,11 +170,10 @@ class Pace(struct.PyTreeNode, kw_only=True):
         tokens = expected_tokens(self.tried[rows, kind], self.accepted[rows, kind], levels)
         tokens = jnp.where(active[:, None], tokens[:, np.array(pacing.depths)], 0.0).sum(axis=0)
         choice = jnp.argmax(tokens / jnp.maximum(costs, 1e-30)).astype(jnp.int32)
-        if len(pacing.depths) > 1:
-            loss = costs[1] / jnp.maximum(costs[0], 1e-30) - tokens[1] / tokens[0]
-            patience = loss / PROBING
-            asks = (self.waited.astype(jnp.float32) >= patience) & (active & (levels > 0)).any()
-            choice = jnp.where((choice == 0) & asks, jnp.int32(1), choice)
+        loss = costs[1] / jnp.maximum(costs[0], 1e-30) - tokens[1] / tokens[0]
+        waited = self.waited[rows, kind].astype(jnp.float32)
+        asks = (active & (levels > 0) & (waited >= loss / PROBING)).any()
+        choice = jnp.where((choice == 0) & asks, jnp.int32(1), choice)
         choice = jnp.where(active.any(), choice, jnp.int32(-1))
         return self.replace(kind=kind, levels=levels, choice=choice)
 

@@ -94,7 +94,9 @@ def test_the_choice_has_most_tokens_a_second():
         levels = rng.integers(0, 6, 2).astype(np.int32)
         costs = 1 + rng.uniform(0, 0.8) * np.array(depths, np.float32)
         waited = int(rng.integers(0, 60))
-        pace = Pace.begin(2, 1, 5).replace(tried=tried, accepted=accepted, waited=np.int32(waited))
+        pace = Pace.begin(2, 1, 5).replace(
+            tried=tried, accepted=accepted, waited=np.full((2, 1), waited, np.int32)
+        )
         row = np.zeros(2, np.int32), levels, np.ones(2, bool)
         got = int(choose(pace, Pacing(costs=costs[None], depths=depths), *row))
         assert got == plain_choice(tried[:, 0], accepted[:, 0], levels, costs, depths, waited)
@@ -112,7 +114,7 @@ def test_rows_that_are_done_and_other_kinds_do_not_count():
     assert int(pace.choose(pacing, dear, all_levels, np.array([True, False])).choice) == 2
     assert int(pace.choose(pacing, cheap, all_levels, ~both).choice) == -1
     # A row that is done may find what it likes: nobody asks whether to draft it.
-    first, waited = np.array([True, False]), pace.replace(waited=np.int32(1000))
+    first, waited = np.array([True, False]), pace.replace(waited=np.full((2, 2), 1000, np.int32))
     never = Pacing(costs=np.array([[1, 3, 5], [1, 5, 9]], np.float32), depths=(0, 1, 2))
     assert int(waited.choose(never, cheap, np.array([2, 0], np.int32), first).choice) == 1
     assert int(waited.choose(never, cheap, np.array([0, 2], np.int32), first).choice) == 0
@@ -131,11 +133,13 @@ def test_what_a_step_teaches():
     accepted[1, 1] = [DECAY * FIRST * HOPE + 1, 1, 0, 0]
     np.testing.assert_allclose(pace.tried, tried, rtol=1e-6)
     np.testing.assert_allclose(pace.accepted, accepted, rtol=1e-6)
-    assert int(pace.waited) == SOONER
+    np.testing.assert_array_equal(pace.waited, [[SOONER, 0], [0, SOONER], [0, 0]])
     rejected = pace.learn(1, np.zeros(3, np.int32), np.ones(3, bool))
     assert float(rejected.tried[0, 0, 0]) == pytest.approx(DECAY * tried[0, 0, 0] + 1)
     assert float(rejected.accepted[0, 0, 0]) == pytest.approx(DECAY * accepted[0, 0, 0])
-    assert int(rejected.waited) == 0 and int(rejected.learn(0, None, None).waited) == 1
+    np.testing.assert_array_equal(rejected.waited, [[0, 0], [0, 0], [0, 0]])
+    again = pace.learn(0, np.zeros(3, np.int32), np.array([True, True, False]))
+    np.testing.assert_array_equal(again.waited, [[SOONER + 1, 0], [0, SOONER + 1], [0, 0]])
 
 
 @pytest.mark.parametrize(
