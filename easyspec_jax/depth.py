@@ -26,6 +26,7 @@ DECAY = 0.92  # what counts of a level are worth once it has been tried again
 FIRST, HOPE = 3.0, 0.6  # tries of the first level that a text begins with, and what came of them
 BELIEF = 6.0  # tries that the share of the level above counts for
 PROBING = 0.015  # share of the time that may be lost by drafts which only ask whether to draft
+CATCH_UP = 32  # tokens that a drafter which fell behind absorbs in one pass
 SOONER = 8  # steps that need not be waited for where such a draft was accepted
 
 
@@ -42,14 +43,20 @@ class AutoDepth:
         process. Where draws have to be the same again, give them: with other costs a seed draws
         another text.
 
+      catch_up: beside `costs`, what it takes to absorb one token later that was left out.
+
     Raises:
-      ValueError: `most` is no whole number above 0, or costs are no positive numbers.
+      ValueError: `most` is no whole number above 0, costs are no positive numbers, or `catch_up` is
+        no number from 0.
     """
 
     most: int | None = None
     costs: Sequence[float] | Sequence[Sequence[float]] | None = None
+    catch_up: float = 0.0
 
     def __post_init__(self):
+        if not is_number(self.catch_up) or self.catch_up < 0:
+            raise ValueError(f"catch_up must be a number from 0, got {self.catch_up!r}")
         if self.most is not None and (not is_integer(self.most) or self.most < 1):
             raise ValueError(f"most must be a whole number above 0, got {self.most!r}")
         if self.costs is None:
@@ -103,6 +110,7 @@ class Pacing(struct.PyTreeNode, kw_only=True):
     """What a request fixes: the depths to choose from, and what they cost. K kinds of drafts."""
 
     costs: jax.Array  # f32[K, D]
+    catch_up: jax.Array  # f32[], for each token of a step without a draft, before one is made again
     depths: tuple[int, ...] = struct.field(pytree_node=False)  # D of them, rising from 0
 
 
@@ -172,7 +180,8 @@ class Pace(struct.PyTreeNode, kw_only=True):
         choice = jnp.argmax(tokens / jnp.maximum(costs, 1e-30)).astype(jnp.int32)
         loss = costs[1] / jnp.maximum(costs[0], 1e-30) - tokens[1] / tokens[0]
         waited = self.waited[rows, kind].astype(jnp.float32)
-        asks = (active & (levels > 0) & (waited >= loss / PROBING)).any()
+        worth = waited * (PROBING - pacing.catch_up / jnp.maximum(costs[0], 1e-30))
+        asks = (active & (levels > 0) & (worth >= loss)).any()
         choice = jnp.where((choice == 0) & asks, jnp.int32(1), choice)
         choice = jnp.where(active.any(), choice, jnp.int32(-1))
         return self.replace(kind=kind, levels=levels, choice=choice)

@@ -25,6 +25,7 @@ from easyspec_jax.request import Inputs, Request, check_pair, make_inputs
 from easyspec_jax.sampling import make_filters
 from easyspec_jax.sharding import replicate, zeros
 from easyspec_jax.stats import Counters, begin_tallies
+from easyspec_jax.step_costs import StepCosts
 
 # A prompt is absorbed in pieces of the smallest that holds it, else of the largest.
 PREFILL_CHUNKS = (16, 64, 256)
@@ -71,13 +72,15 @@ class Engine:
         self.base, self.drafter = base, drafter
         self.num_draft_tokens = int(drafter.depth if gamma is None else gamma)
         self.depths: tuple[int, ...] = ()  # that a step may choose from
-        self._given_costs: np.ndarray | None = None  # f32[K, D]
-        self._costs: dict[Any, np.ndarray] = {}  # those found, by what requests have in common
+        self._given_costs: StepCosts | None = None
+        self._costs: dict[Any, StepCosts] = {}  # those found, by what requests have in common
         if not drafter.depth:
             self.num_draft_tokens = 0
         elif isinstance(auto, AutoDepth):
             depths = check_depths(drafter.depths(self.num_draft_tokens), self.num_draft_tokens)
-            self._given_costs = auto.table(drafter.num_kinds, depths)
+            table = auto.table(drafter.num_kinds, depths)
+            if table is not None:
+                self._given_costs = StepCosts(table, np.float32(auto.catch_up))
             self.depths = depths if len(depths) > 1 else ()  # or nothing is left to choose
         self.tree_width = int(tree_width) if drafter.depth else 1
         self.min_draft_probability = min_draft_probability or None
@@ -181,7 +184,7 @@ class Engine:
             again = jax.tree.map(jnp.copy, fields) | self._put(changes)
             return state.replace(**again)
 
-        def find() -> np.ndarray:
+        def find() -> StepCosts:
             state = self._empty(inputs, size, request)
             return step_costs.measured(take, request, state, fresh)
 
@@ -248,12 +251,13 @@ class Engine:
         min_probability: Any = None if least is None else np.float32(least)
         pacing = None
         if self.depths:
-            costs: Any = self._given_costs
+            costs = self._given_costs
             if costs is None:
                 alike = [x for (rows, _), x in self._costs.items() if rows == len(inputs.rows)]
                 none = np.ones((self.drafter.num_kinds, len(self.depths)), np.float32)
-                costs = self._costs.get(_likeness(inputs), (*alike, none)[0])
-            pacing = Pacing(costs=costs, depths=self.depths)
+                unknown = StepCosts(none, np.float32(0))
+                costs = self._costs.get(_likeness(inputs), (*alike, unknown)[0])
+            pacing = Pacing(costs=costs.seconds, catch_up=costs.catch_up, depths=self.depths)
         return Request(
             filters=make_filters(inputs.sampling),
             eos_ids=eos_ids,

@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax.cache import KVCache, run_if
-from easyspec_jax.depth import Pace
+from easyspec_jax.depth import CATCH_UP, Pace
 from easyspec_jax.drafter import Drafter, Waiting
 from easyspec_jax.model import Model, forward_tapped
 from easyspec_jax.request import Request
@@ -254,15 +254,19 @@ def _pace(state: DecodeState) -> Pace:
 
 def _caught_up(drafter: Drafter, request: Request, state: DecodeState, depth: int) -> DecodeState:
     """The state whose drafter lacks no more than a step of `depth` levels absorbs by itself."""
-    width = request.num_draft_tokens + 1
+    size = state.tokens.shape[1]
+    width = min(CATCH_UP, size)
 
     def lacking(absorbed):
         return jnp.where(state.done, 0, jnp.maximum(state.length - absorbed - (depth + 1), 0))
 
     def absorb(carry):
         draft, absorbed = carry
-        num, recent = jnp.minimum(lacking(absorbed), width), window(state.tokens, absorbed, width)
-        return drafter.prefill(draft, request, recent, absorbed, num, None), absorbed + num
+        # Moved back where it would not fit: absorbing again changes nothing.
+        start = jnp.minimum(absorbed, size - width)
+        num = jnp.minimum(absorbed + lacking(absorbed) - start, width)
+        recent = window(state.tokens, start, width)
+        return drafter.prefill(draft, request, recent, start, num, None), start + num
 
     with jax.named_scope("calibrate"):
         draft, absorbed = lax.while_loop(

@@ -6,6 +6,7 @@ call that takes no step at all is subtracted. So nothing but the loop is compile
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from easyspec_jax.depth import CATCH_UP
 from easyspec_jax.json_files import read_object, write_object
 from easyspec_jax.loop import DecodeState
 from easyspec_jax.request import Request
@@ -34,11 +36,18 @@ SECONDS, ROUNDS = 0.2, 20  # for one depth: no more than either, but two behind 
 Run = Callable[[Request, DecodeState], DecodeState]
 
 
+@dataclasses.dataclass(frozen=True)
+class StepCosts:
+    """What was measured, the same in all processes."""
+
+    seconds: Any  # f32[K, D], of a step by kind of draft and depth
+    catch_up: Any  # f32[], of absorbing a token that was left out
+
+
 def measured(
     run: Run, request: Request, state: DecodeState, fresh: Callable[..., DecodeState]
-) -> np.ndarray:
-    """Seconds of a step by kind of draft and depth, f32[K, D], the same in all processes; of kinds
-    that do not come up those of the dearest one.
+) -> StepCosts:
+    """The costs here; of kinds that do not come up those of the dearest one.
 
     Args:
       run: the loop of a decoder, or one step of it; donates the state.
@@ -50,19 +59,24 @@ def measured(
     pacing = request.pacing
     assert pacing is not None
     num_kinds, num_depths = pacing.costs.shape
-    shape, lengths = state.tokens.shape, np.asarray(state.length)
+    shape = state.tokens.shape
+    end = shape[1] - request.num_draft_tokens * request.tree_width - 1
+    lengths = np.full(shape[:1], end, np.int32)
     # One that repeats itself and one that does not: what drafts may hang on it.
     same, new = np.zeros(shape, np.int32), np.arange(shape[0] * shape[1], dtype=np.int32)
     texts = (same, new.reshape(shape) % request.vocab_size)[: 1 if num_kinds == 1 else 2]
     seconds = np.zeros((num_kinds, num_depths), np.float32)
 
-    def take(number, steps, text, state):
-        """The seconds of 0 or 1 step of this depth, and the state behind it."""
+    def take(number, steps, text, state, behind=0):
+        """The seconds of 0 or 1 step of this depth, and the state behind it; `behind` more tokens
+        have to be absorbed before.
+        """
         costs = np.full((num_kinds, num_depths), FAR, np.float32)
         costs[:, number] = 1.0
         asked = request.replace(pacing=pacing.replace(costs=costs))
         done = np.full(lengths.shape, steps == 0)
-        state = jax.block_until_ready(fresh(state, tokens=text, limit=lengths + steps, done=done))
+        where = {"length": lengths, "limit": lengths + steps, "absorbed": lengths - 1 - behind}
+        state = jax.block_until_ready(fresh(state, tokens=text, done=done, **where))
         start = time.perf_counter()
         state = jax.block_until_ready(run(asked, state))
         return time.perf_counter() - start, state
@@ -75,9 +89,15 @@ def measured(
         seconds[kinds] = np.maximum(seconds[kinds], least)
     seconds = np.where(seconds > 0, seconds, seconds.max(axis=0))
     seconds[:, 0] = seconds[:, 0].min()  # without a draft they are all the same
+    behind, spent = min(CATCH_UP, end - 3), []
+    for more in (0, 1 + behind) * 3 if behind > 0 else ():  # a step of one level absorbs two itself
+        one, state = take(1, 1, texts[-1], state, behind=more)
+        spent.append(one)
+    catch_up = max(min(spent[3::2]) - min(spent[2::2]), 0.0) / behind if spent else 0.0
+    found: Any = (seconds, np.float32(catch_up))
     if jax.process_count() > 1:
-        seconds = np.asarray(multihost_utils.broadcast_one_to_all(seconds))
-    return seconds
+        found = map(np.asarray, multihost_utils.broadcast_one_to_all(found))
+    return StepCosts(*found)
 
 
 def _in_turns(
@@ -102,10 +122,10 @@ def _in_turns(
     return np.maximum.accumulate(seconds).astype(np.float32), state
 
 
-def kept(what: Any, shape: tuple[int, int], find: Callable[[], np.ndarray]) -> np.ndarray:
-    """Costs (f32[K, D], of this shape) that were found before for what prints as `what`, on a
-    device of this kind; else found now, and kept beside jax's compilation cache, where there is
-    one. Several processes keep nothing: they would have to agree.
+def kept(what: Any, shape: tuple[int, int], find: Callable[[], StepCosts]) -> StepCosts:
+    """Costs (of this shape) that were found before for what prints as `what`, on a device of this
+    kind; else found now, and kept beside jax's compilation cache, where there is one. Several
+    processes keep nothing: they would have to agree.
     """
     settings: Any = jax.config
     folder = settings.jax_compilation_cache_dir
@@ -118,16 +138,23 @@ def kept(what: Any, shape: tuple[int, int], find: Callable[[], np.ndarray]) -> n
     name = hashlib.sha256(about.encode()).hexdigest()[:24]
     file = pathlib.Path(folder) / f"easyspec-step-costs-{name}.json"
     try:
-        costs = np.asarray(read_object(file)["seconds"], np.float32)
-        if costs.shape == shape and np.isfinite(costs).all() and (costs > 0).all():
+        held = read_object(file)
+        costs = _as_kept(held["seconds"], held["catch_up"])
+        sound = costs.seconds.shape == shape and costs.catch_up.shape == ()
+        if sound and (costs.seconds > 0).all() and costs.catch_up >= 0:  # neither is true of a NaN
             return costs
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or not one of these
-    seconds = [[round(float(x), 9) for x in row] for row in find()]
-    costs = np.asarray(seconds, np.float32)  # as they will be read
+    costs = find()
+    seconds = [[round(float(x), 9) for x in row] for row in costs.seconds]
+    catch_up = round(float(costs.catch_up), 9)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_object(file, {"seconds": seconds})
+        write_object(file, {"seconds": seconds, "catch_up": catch_up})
     except OSError as error:
         logger.info("seconds of steps are not kept: %s", error)
-    return costs
+    return _as_kept(seconds, catch_up)
+
+
+def _as_kept(seconds: Any, catch_up: Any) -> StepCosts:
+    return StepCosts(np.asarray(seconds, np.float32), np.asarray(catch_up, np.float32))

@@ -98,7 +98,9 @@ def test_the_choice_has_most_tokens_a_second():
             tried=tried, accepted=accepted, waited=np.full((2, 1), waited, np.int32)
         )
         row = np.zeros(2, np.int32), levels, np.ones(2, bool)
-        got = int(choose(pace, Pacing(costs=costs[None], depths=depths), *row))
+        got = int(
+            choose(pace, Pacing(catch_up=np.float32(0), costs=costs[None], depths=depths), *row)
+        )
         assert got == plain_choice(tried[:, 0], accepted[:, 0], levels, costs, depths, waited)
         seen.add(got)
     assert len(seen) >= 4
@@ -106,7 +108,10 @@ def test_the_choice_has_most_tokens_a_second():
 
 def test_rows_that_are_done_and_other_kinds_do_not_count():
     costs = np.array([[1, 1.1, 1.2], [1, 5, 9]], np.float32)
-    pacing, pace = Pacing(costs=costs, depths=(0, 1, 2)), Pace.begin(2, 2, 2)
+    pacing, pace = (
+        Pacing(catch_up=np.float32(0), costs=costs, depths=(0, 1, 2)),
+        Pace.begin(2, 2, 2),
+    )
     cheap, dear = np.zeros(2, np.int32), np.array([0, 1], np.int32)
     all_levels, both = np.full(2, 2, np.int32), np.ones(2, bool)
     assert int(pace.choose(pacing, cheap, all_levels, both).choice) == 2
@@ -115,9 +120,14 @@ def test_rows_that_are_done_and_other_kinds_do_not_count():
     assert int(pace.choose(pacing, cheap, all_levels, ~both).choice) == -1
     # A row that is done may find what it likes: nobody asks whether to draft it.
     first, waited = np.array([True, False]), pace.replace(waited=np.full((2, 2), 1000, np.int32))
-    never = Pacing(costs=np.array([[1, 3, 5], [1, 5, 9]], np.float32), depths=(0, 1, 2))
+    never = Pacing(
+        catch_up=np.float32(0), costs=np.array([[1, 3, 5], [1, 5, 9]], np.float32), depths=(0, 1, 2)
+    )
     assert int(waited.choose(never, cheap, np.array([2, 0], np.int32), first).choice) == 1
     assert int(waited.choose(never, cheap, np.array([0, 2], np.int32), first).choice) == 0
+    # Nor where what was missed takes longer to absorb than asking may.
+    behind = never.replace(catch_up=np.float32(2 * PROBING))
+    assert int(waited.choose(behind, cheap, all_levels, first).choice) == 0
 
 
 def test_what_a_step_teaches():
@@ -193,7 +203,7 @@ def test_costs_decide_and_stats_tell():
 
 
 def test_a_text_that_is_not_drafted_is_asked_again():
-    pacing = Pacing(costs=np.array([[1, 1.3]], np.float32), depths=(0, 1))
+    pacing = Pacing(catch_up=np.float32(0), costs=np.array([[1, 1.3]], np.float32), depths=(0, 1))
     pace, drafted = Pace.begin(1, 1, 1), []
     one, levels = np.ones(1, bool), np.ones(1, np.int32)
     for step in range(120):
@@ -247,11 +257,15 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
         first = es.Decoder(model((1, 1)), drafter, num_draft_tokens=auto)
         want = first.generate([REPETITIVE[0]], max_new_tokens=NEW)
         (costs,) = first._costs.values()
-        assert costs.shape == (2, 3) and (costs > 0).all() and costs[0, 0] == costs[1, 0]
+        seconds = costs.seconds
+        assert seconds.shape == (2, 3) and (seconds > 0).all() and seconds[0, 0] == seconds[1, 0]
+        assert (np.diff(seconds) >= 0).all() and costs.catch_up >= 0
         monkeypatch.setattr(step_costs, "measured", None)
         again = es.Decoder(model((1, 1)), drafter, num_draft_tokens=auto)
         assert again.generate([REPETITIVE[0]], max_new_tokens=NEW).tokens == want.tokens
-        np.testing.assert_allclose(*again._costs.values(), costs, atol=1e-7)
+        (same,) = again._costs.values()
+        np.testing.assert_array_equal(same.seconds, seconds)
+        assert same.catch_up == costs.catch_up
         for file in tmp_path.glob("easyspec-step-costs-*"):
             file.write_text('{"seconds": [[1, 2]]}')
         other = es.Decoder(model((1, 1)), drafter, num_draft_tokens=auto)
@@ -270,6 +284,7 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
         ({"costs": "abc"}, "costs must be positive"),
         ({"costs": (1, 0.0, 1, 1)}, "costs must be positive"),
         ({"costs": ()}, "costs must be positive"),
+        ({"catch_up": -1.0}, "catch_up must be"),
         ({"most": 3, "costs": (1, 2)}, "4 numbers, one for each depth of 0, 1, 2, 3"),
         ({"most": 3, "costs": ((1, 2, 3, 4), (1, 2, 3))}, "costs must be 4 numbers"),
     ],
