@@ -82,7 +82,7 @@ class LayerKV(struct.PyTreeNode):
         scales = self.arrays[index - 2][..., 0] if self._scaled else None
         if not self._in_one:
             return self.arrays[index], scales
-        if self._scaled:
+        if self._scaled:  # of codes a slice takes more kernels than it saves
             return self.arrays[0][index], scales
         # Not array[index]: XLA:GPU copies values that are one of two in an array of four axes.
         heads = self.arrays[0].shape[1]

@@ -156,6 +156,17 @@ def make_header(args: argparse.Namespace, prompts: dict[str, list[list[int]]]) -
     return header | {"prompt_tokens": lengths}
 
 
+def open_run(args: argparse.Namespace) -> tuple[list[list[int]], Record, list[Record]]:
+    """The prompts of all sets, and header and lines of the file, for a script with a line a prompt;
+    arguments of `prompt_sets.parse`.
+    """
+    sets = prompt_sets.read_prompts(
+        Tokenizer(args.base), args.set, args.prompts_per_set, args.max_prompt_tokens, chat=args.chat
+    )
+    prompts = [ids for found in sets.values() for ids in found]
+    return prompts, *open_results(args.out, make_header(args, sets))
+
+
 def read_results(path: pathlib.Path) -> tuple[Record, list[Record]]:
     """Header and arms of a results file; a last line that was cut off is left out."""
     lines = path.read_text().split("\n")[:-1]

@@ -37,7 +37,6 @@ from easyspec_jax.model import forward, score
 from easyspec_jax.request import make_inputs
 from easyspec_jax.sampling import Scores, make_filters, probabilities, sample
 from easyspec_jax.stats import Tally
-from easyspec_jax.text import Tokenizer
 
 RULES = {"ours": "lossless", "published": "published code, not lossless"}
 SMALL = es.ModelConfig(
@@ -386,11 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print(format_results(*acceptance.read_results(args.table)))
         return
-    sets = prompt_sets.read_prompts(
-        Tokenizer(args.base), args.set, args.prompts_per_set, args.max_prompt_tokens, chat=args.chat
-    )
-    prompts = [ids for found in sets.values() for ids in found]
-    header, lines = acceptance.open_results(args.out, acceptance.make_header(args, sets))
+    prompts, header, lines = acceptance.open_run(args)
     done = {(x.get("prompt"), x.get("rule"), x.get("width")) for x in lines}
     wanted = itertools.product(range(len(prompts)), RULES, args.widths)
     small = {x.get("small_vocabulary") for x in lines}

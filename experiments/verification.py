@@ -31,7 +31,6 @@ import easyspec_jax as es
 from easyspec_jax import verify
 from easyspec_jax.sampling import Scores, make_filters, probabilities
 from easyspec_jax.stats import Tally
-from easyspec_jax.text import Tokenizer
 
 
 class Expected(Tally, struct.PyTreeNode, kw_only=True):
@@ -222,11 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         print(format_results(*acceptance.read_results(args.table)))
         return
-    sets = prompt_sets.read_prompts(
-        Tokenizer(args.base), args.set, args.prompts_per_set, args.max_prompt_tokens, chat=args.chat
-    )
-    prompts = [ids for found in sets.values() for ids in found]
-    header, lines = acceptance.open_results(args.out, acceptance.make_header(args, sets))
+    prompts, header, lines = acceptance.open_run(args)
     done = {(line["temperature"], line["prompt"]) for line in lines}
     wanted = itertools.product(args.temperatures, range(len(prompts)))
     if missing := [x for x in wanted if x not in done]:

@@ -245,6 +245,10 @@ def test_sampled_sequences_follow_the_base():
         np.tile([(3, 1)], (4096, 1)), max_new_tokens=3, sampling=FILTERED, seed=5
     )
     assert surprise(map(tuple, out.tokens), tiny_table(FILTERED)) < 5
+    other = es.Decoder(base, es.LayerParallelDrafter(draft), num_draft_tokens=auto)
+    options = {"max_new_tokens": 3, "sampling": FILTERED, "seed": 5}
+    again = other.generate(np.tile([(3, 1)], (4096, 1)), **options)
+    assert again.tokens == out.tokens  # the same costs, the same draws
 
 
 @slow
