@@ -25,7 +25,8 @@ DEPTHS = (0, 1, 2, 3, 5, 8)  # that are compiled, up to the deepest
 DECAY = 0.92  # what counts of a level are worth once it has been tried again
 FIRST, HOPE = 3.0, 0.6  # tries of the first level that a text begins with, and what came of them
 BELIEF = 6.0  # tries that the share of the level above counts for
-PROBING = 0.015  # share of the time that may be lost by drafts which only ask whether to draft
+PROBING = 0.008  # share of the time that may be lost by drafts which only ask whether to draft
+CATCHING_UP = 0.015  # share that absorbing what was left out may take: never asked where it takes more
 CATCH_UP = 32  # tokens that a drafter which fell behind absorbs in one pass
 SOONER = 8  # steps that need not be waited for where such a draft was accepted
 
@@ -180,8 +181,8 @@ class Pace(struct.PyTreeNode, kw_only=True):
         choice = jnp.argmax(tokens / jnp.maximum(costs, 1e-30)).astype(jnp.int32)
         loss = costs[1] / jnp.maximum(costs[0], 1e-30) - tokens[1] / tokens[0]
         waited = self.waited[rows, kind].astype(jnp.float32)
-        worth = waited * (PROBING - pacing.catch_up / jnp.maximum(costs[0], 1e-30))
-        asks = (active & (levels > 0) & (worth >= loss)).any()
+        asks = (active & (levels > 0) & (waited * PROBING >= loss)).any()
+        asks = asks & (pacing.catch_up < CATCHING_UP * costs[0])
         choice = jnp.where((choice == 0) & asks, jnp.int32(1), choice)
         choice = jnp.where(active.any(), choice, jnp.int32(-1))
         return self.replace(kind=kind, levels=levels, choice=choice)

@@ -27,6 +27,7 @@ import easyspec_jax as es
 from easyspec_jax import step_costs
 from easyspec_jax.depth import (
     BELIEF,
+    CATCHING_UP,
     DECAY,
     FIRST,
     HOPE,
@@ -126,7 +127,7 @@ def test_rows_that_are_done_and_other_kinds_do_not_count():
     assert int(waited.choose(never, cheap, np.array([2, 0], np.int32), first).choice) == 1
     assert int(waited.choose(never, cheap, np.array([0, 2], np.int32), first).choice) == 0
     # Nor where what was missed takes longer to absorb than asking may.
-    behind = never.replace(catch_up=np.float32(2 * PROBING))
+    behind = never.replace(catch_up=np.float32(1.1 * CATCHING_UP))
     assert int(waited.choose(behind, cheap, all_levels, first).choice) == 0
 
 
@@ -206,14 +207,14 @@ def test_a_text_that_is_not_drafted_is_asked_again():
     pacing = Pacing(catch_up=np.float32(0), costs=np.array([[1, 1.3]], np.float32), depths=(0, 1))
     pace, drafted = Pace.begin(1, 1, 1), []
     one, levels = np.ones(1, bool), np.ones(1, np.int32)
-    for step in range(120):
+    for step in range(240):
         pace = pace.choose(pacing, np.zeros(1, np.int32), levels, one)
         drafted.append(int(pace.choice))
-        accepted = np.array([drafted[-1] if step >= 60 else 0], np.int32)
+        accepted = np.array([drafted[-1] if step >= 120 else 0], np.int32)
         pace = pace.learn(drafted[-1], accepted, one)
-    assert sum(drafted[:60]) < 10  # from now on every draft would be accepted
-    assert sum(drafted[90:]) > 24
-    runs = [len([*group]) for choice, group in itertools.groupby(drafted[:60]) if not choice]
+    assert sum(drafted[:120]) < 12  # from now on every draft would be accepted
+    assert sum(drafted[180:]) > 50
+    runs = [len([*group]) for choice, group in itertools.groupby(drafted[:120]) if not choice]
     assert 8 < runs[-2] <= 0.3 / PROBING + 1  # what a draft in vain may cost
 
 
