@@ -26,7 +26,7 @@ DECAY = 0.92  # what counts of a level are worth once it has been tried again
 FIRST, HOPE = 3.0, 0.6  # tries of the first level that a text begins with, and what came of them
 BELIEF = 6.0  # tries that the share of the level above counts for
 PROBING = 0.008  # share of the time that may be lost by drafts which only ask whether to draft
-CATCHING_UP = 0.015  # share that absorbing what was left out may take: never asked where it takes more
+CATCHING_UP = 0.015  # share that absorbing what was left out may take, else none asks
 CATCH_UP = 32  # tokens that a drafter which fell behind absorbs in one pass
 SOONER = 8  # steps that need not be waited for where such a draft was accepted
 

@@ -97,6 +97,11 @@ class Engine:
         return function.using(options) if options else function
 
     @property
+    def found_costs(self) -> dict[tuple[int, bool], StepCosts]:
+        """What `AutoDepth` measured so far, by a request's rows and whether it is greedy."""
+        return dict(self._costs)
+
+    @property
     def num_nodes(self) -> int:
         """Nodes of one step's draft."""
         return self.num_draft_tokens * self.tree_width

@@ -14,6 +14,7 @@ again, the script keeps what is there.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import pathlib
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import prompt_sets
 from acceptance import open_results, read_results
 from records import append, commit, machine, without_places
@@ -126,6 +128,9 @@ def measure(args: argparse.Namespace, sets, then: list[int], lines, keep: Callab
             }
             if arm == AUTO:
                 found[arm]["steps_per_depth"] = [s.steps_per_depth for s in stats]
+                costs = arms[arm].found_costs[1, t == 0]
+                found[arm]["depths"] = arms[arm].depths
+                found[arm]["costs"] = np.round(costs.seconds, 5).tolist()
         keep({"set": name, "prompt": args.skip + i, "temperature": t, "arms": found})
 
 
@@ -140,6 +145,26 @@ def ratios(lines: list[Record]) -> dict[str, float]:
     return {arm: speed(arm) / speed(ALONE) for arm in lines[0]["arms"]}
 
 
+def priced(lines: list[Record]) -> dict[str, float] | None:
+    """The same with every step at what one of its depth was measured to take before the first
+    answer: what the choice is worth on a clock that does not stray. None: there are several kinds.
+    """
+    seconds = collections.Counter()
+    for x in lines:
+        arms, auto = x["arms"], x["arms"][AUTO]
+        if len(auto.get("costs", ())) != 1:
+            return None
+        cost = dict(zip(auto["depths"], auto["costs"][0], strict=True))
+        for arm, found in arms.items():
+            if arm == AUTO:
+                turns = [enumerate(turn) for turn in found["steps_per_depth"]]
+                taken = sum(n * cost[depth] for turn in turns for depth, n in turn if n)
+            else:
+                taken = found["steps"] * cost[0 if arm == ALONE else int(arm)]
+            seconds[arm] += taken / found["new_tokens"]
+    return {arm: seconds[ALONE] / taken for arm, taken in seconds.items()}
+
+
 def table(files: list[pathlib.Path]) -> str:
     """A row for each case, set and temperature."""
     fixed = [str(gamma) for gamma in GAMMAS]
@@ -151,6 +176,7 @@ def table(files: list[pathlib.Path]) -> str:
         *(f"{g} tokens" for g in fixed),
         AUTO,
         "auto / best fixed",
+        "by measured costs",
     ]
     rows = [heads, ["---"] * len(heads)]
     for file in files:
@@ -159,10 +185,12 @@ def table(files: list[pathlib.Path]) -> str:
         for name, t in keys:
             here = [x for x in lines if (x["set"], x["temperature"]) == (name, t)]
             found = ratios(here)
-            best = max(1.0, *(found[g] for g in fixed))
             row = [header["options"]["case"], name, f"{t:g}", str(len(here))]
             row += [f"{found[arm]:.2f}" for arm in (*fixed, AUTO)]
-            rows.append([*row, f"{found[AUTO] / best:.3f}"])
+            for speeds in (found, priced(here)):
+                best = max(speeds[arm] for arm in (ALONE, *fixed)) if speeds else 0.0
+                row.append(f"{speeds[AUTO] / best:.3f}" if speeds else "-")
+            rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
