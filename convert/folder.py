@@ -34,7 +34,7 @@ class FolderSource:
     """`Source` over config.json and model.safetensors, or the shards that its index names."""
 
     def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
-        """Open every shard; `stack` closes them."""
+        """Open every file; `stack` closes them."""
         self.folder = folder
         path = folder / "config.json"
         self.config, plain, scheme = read_hf_config(read_object(path))
@@ -43,23 +43,7 @@ class FolderSource:
             self.config_text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
         path = folder / "generation_config.json"
         self.generation_config = read_object(path) if path.exists() else {}
-        self._slices: dict[str, Any] = {}
-        shard_of: dict[str, pathlib.Path] = {}
-        for shard, names in _shards(folder).items():
-            path = folder / shard
-            file, starts = open_safetensors(path)
-            stack.enter_context(file)
-            found = file.keys()
-            absent = sorted((names or set()).difference(found))
-            if absent:
-                raise ValueError(f"{path} lacks tensor {absent[0]}, which {INDEX} puts there.")
-            for name in found:
-                if shard_of.setdefault(name, path) != path:
-                    raise ValueError(f"tensor {name} is in {shard_of[name]} and {path}.")
-                rows = file.get_slice(name)
-                if rows.get_dtype() == Float8Rows.dtype:
-                    rows = Float8Rows(path, starts[name], rows.get_shape())
-                self._slices[name] = rows
+        self._slices = open_tensors(folder, stack)
         self.tensors = {name: _header(rows) for name, rows in self._slices.items()}
         self.codes, self.note = "", ""
         self.matrices = {}  # by the names of weights: those stored as codes
@@ -175,13 +159,41 @@ def _header(rows: Any) -> Tensor:
     return Tensor(tuple(rows.get_shape()), _DTYPE_NAMES.get(dtype, dtype))
 
 
+def open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """A slice of every tensor of model.safetensors, or of the shards that its index names; `stack`
+    closes them.
+
+    Raises:
+      ValueError: neither is there, one is no safetensors file, or a tensor is missing or twice.
+    """
+    slices: dict[str, Any] = {}
+    shard_of: dict[str, pathlib.Path] = {}
+    for shard, names in _shards(folder).items():
+        path = folder / shard
+        file, starts = open_safetensors(path)
+        stack.enter_context(file)
+        found = file.keys()
+        absent = sorted((names or set()).difference(found))
+        if absent:
+            raise ValueError(f"{path} lacks tensor {absent[0]}, which {INDEX} puts there.")
+        for name in found:
+            if shard_of.setdefault(name, path) != path:
+                raise ValueError(f"tensor {name} is in {shard_of[name]} and {path}.")
+            rows = file.get_slice(name)
+            if rows.get_dtype() == Float8Rows.dtype:
+                rows = Float8Rows(path, starts[name], rows.get_shape())
+            slices[name] = rows
+    return slices
+
+
 def _shards(folder: pathlib.Path) -> Mapping[str, set[str] | None]:
     """File name of every shard, with the tensors that the index puts there (None without index)."""
     if (folder / WEIGHTS).exists():
         return {WEIGHTS: None}
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
-        hint = f"; {pickles[0]} is a pickle, and pickles are never read" if pickles else ""
+        hint = "pickles are never read: save it as safetensors"
+        hint = f"; {pickles[0]} is a pickle, and {hint}" if pickles else ""
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}.")
     weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

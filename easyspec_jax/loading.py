@@ -206,7 +206,7 @@ def quantize_model(model: Model, quantization: str | Quantization) -> Model:
         raise ValueError("the model's matrices are codes already: load it from floats")
     config, layout = model.config, model.layout
     codes = _kept(how, config, layout)
-    _tell(how, codes)
+    tell_of_floats(how, codes)
     params = _abstract_params(config, layout, model.partition, model.dtype, codes)
     held = {"weights as they are": device_bytes(model.params)}
     check_memory(layout.mesh, {"weights": device_bytes(params)}, held)
@@ -286,7 +286,7 @@ def _build(
     how = Quantization.of(quantization)
     model = abstract_model(config, quantization=how, **options)
     placed, dtype, codes = model.layout, model.dtype, model.quantization
-    _tell(how, codes)
+    tell_of_floats(how, codes)
     layer = _abstract(weights.LAYER_WEIGHTS, config, stored or dtype, placed, stored_codes)
     top = _abstract(weights.TOP_WEIGHTS, config, stored or dtype, placed, stored_codes)
     reading = max(max(model.partition) * device_bytes(layer), device_bytes(top))
@@ -313,13 +313,13 @@ def _kept(how: Quantization | None, config: ModelConfig, layout: Layout) -> Quan
     return how if keep else None
 
 
-def _tell(how: Quantization | None, codes: Quantization | None) -> None:
+def tell_of_floats(how: Quantization | None, codes: Quantization | None) -> None:
     """One line where codes were asked for, or are stored, and a CPU keeps floats."""
     if how is not None and codes is None and how.keep_codes is None:
         logger.warning("%s weights are rounded and kept as floats: CPUs multiply those", how.kind)
 
 
-def _made(
+def made(
     part: dict[str, Any],
     config: ModelConfig,
     dtype: Any,
@@ -329,16 +329,19 @@ def _made(
     """A part of a checkpoint as a model has its numbers: floats of `dtype`, matrices rounded as
     `how` says, and kept as codes where there are `codes`.
     """
-    found = {}
-    for name, x in weights.quantised(part, config, how).items():
-        if not isinstance(x, Quantized):
-            x = x.astype(dtype)
-        elif codes is None:
-            x = dequantise(x).astype(dtype)
-        elif x.group is None and codes.scale_dtype is None:  # scales of outputs: as the model is
-            x = x.replace(scales=x.scales.astype(wide_type(dtype)))
-        found[name] = x
-    return found
+    rounded = weights.quantised(part, config, how)
+    return {name: as_kept(x, dtype, codes) for name, x in rounded.items()}
+
+
+def as_kept(x: Any, dtype: Any, codes: Quantization | None) -> Any:
+    """A weight as a model of this type has it: floats, or codes where it keeps any."""
+    if not isinstance(x, Quantized):
+        return x.astype(dtype)
+    if codes is None:
+        return dequantise(x).astype(dtype)
+    if x.group is None and codes.scale_dtype is None:  # scales of outputs: as the model is
+        return x.replace(scales=x.scales.astype(wide_type(dtype)))
+    return x
 
 
 def _float_type(dtype: Any) -> jnp.dtype:
@@ -370,9 +373,9 @@ def _abstract(
         shape = weight.shape(config)
         finest = layout.finest(weight.dims, shape)
         whole = jax.ShapeDtypeStruct(shape, dtype, sharding=finest)
-        made = jax.eval_shape(quantised, {name: whole})[name]
-        where = weights.placed_as(weight, made, finest, layout)
-        found[name] = jax.tree.map(lambda x, at: x.update(sharding=at), made, where)
+        shapes = jax.eval_shape(quantised, {name: whole})[name]
+        where = weights.placed_as(weight, shapes, finest, layout)
+        found[name] = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, where)
     return found
 
 
@@ -404,7 +407,7 @@ def _jit_arrange(size, config, layout, dtype, how, codes):
     (block,) = weights.specs(config, layout, (size,), codes).blocks
 
     def arrange(layers):
-        layers = [_made(layer, config, dtype, how, codes) for layer in layers]
+        layers = [made(layer, config, dtype, how, codes) for layer in layers]
         return weights.arrange_block(layers, layout=layout)
 
     return jax.jit(arrange, out_shardings=_named(block, layout.mesh))
@@ -416,7 +419,7 @@ def _jit_arrange_top(config, layout, dtype, how, codes):
     fields = {name: getattr(specs, name) for name in ("embed", "final_norm", "lm_head")}
 
     def arrange(top):
-        return weights.arrange_top(_made(top, config, dtype, how, codes), layout)
+        return weights.arrange_top(made(top, config, dtype, how, codes), layout)
 
     return jax.jit(arrange, out_shardings=_named(fields, layout.mesh))
 

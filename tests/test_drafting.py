@@ -49,18 +49,20 @@ def others(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_head_drafts_the_same_text(easyspec, checkpoints, tmp_path):
+def test_a_head_drafts_the_same_text(easyspec, checkpoints, tmp_path, caplog):
     config = read_metadata(checkpoints / "base")[0]
     head = write_published(tmp_path / "head", config, range(0, 90, 2))
     _, want, _ = generate(easyspec)
     how = ("--drafter", "eagle", "--head", head, "--tree-width", 2)
+    how += ("--draft-quantization", "int8")
     status, out, err = generate(easyspec, *how)
     assert (status, out) == (0, want) and "acceptance rate" in err
+    assert "int8 weights are rounded" in caplog.text  # the base's are not
     status, _, err = generate(easyspec, "--drafter", "eagle")
     assert status == 1 and "--drafter eagle needs --head" in err
     (head / "model.safetensors").unlink()
     status, _, err = generate(easyspec, *how)
-    assert status == 1 and "has no model.safetensors" in err
+    assert status == 1 and "has neither model.safetensors nor model.safetensors.index.json" in err
 
 
 @pytest.mark.slow

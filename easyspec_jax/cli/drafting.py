@@ -81,12 +81,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "draft_layout": dict(choices=tuple(LAYOUTS), help=f"the draft's: {_LAYOUT}"),
     "draft_mlp": dict(choices=tuple(MLPS), help="devices that share the draft's MLPs"),
-    "draft_quantization": dict(choices=tuple(QUANTIZATIONS), help="store the draft's matrices so"),
+    "draft_quantization": dict(
+        choices=tuple(QUANTIZATIONS), help="store matrices of draft or head so"
+    ),
     "no_calibrate": _FLAG | dict(help="leave the draft's cache fuzzy"),
     "parallel": dict(choices=PARALLEL, help="what runs at once (default attention)"),
     "max_ngram": COUNT | dict(help="tokens looked up (default 3)"),
     "min_ngram": COUNT | dict(help="of them must be found (default 1; 3 before a draft model)"),
-    "head": dict(metavar="FOLDER", help="an EAGLE-3 head: config.json and model.safetensors"),
+    "head": dict(metavar="FOLDER", help="an EAGLE-3 head: config.json and safetensors"),
     "exits": COUNTS | dict(help="layers to leave at (default: a few)"),
     "middle": dict(metavar="MODEL", help="a model between base and draft"),
     "middle_bits": dict(type=int, choices=(4, 8), help="a copy of the base in so many bits"),
@@ -122,7 +124,10 @@ def _prompt_lookup(args: argparse.Namespace, base: es.Model, load: Load):
 
 
 def _eagle(args: argparse.Namespace, base: es.Model, load: Load):
-    return es.EagleDrafter.load(args.head, base, **given(args, "candidates"))
+    how = given(args, "candidates")
+    if args.draft_quantization is not None:
+        how["quantization"] = args.draft_quantization
+    return es.EagleDrafter.load(args.head, base, **how)
 
 
 def _behind_lookup(make: Callable[..., es.Drafter]) -> Callable[..., es.Drafter]:
@@ -166,6 +171,7 @@ _MODEL = (
     "draft_quantization", "no_calibrate", "parallel",
 )  # fmt: skip
 _DRAFT = (*_MODEL, "min_draft_probability")
+_HEAD = ("head", "candidates", "draft_quantization")
 _NGRAMS = ("max_ngram", "min_ngram")
 KINDS = {
     "layer-parallel": Kind(
@@ -184,13 +190,13 @@ KINDS = {
     "prompt-lookup+eagle": Kind(
         "the text itself, else a head",
         _behind_lookup(_eagle),
-        ("head", "candidates", *_NGRAMS),
+        (*_HEAD, *_NGRAMS),
         needs=(("head",),),
     ),
     "eagle": Kind(
         "a head trained for the base",
         _eagle,
-        ("head", "candidates", "tree_width", "min_draft_probability"),
+        (*_HEAD, "tree_width", "min_draft_probability"),
         needs=(("head",),),
     ),
     "early-exit": Kind(

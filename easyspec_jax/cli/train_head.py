@@ -125,10 +125,11 @@ def _check_folder(out: pathlib.Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is no folder")
-    from easyspec_jax.training.folder import CONFIG_FILE, WEIGHTS_FILE
+    from convert.folder import WEIGHTS
+    from easyspec_jax.training.folder import CONFIG_FILE
     from easyspec_jax.training.train import CHECKPOINT, FEATURES, RECORD_FILE
 
-    ours = {ANSWERS, BASE, CHECKPOINT, FEATURES, RECORD_FILE, WEIGHTS_FILE, CONFIG_FILE}
+    ours = {ANSWERS, BASE, CHECKPOINT, FEATURES, RECORD_FILE, WEIGHTS, CONFIG_FILE}
     there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
     unfinished = tuple(f".{name}" for name in ours)
     others = [name for name in there - ours if not name.startswith(unfinished)]

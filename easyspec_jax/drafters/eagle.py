@@ -21,6 +21,7 @@ from easyspec_jax.drafters.eagle_head import EagleHead
 from easyspec_jax.drafters.layer_parallel import check_candidates
 from easyspec_jax.loop import put_rows, window
 from easyspec_jax.model import Model, embed
+from easyspec_jax.quantized import Quantization
 from easyspec_jax.request import Request
 from easyspec_jax.sharding import LayoutRules, shape_of
 from easyspec_jax.verify import Proposal, Verdict
@@ -65,22 +66,27 @@ class EagleDrafter(Drafter):
         candidates: str = "sampled",
         dtype: Any = None,
         layout: str | LayoutRules | None = None,
+        quantization: str | Quantization | None = None,
     ) -> EagleDrafter:
-        """The drafter of a folder with config.json and model.safetensors, as SafeAILab, SpecForge,
-        NeMo and speculators write them, on the mesh of its base.
+        """The drafter of a folder with config.json and model.safetensors (or the shards that an
+        index names), as SafeAILab, SpecForge, NeMo and speculators write them, on the mesh of its
+        base.
 
         Args:
           base: the model that it was trained for; shapes alone give a drafter of shapes.
           dtype: of weights and cache; default: the base's.
           layout: as of `load_model`; default: over all devices.
+          quantization: as of `load_model`; embeddings of its own stay floats.
 
         Raises:
-          ValueError: no head there, or one of another base; nothing is allocated then.
+          ValueError: no head there, or one of another base; no such kind of codes, or groups that
+            do not divide its matrices. Nothing is allocated then.
         """
         from easyspec_jax.drafters.eagle_folder import load_head
 
         check_candidates(candidates)
-        head = load_head(folder, base, dtype=dtype, layout=layout)
+        how: dict[str, Any] = dict(dtype=dtype, layout=layout, quantization=quantization)
+        head = load_head(folder, base, **how)
         return cls(head, candidates=candidates)
 
     @property

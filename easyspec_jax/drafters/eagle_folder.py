@@ -1,4 +1,4 @@
-"""EAGLE-3 heads as others write them: config.json and model.safetensors.
+"""EAGLE-3 heads as others write them: config.json and model.safetensors, or its shards.
 
 SafeAILab and SpecForge call the layer `midlayer`, NeMo `layers.0`; "speculators" nests the layer's
 configuration. All are read into one description, and whatever does not fit the base is refused
@@ -25,10 +25,10 @@ from easyspec_jax.config import ModelConfig, is_integer
 from easyspec_jax.drafters.eagle_head import EagleHead
 from easyspec_jax.hf_config import config_from_hf
 from easyspec_jax.json_files import read_object
-from easyspec_jax.loading import abstract_model
+from easyspec_jax.loading import abstract_model, as_kept, made, tell_of_floats
 from easyspec_jax.memory import check_memory, device_bytes
 from easyspec_jax.model import Model
-from easyspec_jax.quantized import look_up
+from easyspec_jax.quantized import Quantization, look_up, quantise, wide_type
 from easyspec_jax.sharding import specs_of
 
 # What a head's config.json says beside what a model's does.
@@ -42,7 +42,7 @@ OWN_KEYS = frozenset(
 )
 LAYERS = ("midlayer.", "layers.0.")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,18 @@ class Description:
         }
 
 
-def load_head(folder: str | os.PathLike, base: Model, *, dtype: Any, layout: Any) -> EagleHead:
+def load_head(
+    folder: str | os.PathLike,
+    base: Model,
+    *,
+    dtype: Any,
+    layout: Any,
+    quantization: str | Quantization | None,
+) -> EagleHead:
     """A head on its base's mesh; arguments and errors as of `EagleDrafter.load`."""
+    how = Quantization.of(quantization)
+    if how is not None:
+        how = dataclasses.replace(how, embed=how.lm_head)  # what it looks up is its base's table
     if not isinstance(base, Model):
         raise ValueError(f"a head is loaded for a base, got {type(base).__name__}")
     path = pathlib.Path(folder)
@@ -101,15 +111,17 @@ def load_head(folder: str | os.PathLike, base: Model, *, dtype: Any, layout: Any
         slices = {name: x for name, x in slices.items() if name not in ("d2t", "t2d")}
         own = EMBEDDING in slices
         dtype = base.dtype if dtype is None else dtype
-        model, table = prototypes(about, base, own, dtype, layout)
-        build = functools.partial(assemble, about=about, model=model, table=table, own=own)
-        shapes = {n: jax.ShapeDtypeStruct(x.get_shape(), model.dtype) for n, x in slices.items()}
+        model, table = prototypes(about, base, own, dtype, layout, how)
+        build = functools.partial(assemble, about=about, model=model, table=table, own=own, how=how)
+        shapes = {name: stored_as(x) for name, x in slices.items()}
         rows = None if HEAD in slices else base.params.lm_head
         head = jax.eval_shape(build, shapes, ids, rows)
         where = jax.tree.map(lambda spec: NamedSharding(base.layout.mesh, spec), specs_of(head))
         head = jax.tree.map(lambda x, at: x.update(sharding=at), head, where)
+        tell_of_floats(how, model.quantization)
         if not isinstance(base.params.final_norm, jax.ShapeDtypeStruct):  # else to plan with
-            check_memory(base.layout.mesh, {"head weights": device_bytes(head)})
+            needed = {"head weights": device_bytes(head), "reading": device_bytes(shapes)}
+            check_memory(base.layout.mesh, needed)
             tensors = {name: read(path, name, x) for name, x in slices.items()}
             head = jax.jit(build, out_shardings=where)(tensors, ids, rows)
         return head if own else head.replace(embedding=table)
@@ -205,19 +217,10 @@ def open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str,
     Raises:
       ValueError: no safetensors file, or a name that stands twice.
     """
-    from convert.folder import WEIGHTS, open_safetensors
+    from convert import folder as folders
 
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
-        hint = ""
-        if pickles:
-            hint = f"; {pickles[0]} is a pickle, and pickles are never read: save it as safetensors"
-        raise ValueError(f"{folder} has no {WEIGHTS}{hint}")
-    file, _ = open_safetensors(path)
-    stack.enter_context(file)
     found: dict[str, Any] = {}
-    for stored in file.keys():
+    for stored, rows in folders.open_tensors(folder, stack).items():
         name = stored.removeprefix("model.")
         for prefix in LAYERS:
             if name.startswith(prefix):
@@ -225,8 +228,8 @@ def open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str,
         if name.endswith("rotary_emb.inv_freq"):
             continue
         if name in found:
-            raise ValueError(f"{path} has {name.replace('layer.', LAYERS[0])} twice")
-        found[name] = file.get_slice(stored)
+            raise ValueError(f"{folder} has {name.replace('layer.', LAYERS[0])} twice")
+        found[name] = rows
     return found
 
 
@@ -294,14 +297,20 @@ def read(folder: pathlib.Path, name: str, rows: Any) -> np.ndarray:
     return values
 
 
+def stored_as(rows: Any) -> jax.ShapeDtypeStruct:
+    """The shape and type in which a device gets a tensor."""
+    dtype = jax.dtypes.canonicalize_dtype(FLOATS[rows.get_dtype()])
+    return jax.ShapeDtypeStruct(rows.get_shape(), dtype)
+
+
 def prototypes(
-    about: Description, base: Model, own: bool, dtype: Any, layout: Any
+    about: Description, base: Model, own: bool, dtype: Any, layout: Any, how: Quantization | None
 ) -> tuple[Model, Model]:
     """The models of a head and of its embedding, which is its own or the base's, as shapes."""
     options: dict[str, Any] = dict(dtype=dtype, layout=layout, attention=base.layout.attention)
     options["kv_dtype"] = base.layout.kv_codes
     mesh = base.layout.mesh
-    model = abstract_model(about.config, mesh, **options)
+    model = abstract_model(about.config, mesh, quantization=how, **options)
     table = base
     if own:
         wider = dataclasses.replace(about.config, vocab_size=about.vocab_size, tie_embeddings=False)
@@ -320,44 +329,68 @@ def assemble(
     model: Model,
     table: Model,
     own: bool,
+    how: Quantization | None,
 ) -> EagleHead:
     """A head of tensors as they are stored; without an embedding where it is the base's.
 
     Args:
       rows: the base's own head, where that is taken.
+      how: its matrices are rounded.
     """
-    c, layout = about.config, model.layout
-    tensors = {name: x.astype(model.dtype) for name, x in tensors.items()}
-    layer: dict[str, Any] = {"attn_norm": None}
-    for weight in weights.present(weights.LAYER_WEIGHTS, c).values():
-        x, shape = tensors[f"layer.{weight.hf}"], weight.shape(c)
-        if weight.name in ("wq", "wk", "wv"):
-            shape = (2 * c.embed_dim, *shape[1:])
-        if weight.name != "attn_norm":
-            layer[weight.name] = (x.T if weight.num_inputs else x).reshape(shape)
+    c, layout, dtype = about.config, model.layout, model.dtype
     if rows is not None:
-        taken = jnp.arange(about.vocab_size, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
-        axis = 0 if layout.for_gpu else 1
-        tensors[HEAD] = look_up(rows, taken[None], axis, model.dtype)[0]
-    top = {"embed": tensors[HEAD], "final_norm": tensors["norm.weight"]}
+        tensors = tensors | {HEAD: rows_of(rows, ids, about, model)}
+    rounded = functools.partial(made, config=c, dtype=dtype, how=how, codes=model.quantization)
+    top = rounded({"embed": tensors[HEAD], "final_norm": tensors["norm.weight"]})
     top = weights.arrange_top(top, layout)
-    blocks = (weights.arrange_block([layer], layout),)
-    matrix = lambda x: x if x is None or layout.for_gpu else x.T  # noqa: E731
+    layer = rounded(layer_of(tensors, c)) | {"attn_norm": None}
+
+    def vector(name: str) -> Any:
+        return tensors[name].astype(dtype) if name in tensors else None
+
+    def matrix(name: str) -> Any:
+        if name not in tensors:
+            return None
+        x = tensors[name]
+        form = None if how is None else how.form(x.shape[1])
+        x = as_kept(x if form is None else quantise(x, (1,), form), dtype, model.quantization)
+        return x if layout.for_gpu else jax.tree.map(jnp.transpose, x)
+
     embedding: Any = None
     if own:
-        embed = tensors[EMBEDDING]
-        embedding = table.replace(
-            params=table.params.replace(embed=embed, final_norm=top["final_norm"])
-        )
+        params = table.params.replace(embed=vector(EMBEDDING), final_norm=top["final_norm"])
+        embedding = table.replace(params=params)
+    blocks = (weights.arrange_block([layer], layout),)
     return EagleHead(
         model=model.replace(params=weights.Params(blocks=blocks, **top)),
         embedding=embedding,
-        fc=matrix(tensors["fc.weight"]),
-        embed_norm=tensors["layer.input_layernorm.weight"],
-        hidden_norm=tensors["layer.hidden_norm.weight"],
-        taps_norm=tensors.get("input_norm.weight"),
-        embed_residual=matrix(tensors.get("embed_residual.weight")),
+        fc=matrix("fc.weight"),
+        embed_norm=vector("layer.input_layernorm.weight"),
+        hidden_norm=vector("layer.hidden_norm.weight"),
+        taps_norm=vector("input_norm.weight"),
+        embed_residual=matrix("embed_residual.weight"),
         ids=ids,
         taps=about.taps,
         **about.flags,
     )
+
+
+def layer_of(tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The weights of the layer as checkpoints have them, without the norm that it lacks."""
+    found: dict[str, Any] = {}
+    for weight in weights.present(weights.LAYER_WEIGHTS, config).values():
+        x, shape = tensors[f"layer.{weight.hf}"], weight.shape(config)
+        if weight.name in ("wq", "wk", "wv"):
+            shape = (2 * config.embed_dim, *shape[1:])
+        if weight.name != "attn_norm":
+            found[weight.name] = (x.T if weight.num_inputs else x).reshape(shape)
+    return found
+
+
+def rows_of(rows: Any, ids: Any, about: Description, model: Model) -> jax.Array:
+    """Those of the base's own head that this head knows, [V', D]; of codes as wide as their scales,
+    to be rounded once.
+    """
+    taken = jnp.arange(about.vocab_size, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
+    axis = 0 if model.layout.for_gpu else 1
+    return look_up(rows, taken[None], axis, wide_type(model.dtype))[0]

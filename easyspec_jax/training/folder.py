@@ -17,7 +17,7 @@ from easyspec_jax.config import ModelConfig
 from easyspec_jax.json_files import write_object
 from easyspec_jax.training.head import Head
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+CONFIG_FILE = "config.json"
 
 
 def write_head(
@@ -42,6 +42,8 @@ def write_head(
     """
     from safetensors.numpy import save
 
+    from convert.folder import WEIGHTS
+
     floats = dict(head) | {"fc.weight": head["fc.weight"] / sizes[:, None]}
     tensors = {name: np.asarray(x).T for name, x in floats.items()}
     if rows is not None:
@@ -51,8 +53,8 @@ def write_head(
     tensors["t2d"] = np.isin(np.arange(config.vocab_size), ids)
     about = head_config(config, taps, len(ids), dtype)
     # Not save_file: that leaves a file which its owner alone may read.
-    (folder / f".{WEIGHTS_FILE}").write_bytes(save(tensors, {"format": "pt"}))
-    os.replace(folder / f".{WEIGHTS_FILE}", folder / WEIGHTS_FILE)
+    (folder / f".{WEIGHTS}").write_bytes(save(tensors, {"format": "pt"}))
+    os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
     write_object(folder / CONFIG_FILE, about)
 
 
