@@ -35,27 +35,26 @@ SHORT = [[1, 2, 3], [9, 8], [60]]
 
 
 @pytest.mark.parametrize(
-    ("make", "mesh_shape", "width"),
+    ("mesh_shape", "width"),
     [
-        (self_drafting, (1, 1), 1),
-        *(pytest.param(self_drafting, m, 1, marks=slow) for m in MESHES[1:]),
-        pytest.param(self_drafting, (1, 1), 4, marks=slow),
-        (self_drafting, (4, 2), 4),
-        pytest.param(stranger_drafting, (1, 1), 1, marks=slow),
+        ((1, 1), 1),
+        pytest.param((8, 1), 1, marks=slow),
+        pytest.param((2, 4), 1, marks=slow),
+        ((4, 2), 4),
     ],
 )
-def test_text_and_caches_are_exact_step_by_step(make, mesh_shape, width):
+def test_text_and_caches_are_exact_step_by_step(mesh_shape, width):
     """I1 and I2: the text is autoregression's; on the way the base's cache is that of a fresh
     prefill of what is committed, and the draft's of what it has absorbed.
     """
     want = autoregressive().generate(SHORT, max_new_tokens=NEW).tokens
-    run = started(make(mesh_shape, width=width), SHORT)
+    run = started(self_drafting(mesh_shape, width=width), SHORT)
     for _ in range(3):
         before = jax.tree.leaves((run.state.cache.blocks, run.state.draft.blocks))
         run.step()
         assert all(entries.is_deleted() for entries in before)  # I6: donated
     accepted = np.asarray(run.state.counters.accepted)
-    assert accepted[:, 1:].any() or make is stranger_drafting  # a path was kept, and moved in trees
+    assert accepted[:, 1:].any()  # a path was kept, and moved in trees
     assert max(cache_errors(run)) < 1e-9
     while not np.asarray(run.state.done).all():
         run.step()
@@ -135,8 +134,7 @@ def test_a_bad_draft_costs_no_text():
     ("mesh_shape", "gamma", "width", "group_size", "calibrate", "least"),
     [
         ((1, 1), 3, 4, GROUPS, True, None),
-        pytest.param((4, 2), 3, 4, GROUPS, True, 0.05, marks=slow),
-        pytest.param((2, 4), 3, 8, (3,), False, None, marks=slow),
+        pytest.param((2, 4), 3, 8, (3,), False, 0.05, marks=slow),
     ],
 )
 def test_greedy_trees_equal_autoregression(mesh_shape, gamma, width, group_size, calibrate, least):
@@ -150,9 +148,6 @@ def test_greedy_trees_equal_autoregression(mesh_shape, gamma, width, group_size,
     assert sum(stats.accepted_per_rank) == stats.nodes_accepted == sum(stats.accepted_per_depth) > 0
     whole = stats.steps * gamma * width
     assert stats.nodes_drafted == whole if least is None else stats.nodes_drafted < whole
-    if mesh_shape == (1, 1):
-        stranger = stranger_drafting(gamma=gamma, width=width)
-        assert stranger.generate(PROMPTS, max_new_tokens=NEW).tokens == want
 
 
 def test_a_tree_of_a_stopping_drafter_is_lossless_and_smaller():
@@ -198,16 +193,11 @@ OTHER_LAYOUTS = [
 
 
 @slow
-@pytest.mark.parametrize(
-    "layout",
-    OTHER_LAYOUTS[1:3],  # models drawn at random have them all
-    ids=str,
-)
-def test_a_draft_may_be_laid_out_in_any_way(layout):
+def test_a_draft_may_be_laid_out_in_another_way():
     """In one program with a base over all devices: what is drafted, and so every statistic, is what
-    one device drafts.
+    one device drafts. (Models drawn at random have all ways.)
     """
-    draft = model((4, 2), group_size=GROUPS, layout=layout)
+    draft = model((4, 2), group_size=GROUPS, layout=OTHER_LAYOUTS[2])
     decoder = es.Decoder(model((4, 2)), es.LayerParallelDrafter(draft), num_draft_tokens=3)
     assert decoder.generate(PROMPTS, max_new_tokens=NEW) == self_drafting().generate(
         PROMPTS, max_new_tokens=NEW
@@ -215,25 +205,17 @@ def test_a_draft_may_be_laid_out_in_any_way(layout):
 
 
 @slow
-@pytest.mark.parametrize(
-    ("mesh_shape", "heads", "size", "layout"),
-    [
-        ((4, 2), (9, 3), (3, 2), "grouped"),
-        ((2, 4), (28, 4), (3, 2), "grouped"),
-    ],
-    ids=str,
-)
-def test_heads_and_groups_that_do_not_divide(mesh_shape, heads, size, layout):
-    """Tails, groups larger and smaller than the axis; mlp and vocabulary divide nothing either.
-    Everything is drafted as on one device.
+def test_heads_and_groups_that_do_not_divide():
+    """Queries of a kv head, a group larger than its axis, mlp and vocabulary. Everything is drafted
+    as on one device.
     """
     config = es.ModelConfig(
-        vocab_size=61, embed_dim=12, mlp_dim=18, num_layers=5, num_heads=heads[0],
-        num_kv_heads=heads[1], head_dim=4, max_len=96,
+        vocab_size=61, embed_dim=12, mlp_dim=18, num_layers=5, num_heads=28,
+        num_kv_heads=4, head_dim=4, max_len=96,
     )  # fmt: skip
     seen = []
-    for shape, how in ((mesh_shape, layout), ((1, 1), "grouped")):
-        draft = model(shape, group_size=size, layout=how, config=config)
+    for shape in ((2, 4), (1, 1)):
+        draft = model(shape, group_size=(3, 2), layout="grouped", config=config)
         drafter = es.LayerParallelDrafter(draft)
         decoder = es.Decoder(model(shape, config=config), drafter, num_draft_tokens=3)
         seen.append(decoder.generate(PROMPTS, max_new_tokens=NEW))
@@ -274,6 +256,7 @@ def test_greedy_equals_autoregression_for_random_models(
     assert decoder.generate(prompts, max_new_tokens=20).tokens == want.tokens
 
 
+@slow
 def test_float32_differs_only_at_ties():
     """In float32 a divergence needs two tokens whose logits are nearly equal; excuses are counted
     and bounded.

@@ -60,7 +60,11 @@ CHAINS = [(name, way.shapes[0]) for name, way in WAYS.items()]
 SHAPES = [(name, shape) for name, way in WAYS.items() for shape in way.shapes]
 BATCHED = [(name, shape) for name, shape in SHAPES if WAYS[name].batches]
 DRAWN = es.Sampling(temperature=0.9, top_k=30)
-STREAMS = [(name, way.shapes[-1], DRAWN) for name, way in WAYS.items()]
+GREEDY = es.Sampling(temperature=0.0)
+SAMPLED = ("fallback", "prompt-lookup")
+STREAMS = [
+    (name, way.shapes[-1], DRAWN if name in SAMPLED else GREEDY) for name, way in WAYS.items()
+]
 REPETITIVE = [[4, 9, 17, 4, 9, 33, 4, 9], [5, 6] * 6, [60]]
 
 
@@ -147,7 +151,7 @@ def test_finished_rows_never_change(name, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shape"), CHAINS)
+@pytest.mark.parametrize(("name", "shape"), CHAINS[1:])  # the first is part of the second
 def test_the_end_of_the_context_stops(name, shape):
     prompt = [[1] * 90]
     out = drafting(name, shape).generate(prompt, max_new_tokens=50)

@@ -44,8 +44,8 @@ def both(pretend, shape, config=CONFIG, **options):
 # On 2 x 4 devices share a kv head: keys and values stay apart from queries.
 @pytest.mark.parametrize(
     "config, shape",
-    [(FLAT, (1, 1)), (TIED, (2, 4)), pytest.param(CONFIG, (2, 4), marks=pytest.mark.slow)],
-    ids=["head", "tied, split", "head, split"],
+    [(FLAT, (1, 1)), (TIED, (2, 4))],
+    ids=["head", "tied, split"],
 )
 def test_both_orders_say_the_same(pretend, shape, config):
     cpu, gpu = both(pretend, shape, config)
@@ -174,22 +174,19 @@ def test_where_cudnn_has_nothing_the_program_is_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape, width, one_array", [((1, 1), 3, False), ((4, 2), 1, True)], ids=str
-)
-def test_both_orders_write_the_same(pretend, monkeypatch, shape, width, one_array):
-    """Keys and values for GPUs in one array, and in two."""
-    monkeypatch.setattr(cache, "ONE_ARRAY", one_array)
+def test_both_orders_write_the_same(pretend, monkeypatch):
+    """Keys and values of GPUs as newer versions of jax have them: in two arrays."""
+    monkeypatch.setattr(cache, "ONE_ARRAY", False)
     config = es.ModelConfig(**{**vars(CONFIG), "num_layers": 3})
     texts = []
     for gpus in (False, True):
         pretend(gpus)
-        mesh = es.make_mesh(*shape)
+        mesh = es.make_mesh(4, 2)
         base = es.random_model(config, mesh, dtype="float32")
         draft = es.random_model(config, mesh, dtype="float32", group_size=(1, 2))
         assert draft.layout.for_gpu == gpus
         drafter = es.LayerParallelDrafter(draft)
-        decoder = es.Decoder(base, drafter, num_draft_tokens=3, tree_width=width)
+        decoder = es.Decoder(base, drafter, num_draft_tokens=3, tree_width=2)
         out = decoder.generate(PROMPTS, max_new_tokens=16)
         texts.append((out.tokens, out.stats.tokens_per_step))
     assert texts[0] == texts[1]

@@ -98,12 +98,10 @@ def finish(process, timeout=240):
 
 
 WARM = ("--temperature", 0.8, "--tree-width", 2)
-
-
 CODES = ("--quantization", "int8", "--draft-quantization", "int4", "--kv-dtype", "int8")
 
 
-@pytest.mark.parametrize(("drafter", "how"), [(GROUPED, WARM), (LOOKUP, ()), (GROUPED, CODES)])
+@pytest.mark.parametrize(("drafter", "how"), [(GROUPED, WARM + CODES), (LOOKUP, ())])
 def test_two_processes_give_the_tokens_of_one(checkpoints, drafter, how):
     alone = start(easyspec("--cpu-devices", 8, *how, drafter=drafter), checkpoints)
     status, want, err = finish(alone)
