@@ -24,7 +24,6 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-import numpy as np
 import prompt_sets
 from acceptance import open_results, read_results
 from records import append, commit, machine, without_places
@@ -130,7 +129,7 @@ def measure(args: argparse.Namespace, sets, then: list[int], lines, keep: Callab
                 found[arm]["steps_per_depth"] = [s.steps_per_depth for s in stats]
                 costs = arms[arm].found_costs[1, t == 0]
                 found[arm]["depths"] = arms[arm].depths
-                found[arm]["costs"] = np.round(costs.seconds, 5).tolist()
+                found[arm]["costs"] = [[round(float(x), 5) for x in row] for row in costs.seconds]
         keep({"set": name, "prompt": args.skip + i, "temperature": t, "arms": found})
 
 
