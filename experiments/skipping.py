@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     header = {"machine": machine(), "commit": commit(), "options": options, "prompt_tokens": {}}
     header, lines = open_results(args.out, header)
     prompts = [(name, i) for name, found in sets.items() for i in range(len(found))]
-    base = es.load_model(args.base, es.make_mesh())
+    base = es.load_model(args.base, es.make_mesh(1, 1))
     for name, i in tqdm(prompts[len(lines) :], unit="prompt"):
         line = {"set": name, "prompt": i} | measure(base, sets[name][i], args)
         append(args.out, line)
