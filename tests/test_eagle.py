@@ -44,7 +44,7 @@ from easyspec_jax.quantized import Quantized, dequantise, quantise
 
 slow = pytest.mark.slow
 DRAWN = es.Sampling(temperature=0.9)
-CODES = es.Quantization("int4", 8, keep_codes=True)
+CODES = es.Quantization("int4", 4, keep_codes=True)
 # What a head may have beside the published one: tensors, and fields of config.json.
 VARIANTS = {
     "midlayer": ({}, {}),
