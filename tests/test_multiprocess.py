@@ -108,9 +108,10 @@ def test_two_processes_give_the_tokens_of_one(checkpoints, drafter, how):
     assert status == 0, err
     (first, out, err), (second, silent, _) = map(finish, both(checkpoints, *how, drafter=drafter))
     assert (first, second) == (0, 0), err
-    text, _, numbers = out.rpartition("\n{")
-    assert text == want.rpartition("\n{")[0] and text
-    assert json.loads("{" + numbers)["tokens"] == 24
+    (text, _, numbers), (wanted, _, expected) = (x.rpartition("\n{") for x in (out, want))
+    assert text == wanted and text
+    counted, expected = (json.loads("{" + x)["tokens"] for x in (numbers, expected))
+    assert 8 < counted == expected <= 24  # a drawn text may end
     assert silent == ""  # process 0 prints
     assert "tokens per step" in err
 
