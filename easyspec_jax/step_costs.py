@@ -141,7 +141,8 @@ def kept(what: Any, shape: tuple[int, int], find: Callable[[], StepCosts]) -> St
         held = read_object(file)
         costs = _as_kept(held["seconds"], held["catch_up"])
         sound = costs.seconds.shape == shape and costs.catch_up.shape == ()
-        if sound and (costs.seconds > 0).all() and costs.catch_up >= 0:  # neither is true of a NaN
+        finite = np.isfinite(costs.seconds).all() and np.isfinite(costs.catch_up).all()
+        if sound and finite and (costs.seconds > 0).all() and costs.catch_up >= 0:
             return costs
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or not one of these

@@ -28,8 +28,8 @@ from easyspec_jax.depth import Pace, Pacing, usual_depths
 from easyspec_jax.text import Tokenizer
 
 DEPTHS = usual_depths(8)
-# Of a step of each depth, where one without a draft is 1: TinyLlama with stories15M on two cores
-# twice, cheap drafts as on a GPU, dear ones.
+# Of a step of each depth, where one without a draft is 1: those measured in
+# results/auto_pair.jsonl; the same with drafts a little dearer; cheap drafts, and dear ones.
 COSTS = {
     "two cores": (1, 1.205, 1.29, 1.65, 1.9, 2.24),
     "two cores, busy": (1, 1.3, 1.45, 1.7, 2.1, 2.45),
@@ -40,7 +40,9 @@ Record = dict[str, Any]
 
 
 def hits_of(draft: es.Model, prompt: list[int], answer: list[int]) -> str:
-    """A letter for every token of the answer: 1 where the draft's likeliest token is it."""
+    """A letter for every token of the answer, as far as the draft's context goes: 1 where its
+    likeliest token is it.
+    """
     text = (prompt + answer)[: draft.config.max_len]
     padded = text + [0] * (-len(text) % 64)
     best = np.argmax(es.logits(draft, [padded])[0], axis=-1)
@@ -133,10 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     header, lines = open_results(args.out, make_header(args, sets))
     mesh = es.make_mesh()
     base, draft = es.load_model(args.base, mesh), es.load_model(args.draft, mesh)
-    done = {line["set"] for line in lines}
-    for name, prompts in tqdm([x for x in sets.items() if x[0] not in done], unit="set"):
+    done = {(line["set"], line["prompt"]) for line in lines}
+    for name, prompts in tqdm(sets.items(), unit="set"):
+        missing = [i for i in range(len(prompts)) if (name, args.skip + i) not in done]
+        if not missing:
+            continue
+        prompts = [prompts[i] for i in missing]
         out = es.Decoder(base).generate(prompts, max_new_tokens=args.max_new_tokens)
-        for i, (prompt, answer) in enumerate(zip(prompts, out.tokens, strict=True)):
+        for i, prompt, answer in zip(missing, prompts, out.tokens, strict=True):
             line = {"set": name, "prompt": args.skip + i, "hits": hits_of(draft, prompt, answer)}
             append(args.out, line)
             lines.append(line)

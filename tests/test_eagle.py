@@ -40,6 +40,7 @@ from test_distribution import FILTERED, enumerate_sequences, many_rows
 
 import easyspec_jax as es
 from easyspec_jax.json_files import read_object, write_object
+from easyspec_jax.memory import device_bytes
 from easyspec_jax.quantized import Quantized, dequantise, quantise
 
 slow = pytest.mark.slow
@@ -323,6 +324,28 @@ def test_its_matrices_may_be_codes(tmp_path, monkeypatch, gpus, how):
         np.testing.assert_allclose(as_floats(mine), theirs, rtol=1e-12)
     with pytest.raises(ValueError, match="group_size 7 does not divide the 24 inputs"):
         es.EagleDrafter.load(folder, base, quantization=es.Quantization("int4", 7))
+
+
+def test_codes_are_rounded_from_what_is_stored(tmp_path):
+    """Not from that in the model's own, coarser type."""
+    codes = es.Quantization("int8", keep_codes=True)
+    base = es.random_model(CONFIG, es.make_mesh(1, 1), dtype="bfloat16")
+    folder, tensors, _ = head_folder(tmp_path)
+    head = es.EagleDrafter.load(folder, base, quantization=codes).head
+    assert head.model.dtype == jnp.bfloat16
+    for found, name in ((head.fc, "fc"), (head.model.params.lm_head, "lm_head")):
+        w = jnp.asarray(tensors[f"{name}.weight"])
+        want = quantise(w, (1,), codes.form(w.shape[1]))
+        np.testing.assert_array_equal(found.codes, want.codes.T)
+
+
+def test_what_is_read_must_fit_beside_the_head(tmp_path, monkeypatch):
+    """Codes are a fraction of it."""
+    base, folder = model((1, 1)), head_folder(tmp_path)[0]
+    size = device_bytes(es.EagleDrafter.load(folder, base, quantization=CODES).head.fc)
+    monkeypatch.setattr(es.memory, "device_memory", lambda mesh: 20 * size)
+    with pytest.raises(ValueError, match=r"needs .* \(head weights .*, reading .*free"):
+        es.EagleDrafter.load(folder, base, quantization=CODES)
 
 
 def test_the_rows_of_a_base_of_codes_are_rounded_once(tmp_path):

@@ -36,6 +36,9 @@ def test_a_run_plays_what_the_draft_would_have_said(script, checkpoints, tmp_pat
     _, *lines = map(json.loads, out.read_text().splitlines())
     assert [line["hits"] for line in lines] == ["1" * 9] * 2  # it drafts for itself
     assert [line["prompt"] for line in lines] == [1, 2] and str(tmp_path) not in out.read_text()
-    shown = capsys.readouterr().out
+    shown, whole = capsys.readouterr().out, out.read_text()
+    out.write_text("\n".join(whole.splitlines()[:2]) + "\n")  # killed within the set
+    script.main([*argv, "--max-new-tokens", "9", "--out", str(out)])
+    assert out.read_text() == whole and capsys.readouterr().out == shown
     script.main(["--table", str(out)])
     assert capsys.readouterr().out == shown and "| text, first 48 |" in shown
