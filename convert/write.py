@@ -33,11 +33,13 @@ from convert.tokenizer import has_tokenizer, tokenizer_hash
 from easyspec_jax import checkpoint
 from easyspec_jax.hf_config import stop_ids_of
 from easyspec_jax.json_files import write_object
+from easyspec_jax.memory import device_bytes
 from easyspec_jax.quantized import Quantization
 from easyspec_jax.sources import HUB_ID
 from easyspec_jax.weights import Weight, check_groups, form_of, quantised
 
 _LOCK = ".lock"  # in a folder that is being written
+_HELD = 2**24  # bytes of arrays that cycles which Orbax leaves may hold before they are looked for
 
 
 def convert(
@@ -92,9 +94,13 @@ def convert(
         dtype = dtype or source.dtype
         parts = list(tensors.model_parts(source.config))
         bar = tqdm.tqdm(parts, desc=dst.name, unit="part", disable=hidden)
-        digests = {}
+        digests, held = {}, 0
         for part, weights in bar:
-            digests[part] = _write_part(source, temp, dtype, codes, own, part, weights)
+            digests[part], size = _write_part(source, temp, dtype, codes, own, part, weights)
+            held += size
+            if held > _HELD:
+                gc.collect()
+                held = 0
             interrupted()
         checkpoint.check_whole(temp, source.config, digests)
         about = checkpoint.make_metadata(dtype, tokenizer, digests, codes or own)
@@ -250,8 +256,8 @@ def _write_part(
     own: Quantization | None,
     part: str,
     weights: dict[str, Weight],
-) -> str:
-    """Write one part, of `tensors.model_parts`; returns its digest.
+) -> tuple[str, int]:
+    """Write one part, of `tensors.model_parts`; returns its digest and its bytes.
 
     Args:
       codes: what matrices are rounded to.
@@ -271,10 +277,7 @@ def _write_part(
         del dense
         arrays |= _quantised(one, source.config, codes) if rounded else one
         del one
-    digest = checkpoint.save_part(folder, part, arrays)
-    del arrays
-    gc.collect()  # Orbax leaves cycles that hold the arrays
-    return digest
+    return checkpoint.save_part(folder, part, arrays), device_bytes(arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from easyspec_jax import checkpoint, weights
+from easyspec_jax.attend import attention_on
 from easyspec_jax.checkpoint import METADATA_FILE, PARTITION_FILE, TOP_PART, TUNED, layer_name
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.json_files import write_object
@@ -32,7 +33,6 @@ from easyspec_jax.sharding import (
     TENSOR,
     Layout,
     LayoutRules,
-    attention_on,
     layout_rules,
     make_layout,
     make_mesh,
@@ -50,7 +50,7 @@ def load_model(
     group_size: int | Sequence[int] | str = 1,
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
-    attention: str = "xla",
+    attention: str = "auto",
     quantization: str | Quantization | None = None,
     kv_dtype: str | None = None,
     progress: bool | None = None,
@@ -69,7 +69,8 @@ def load_model(
         by side on the axis "layer" and splits heads over "tensor"; "replicated" splits nothing; or
         `LayoutRules`. Default: "tensor" for group_size 1, else "grouped".
       attention: "cudnn" for one kernel of cuDNN where it has one: NVIDIA GPUs since A100, bfloat16
-        or float16, heads of 8, 16, .. 128 numbers; elsewhere, and by default, those of XLA.
+        or float16, heads of 8, 16, .. 128 numbers; "xla" for those of XLA, as everywhere else.
+        "auto": the former where the device, asked once, finds by it what it finds by the latter.
       quantization: "int8", "fp8" or "int4" (or a `Quantization`): matrices as codes and scales,
         made of a checkpoint of floats. None: as the checkpoint has them.
       kv_dtype: "int8" or "fp8": keys and values are stored as codes, with a scale for each head and
@@ -131,7 +132,7 @@ def abstract_model(
     group_size: int | Sequence[int] = 1,
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
-    attention: str = "xla",
+    attention: str = "auto",
     quantization: str | Quantization | None = None,
     kv_dtype: str | None = None,
 ) -> Model:
@@ -149,10 +150,9 @@ def abstract_model(
     if kv_dtype is not None and kv_dtype not in KV_CODES:
         names = " or ".join(f'"{name}"' for name in KV_CODES)
         raise ValueError(f"kv_dtype must be {names}, got {kv_dtype!r}")
-    attention = attention_on(mesh, attention, config.head_dim, dtype)
     placed = dataclasses.replace(
         make_layout(config, mesh, rules),
-        attention=attention if kv_dtype is None else "xla",
+        attention=attention_on(mesh, attention, config, dtype, codes=kv_dtype),
         kv_codes=kv_dtype,
     )
     codes = _kept(Quantization.of(quantization), config, placed)
@@ -169,7 +169,7 @@ def random_model(
     group_size: int | Sequence[int] = 1,
     dtype: Any = None,
     layout: str | LayoutRules | None = None,
-    attention: str = "xla",
+    attention: str = "auto",
     quantization: str | Quantization | None = None,
     kv_dtype: str | None = None,
     seed: int = 0,

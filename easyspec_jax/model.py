@@ -20,6 +20,7 @@ from flax import struct
 from jax import lax
 
 from easyspec_jax import quantized, weights
+from easyspec_jax.attend import attend, attend_cudnn
 from easyspec_jax.cache import KVCache, LayerKV, abstract_cache
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.quantized import Quantization, Quantized, look_up, wide_type
@@ -207,14 +208,14 @@ def attentions(
 ) -> tuple[list[jax.Array], list[LayerKV]]:
     """The same of several layers that all read x."""
     batch, t, _ = x.shape
-    attend = _attend_cudnn if model.layout.attention == "cudnn" else _attend
+    find = attend_cudnn if model.layout.attention == "cudnn" else attend
     by_head = lambda y: y.transpose(2, 0, 1, 3, 4).reshape(y.shape[2] * batch, -1, h)  # noqa: E731
     h, found, written = model.config.head_dim, [], []
     for w, cache in zip(weights, kv, strict=True):
         q, k, v = _project_heads(model, w, x)
         new = by_head(rotate(k, step)), by_head(v)
         written.append(cache.write(*new, step.start, keep))
-        found.append(attend(by_head(rotate(q, step)), written[-1], step))
+        found.append(find(by_head(rotate(q, step)), written[-1], step.mask))
     if len(found) > 1 and batch * t == 1 and model.layout.for_gpu:  # one kernel for all products
         found = jnp.split(lax.optimization_barrier(jnp.concatenate(found)), len(found))
 
@@ -223,43 +224,6 @@ def attentions(
         return product(model, y.reshape(batch, t, -1), w.wo).astype(x.dtype)
 
     return [output(w, y) for w, y in zip(weights, found, strict=True)], written
-
-
-def _attend(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:
-    """What queries [K * B, T * G, H] find in a cache, the same shape."""
-    batch, t = step.mask.shape[:2]
-    (keys, key_scales), (values, value_scales) = kv.keys, kv.values
-    order = "hs" if kv.letters[0] == "KHS" else "sh"
-    wide = step.cos.dtype
-    scores = jnp.einsum(f"xmh,x{order}->xms", q, keys.astype(q.dtype), preferred_element_type=wide)
-    if key_scales is not None:
-        scores = scores * key_scales[:, None]
-    by_token = scores.reshape(-1, batch, t, q.shape[1] // t, scores.shape[-1]) * q.shape[-1] ** -0.5
-    least = jnp.finfo(scores.dtype).min
-    by_token = jnp.where(step.mask[None, :, :, None, :], by_token, least)
-    weights = jax.nn.softmax(by_token, axis=-1).reshape(scores.shape)
-    if value_scales is not None:
-        weights = weights * value_scales[:, None]
-    return jnp.einsum("xms,xsh->xmh", weights.astype(q.dtype), values.astype(q.dtype))
-
-
-def _attend_cudnn(q: jax.Array, kv: LayerKV, step: Step) -> jax.Array:
-    """The same by one kernel, whose scores are never written. Every kv head of a row is an entry of
-    its batch, so that it reads the cache as it lies.
-    """
-    entries, rows, h = q.shape
-    batch, t = step.mask.shape[:2]
-    mask = step.mask[:, None]  # made a bias once for all layers
-    if batch > 1:
-        mask = jnp.tile(mask, (entries // batch, 1, 1, 1))
-    by_token = q.reshape(entries, t, rows // t, h)
-    k, v = kv.k[:, :, None], kv.v[:, :, None]
-    try:
-        found = jax.nn.dot_product_attention(by_token, k, v, mask=mask, implementation="cudnn")
-    except RuntimeError as error:  # the library is not there, or too old
-        reason = str(error).splitlines()[0]
-        raise ValueError(f'attention="cudnn" needs cuDNN (nvidia-cudnn-cu12): {reason}') from error
-    return found.reshape(q.shape)
 
 
 def mlp(model: Model, w: Mlp, x: jax.Array) -> jax.Array:

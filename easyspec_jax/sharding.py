@@ -105,8 +105,6 @@ LAYOUTS = {
     "replicated": LayoutRules(heads=(), mlp=(), vocab=()),  # a draft on one device: all do the same
 }
 
-ATTENTION = ("xla", "cudnn")  # whose kernels find what queries look for in a cache
-
 KV_CODES = ("int8", "fp8")
 
 MLPS = {"all": (LAYER, TENSOR), "tensor": (TENSOR,), "replicated": ()}  # devices that share them
@@ -146,7 +144,7 @@ class Layout:
     # There, one row times a matrix as multiply and sum: one kernel, where a product of more than
     # 10M weights is split and then added up by a second. Which is faster no clock has said yet.
     explicit_gemv: bool = True
-    # Of ATTENTION. "cudnn": one kernel that writes no scores, where keys and values are two arrays;
+    # "xla", or "cudnn": one kernel that writes no scores, where keys and values are two arrays;
     # whether it is fast for one row no clock has said yet.
     attention: str = "xla"
     # Kind of codes that keys and values are stored as, of KV_CODES; None: the model's own type
@@ -281,31 +279,6 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
 def has_gpus(mesh: Mesh | AbstractMesh) -> bool:
     """Whether its devices are GPUs, those included that programs are only compiled for."""
     return platform_of(mesh) in ("gpu", "cuda", "rocm")
-
-
-def attention_on(mesh: Mesh, wanted: str, head_dim: int, dtype: Any) -> str:
-    """Which of ATTENTION a model of these heads and this type has on `mesh`: `wanted`, or "xla"
-    where cuDNN has none.
-
-    Raises:
-      ValueError: `wanted` is neither.
-    """
-    if wanted not in ATTENTION:
-        names = " or ".join(f'"{name}"' for name in ATTENTION)
-        raise ValueError(f"attention must be {names}, got {wanted!r}")
-    if wanted == "xla":
-        return wanted
-    first = mesh.devices.flat[0] if has_gpus(mesh) else None
-    # A word in place of a number is that of an AMD device.
-    major = str(getattr(first, "compute_capability", "")).partition(".")[0]
-    new_enough = major.isdecimal() and int(major) >= 8
-    if new_enough and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128:
-        return wanted
-    logger.info(
-        "attention by XLA: cuDNN's needs an NVIDIA GPU since A100, bfloat16 or float16, and heads "
-        "of 8, 16, .. 128 numbers"
-    )
-    return "xla"
 
 
 def _minus(axes: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:

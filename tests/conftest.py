@@ -98,12 +98,11 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Forgets compiled programs behind every file, and within one where they have become many: they
-    are what fills the memory, and each takes several mappings, of which Linux allows a process
-    65530. The folder on disk still has them.
+    """Forgets compiled programs where they have become many: they are what fills the memory, and
+    each takes several mappings, of which Linux allows a process 65530. The folder on disk still has
+    them.
     """
-    same_file = nextitem is not None and nextitem.path == item.path
-    if not same_file or resident_bytes() > 3 * 2**29:
+    if resident_bytes() > 3 * 2**29 or num_mappings() > 30_000:
         jax.clear_caches()
         gc.collect()
         gc.freeze()  # modules that tests imported: Orbax has all looked through for every part
@@ -115,6 +114,26 @@ def resident_bytes() -> int:
     """Physical memory of this process; 0 where the system does not say."""
     statm = pathlib.Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
+
+
+def num_mappings() -> int:
+    """Mappings of this process; 0 where the system does not say."""
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.fixture
+def xla_for_cudnn(monkeypatch):
+    """The public function computes by its other implementation, which all devices have."""
+    attend = jax.nn.dot_product_attention
+
+    def instead(*args, implementation, **options):
+        assert implementation == "cudnn"
+        with jax.numpy_dtype_promotion("standard"):
+            return attend(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    return instead
 
 
 @pytest.fixture(scope="module")

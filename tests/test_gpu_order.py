@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -75,63 +74,6 @@ def test_padding_changes_no_rounded_weight(pretend, shape):
             jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
-@pytest.fixture
-def xla_for_cudnn(monkeypatch):
-    """The public function computes by its other implementation, which all devices have."""
-    attend = jax.nn.dot_product_attention
-
-    def instead(*args, implementation, **options):
-        assert implementation == "cudnn"
-        return attend(*args, implementation="xla", **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
-
-
-def seen_entries(kind, start, t, entries):
-    """Step.mask of a chain, or of a tree, behind these starts."""
-    if kind == "chain":
-        positions = start[:, None] + np.arange(t, dtype=np.int32)[None]
-        return jnp.asarray(np.arange(entries)[None, None] <= positions[:, :, None])
-    drawn = np.random.default_rng(2).random((len(start), t, t)) < 0.5
-    ancestors = np.tril(drawn) | np.eye(t, dtype=bool)
-    positions = jnp.zeros((len(start), t), jnp.int32)
-    placed = models.Placement(origin=start, positions=positions, ancestors=jnp.asarray(ancestors))
-    return placed.mask(entries)
-
-
-def some_attention(kind, t, batch):
-    """Queries, a cache and the step they belong to."""
-    k_heads, groups, h, entries = 2, 3, 8, 16
-    draw = np.random.default_rng(t).standard_normal
-    q = jnp.asarray(draw((k_heads * batch, t * groups, h)), jnp.float32)
-    shape = (k_heads * batch, entries, h)
-    arrays = tuple(jnp.asarray(draw(shape), jnp.float32) for _ in range(2))
-    kv = cache.LayerKV(arrays, letters=("KSH", "KSH"))
-    start = np.asarray([5, 0, 9][:batch], np.int32)
-    angles = jnp.zeros((batch, t, 1, 1, h // 2), jnp.float32)
-    mask = seen_entries(kind, start, t, entries)
-    return q, kv, models.Step(start=start, cos=angles, sin=angles, mask=mask)
-
-
-@pytest.mark.parametrize("kind, t", [("chain", 1), ("chain", 4), ("tree", 4)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_one_call_finds_what_the_sums_find(xla_for_cudnn, kind, t, batch):
-    q, kv, step = some_attention(kind, t, batch)
-    want, found = jax.jit(lambda *x: (models._attend(*x), models._attend_cudnn(*x)))(q, kv, step)
-    np.testing.assert_allclose(found, want, atol=1e-6)
-
-
-def test_where_the_library_is_missing_one_sentence_says_so(monkeypatch):
-    def missing(*args, **options):
-        raise RuntimeError("cuDNN is not detected.\nLook elsewhere.")
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
-    with pytest.raises(ValueError) as error:
-        models._attend_cudnn(*some_attention("chain", 1, 1))
-    sentence = 'attention="cudnn" needs cuDNN (nvidia-cudnn-cu12): cuDNN is not detected.'
-    assert str(error.value) == sentence
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
 def test_a_layout_says_who_attends(pretend, xla_for_cudnn, shape):
     cpu, gpu = both(pretend, shape, FLAT)
@@ -139,38 +81,6 @@ def test_a_layout_says_who_attends(pretend, xla_for_cudnn, shape):
     assert len(other.abstract_cache(1, 8).blocks[0][0].arrays) == 2
     text = [[5, 3, 8, 1, 9], [7, 7, 2, 4, 6]]
     np.testing.assert_allclose(es.logits(other, text), es.logits(cpu, text), atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "capability, head_dim, dtype, has_one",
-    [
-        ("8.0", 128, "bfloat16", True),
-        ("10.3", 64, "float16", True),
-        ("8.0", 128, "float32", False),
-        ("8.0", 12, "bfloat16", False),
-        ("8.0", 136, "bfloat16", False),
-        ("7.5", 64, "float16", False),
-        ("gfx942", 128, "bfloat16", False),
-        (None, 128, "bfloat16", False),
-    ],
-)
-def test_cudnn_is_asked_only_for_what_it_has(pretend, capability, head_dim, dtype, has_one):
-    pretend(True)
-    device = types.SimpleNamespace(platform="gpu")
-    if capability is not None:
-        device.compute_capability = capability
-    mesh = types.SimpleNamespace(devices=np.array([[device]]))
-    found = sharding.attention_on(mesh, "cudnn", head_dim, dtype)
-    assert found == ("cudnn" if has_one else "xla")
-
-
-def test_where_cudnn_has_nothing_the_program_is_the_same():
-    mesh = es.make_mesh(tensor=1)
-    same = es.random_model(CONFIG, mesh, dtype="bfloat16")
-    asked = es.random_model(CONFIG, mesh, dtype="bfloat16", attention="cudnn")
-    assert jax.tree.structure(asked) == jax.tree.structure(same)  # layouts too: what jit compares
-    with pytest.raises(ValueError, match='attention must be "xla" or "cudnn", got \'flash\''):
-        es.abstract_model(CONFIG, mesh, attention="flash")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 import pathlib
 import re
@@ -18,6 +19,7 @@ import jax
 import pytest
 
 import easyspec_jax as es
+from easyspec_jax import attend
 from easyspec_jax.cache import ONE_ARRAY
 from easyspec_jax.program import target
 from easyspec_jax.program.report import read_program
@@ -368,7 +370,7 @@ def test_a_level_of_a_head_is_few_launches_and_little_beside_its_weights(tmp_pat
 
 def test_a_dot_in_place_of_a_multiply_and_sum_is_another_program():
     config = dataclasses.replace(read_config(CONFIGS / "llama3-8b.json")[0], num_layers=2)
-    base = es.abstract_model(config, target.make_mesh("h200"), dtype="bfloat16")
+    base = es.abstract_model(config, target.make_mesh("h200"), dtype="bfloat16", attention="xla")
     base = base.replace(layout=dataclasses.replace(base.layout, explicit_gemv=False))
     with jax.default_matmul_precision("default"), jax.enable_x64(False):
         found = read_program(es.Decoder(base)).phases["verify"]
@@ -402,11 +404,28 @@ def test_the_command_prints_the_program_and_writes_its_texts(easyspec, tmp_path)
     assert all(device.platform == "cpu" for device in jax.devices())
 
 
-def test_attention_is_an_option_of_the_command(easyspec, tmp_path):
+@pytest.mark.parametrize("given, launches", [((), 2), (("--attention", "xla"), 8)], ids=str)
+def test_cudnn_attends_unless_the_command_says_otherwise(easyspec, tmp_path, given, launches):
     shallow(tmp_path)
-    status, out, err = easyspec("program", tmp_path, "--attention", "cudnn", "--parts")
+    status, out, err = easyspec("program", tmp_path, *given, "--parts")
     assert (status, err) == (0, "")
-    assert re.search(r"^attention +2 ", out, re.MULTILINE)
+    assert ("by one kernel of cuDNN" in out) == (not given)
+    parts = re.findall(r"^(?:attention|scores|softmax|values) +(\d+) ", out, re.MULTILINE)
+    assert sum(map(int, parts)) == launches
+
+
+def test_without_cudnn_the_compiler_makes_xlas_kernels(monkeypatch, caplog):
+    def missing(*args, **options):
+        raise RuntimeError("cuDNN is not detected.\nLook elsewhere.")
+
+    config = read_config(CONFIGS / "llama3-8b.json")[0]
+    attend.why_not_cudnn.cache_clear()
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    with caplog.at_level(logging.INFO, "easyspec_jax"):
+        model = es.abstract_model(config, target.make_mesh("h200"))
+    attend.why_not_cudnn.cache_clear()
+    assert model.layout.attention == "xla"
+    assert '(attention="cudnn" needs cuDNN (nvidia-cudnn-cu12): cuDNN is not' in caplog.text
 
 
 def test_options_of_the_compiler_change_the_program(easyspec, tmp_path):

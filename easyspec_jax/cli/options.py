@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from easyspec_jax.attend import ATTENTION
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.quantized import KINDS
-from easyspec_jax.sharding import ATTENTION, KV_CODES
+from easyspec_jax.sharding import KV_CODES
 
 DEFAULT_MAX_LEN = 2048  # tokens there is room for, where the base's context is longer
 
@@ -82,7 +83,7 @@ def add_quantization(add: Add) -> None:
 
 def add_attention(add: Add) -> None:
     """--attention."""
-    what = "of GPUs: XLA's kernels (default), or one of cuDNN where it has one"
+    what = "of GPUs: XLA's kernels, or one of cuDNN (default: where it has one that works)"
     add("--attention", choices=ATTENTION, help=what)
 
 

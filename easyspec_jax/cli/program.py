@@ -39,6 +39,7 @@ _COLUMNS = {  # and their widths
     "phase": 12, "runs": 5, "launches": 9, "a layer": 8, "read MB": 10, "written MB": 11,
     "floor MB": 10, "ratio": 6, "collect.": 9, "cond.": 6, "copies": 7, "ms": 8, "limit": 7,
 }  # fmt: skip
+_ATTENTION = {"cudnn": "one kernel of cuDNN", "xla": "XLA's kernels"}
 _PARTS = {"part": 14, "launches": 9, "read MB": 10, "written MB": 11, "ms": 8}
 
 
@@ -138,6 +139,7 @@ def report(program: StepProgram, constants: Device | None) -> list[str]:
         f"device     {program.device}, {mesh}; jax {jax.__version__}; compiled, not run: "
         "no clock was read",
         f"caches     {program.entries} entries of each row",
+        f"attention  by {_ATTENTION[program.attention]}",
         "",
         _row(_COLUMNS, *_COLUMNS),
     ]

@@ -112,6 +112,7 @@ class StepProgram:
 
     device: str
     mesh: dict[str, int]
+    attention: str  # whose kernels the base attends with: "cudnn" or "xla"
     entries: int  # S, that each row's caches hold
     num_draft_tokens: int
     tree_width: int
@@ -206,6 +207,7 @@ def read_program(
     program = StepProgram(
         device=base.layout.mesh.devices.flat[0].device_kind,
         mesh=dict(base.layout.mesh.shape),
+        attention=base.layout.attention,
         entries=max_len,
         num_draft_tokens=decoder.num_draft_tokens,
         tree_width=decoder.tree_width,

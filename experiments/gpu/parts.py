@@ -17,13 +17,13 @@ from ceiling import bandwidth, copy_bandwidth, streamed_bytes, top_gap
 from gpu.setup import WARM, Arm, Suite, spread
 
 import easyspec_jax as es
+from easyspec_jax.attend import attention_on
 from easyspec_jax.cli.demo import divergence
 from easyspec_jax.loop import DecodeState
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.planner.device import PRESETS
 from easyspec_jax.profile import time_phase
 from easyspec_jax.program.report import read_program
-from easyspec_jax.sharding import attention_on
 
 TIE = 1e-4  # in float32, logits closer than this may change places between passes of two widths
 
@@ -251,6 +251,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], es.CompileOptions]] = {
     "as it is": ({}, es.CompileOptions()),
     "dot": ({"explicit_gemv": False}, es.CompileOptions()),
     "cuDNN attention": ({"attention": "cudnn"}, es.CompileOptions()),
+    "XLA attention": ({"attention": "xla"}, es.CompileOptions()),
     "graphs of the loop": ({}, es.CompileOptions("loop")),
 }
 
@@ -288,12 +289,13 @@ def _step(
     suite: Suite, base: es.Model, fields: dict[str, Any], options: es.CompileOptions
 ) -> Callable[[], dict[str, float]] | str:
     """A call that times a step of a base with these fields of its layout; why not, where cuDNN does
-    not attend.
+    not attend, or where the layout has them.
     """
     layout = dataclasses.replace(base.layout, **fields)
-    if layout.attention != attention_on(
-        layout.mesh, layout.attention, base.config.head_dim, base.dtype
-    ):
+    if fields and layout == base.layout:
+        return "it is so as it is"
+    can = attention_on(layout.mesh, layout.attention, base.config, base.dtype, layout.kv_codes)
+    if layout.attention != can:
         return "there is none for this device or type"
     other = es.Decoder(base.replace(layout=layout), compile_options=options)
     try:
