@@ -127,6 +127,39 @@ def test_bytes_are_those_that_a_launch_touches():
     assert sum(one.times for one in found.values() if one.counts) == 7 + 2 * 4
 
 
+def test_a_fusion_reads_what_its_result_is_made_of():
+    text = """\
+%kept (k: f32[8,6,12], s: f32[6], c: bf16[6,64,4], i: s32[]) -> bf16[6,64,4] {
+  %k = f32[8,6,12]{2,1,0} parameter(0)
+  %s = f32[6]{0} parameter(1)
+  %c = bf16[6,64,4]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %zero = f32[] constant(0)
+  %sum = f32[6,12]{1,0} reduce(%k, %zero), dimensions={0}, to_apply=%add
+  %wide = f32[6,12]{1,0} broadcast(%s), dimensions={0}
+  %scaled = f32[6,12]{1,0} multiply(%sum, %wide)
+  %half = f32[6,4]{1,0} slice(%scaled), slice={[0:6], [0:4]}
+  %row = bf16[6,1,4]{2,1,0} convert(%half)
+  %first = s32[] constant(0)
+  ROOT %dus = bf16[6,64,4]{2,1,0} dynamic-update-slice(%c, %row, %first, %i, %first)
+}
+
+ENTRY %main (a: f32[8,6,12], b: f32[6], d: bf16[6,64,4], n: s32[]) -> bf16[6,64,4] {
+  %a = f32[8,6,12]{2,1,0} parameter(0)
+  %b = f32[6]{0} parameter(1)
+  %d = bf16[6,64,4]{2,1,0} parameter(2)
+  %n = s32[] parameter(3)
+  ROOT %new = bf16[6,64,4]{2,1,0} fusion(%a, %b, %d, %n), kind=kLoop, calls=%kept
+}
+"""
+    (one,) = (one for one in hlo.whole(hlo.parse(text)) if one.counts)
+    pieces = 8 * 6 * 4 * 4  # a third of them
+    assert (one.read, one.written) == (pieces + 6 * 4 + 4, 6 * 4 * 2)
+    whole = text.replace("slice(%scaled), slice={[0:6], [0:4]}", "dot(%scaled)")
+    (one,) = (one for one in hlo.whole(hlo.parse(whole)) if one.counts)
+    assert one.read == 3 * pieces + 6 * 4 + 4
+
+
 def test_launches_know_the_arguments_that_they_read():
     found = launched()
     weight, cache = "base.params.blocks[0].attention[0].wqkv", "state.cache.blocks[0][0].k"

@@ -36,6 +36,8 @@ _VIEWS = frozenset(
     "partition-id replica-id add-dependency".split()
 )
 _SAME = frozenset("bitcast copy reshape transpose convert opt-barrier copy-done".split())
+# Read whole, however little of their result is: their elements are not those of their operands.
+_WHOLE = frozenset("dot convolution concatenate pad sort scatter reduce-window custom-call".split())
 _SLICES = frozenset("slice dynamic-slice gather".split())
 MOVES = frozenset("copy copy-start transpose pad".split())
 _COPIES = MOVES | frozenset("convert select concatenate".split())
@@ -370,35 +372,37 @@ def _traffic(module: Module, table: dict[str, Op], op: Op) -> tuple[int, int]:
     if op.kind != "fusion":
         return sum(sizes), written
     name = module.fused(op)
-    touched = [_touched(module, name, i, size) for i, size in enumerate(sizes)]
-    return sum(touched), min(written, _written(module, name, written))
+    shares = _shares(module, name)
+    touched = sum(round(shares.get(i, 1.0) * size) for i, size in enumerate(sizes))
+    return touched, min(written, _written(module, name, written))
 
 
-def _touched(module: Module, name: str, index: int, size: int) -> int:
-    """Bytes of its parameter of this index (of `size` bytes) that a fusion reads."""
+def _shares(module: Module, name: str) -> dict[int, float]:
+    """What of each of its parameters, by index, a fusion reads: as much as its root asks for.
+
+    Kernels of fusions work from their results back: of a sum of which a slice is taken only that
+    slice is summed. Parts that are asked for twice count twice, up to the whole.
+    """
     inside = module.table(name)
-    mine = next((o for o in inside.values() if o.kind == "parameter" and o.index == index), None)
-    if mine is None:
-        return size
-    pending, total, used = [mine.name], 0, False
-    while pending:
-        source = pending.pop()
-        for op in inside.values():
-            for place, operand in enumerate(op.operands):
-                if operand != source:
-                    continue
-                used = True
-                if op.kind in _SLICES and place == 0:
-                    total += op.bytes
-                elif op.kind == "dynamic-update-slice" and place == 0:
-                    pass  # in place
-                elif op.kind in _SAME and not op.is_root:
-                    pending.append(op.name)
-                elif op.kind == "fusion":
-                    total += _touched(module, module.fused(op), place, size)
-                else:
-                    return size
-    return min(total, size) if used else 0
+    asked: dict[str, float] = collections.defaultdict(float)
+    for op in reversed(inside.values()):
+        share = asked[op.name] = 1.0 if op.is_root else min(asked[op.name], 1.0)
+        nested = _shares(module, module.fused(op)) if op.kind == "fusion" else {}
+        for place, name in enumerate(op.operands):
+            if name not in inside or not share:
+                continue
+            if op.kind == "fusion":
+                asked[name] += share * nested.get(place, 0.0)
+            elif op.kind == "dynamic-update-slice":
+                asked[name] += float(place > 0)  # in place
+            elif op.kind in _WHOLE:
+                asked[name] += 1.0
+            elif op.kind in _SLICES or op.kind == "broadcast":
+                less = op.shapes[0].elements / inside[name].shapes[0].elements
+                asked[name] += share * less if place == 0 else 1.0
+            else:
+                asked[name] += share
+    return {op.index: asked[op.name] for op in inside.values() if op.kind == "parameter"}
 
 
 def _written(module: Module, name: str, size: int) -> int:
