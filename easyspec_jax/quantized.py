@@ -11,6 +11,7 @@ are many, the matrix is dequantised first.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -184,6 +185,7 @@ def smallest_code(dtype: Any) -> int:
     return int(jnp.iinfo(dtype).min)
 
 
+@functools.partial(jax.jit, static_argnames=("inputs", "form"))
 def quantise(w: jax.Array, inputs: tuple[int, ...], form: Form) -> Quantized:
     """A matrix rounded to the nearest codes: the largest magnitude that shares a scale has the
     largest code; or the least weight the smallest and the largest weight the largest.
@@ -219,6 +221,7 @@ def quantise(w: jax.Array, inputs: tuple[int, ...], form: Form) -> Quantized:
     return Quantized(codes.astype(dtype).reshape(w.shape), scales, minima, form.group)
 
 
+@jax.jit
 def dequantise(w: Quantized) -> jax.Array:
     """The weights, in at least float32: `_weights` of scales and minima for every one of them."""
     sizes = w.codes.shape
