@@ -67,11 +67,10 @@ def probabilities(logits: jax.Array, filters: Filters) -> jax.Array:
     p = jnp.exp((x - x.max(axis=-1, keepdims=True)) / filters.temperature)
     if filters.use_top_k:
         count = lambda p, at: (p >= at).sum(axis=-1, dtype=jnp.int32)  # noqa: E731
-        p = _keep(p, _largest_threshold(p, lambda *x: count(*x) >= filters.top_k))
+        p = _keep(p, _largest_threshold(p, count, lambda all_of_them: filters.top_k))
     if filters.use_top_p:
-        least = filters.top_p * p.sum(axis=-1, keepdims=True)
         mass = lambda p, at: jnp.where(p >= at, p, 0.0).sum(axis=-1)  # noqa: E731
-        p = _keep(p, _largest_threshold(p, lambda *x: mass(*x) >= least))
+        p = _keep(p, _largest_threshold(p, mass, lambda total: filters.top_p * total))
     if filters.use_min_p:
         p = _keep(p, filters.min_p)
     return p / p.sum(axis=-1, keepdims=True)
@@ -82,10 +81,12 @@ def _keep(p: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _largest_threshold(
-    p: jax.Array, holds: Callable[[jax.Array, jax.Array], jax.Array]
+    p: jax.Array,
+    measure: Callable[[jax.Array, jax.Array], jax.Array],
+    least: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """The largest t in [0, 2) (f32[..., 1]) for which `holds`, a predicate that turns false as t
-    grows; 0 if none.
+    """The largest t in [0, 2) (f32[..., 1]) of which the measure, which falls as t grows, is at
+    least `least`; 0 if none.
 
     Floats that are not negative order as their bits do, so deciding 30 bits from the highest down
     is exact: one at a time where passes over p cost what they compute, five at a time where they
@@ -93,24 +94,38 @@ def _largest_threshold(
 
     Args:
       p: f32[..., V].
-      holds: p [..., 1, V] and thresholds [..., n, 1] to bool[..., n].
+      measure: of p [..., 1, V] and thresholds [..., n, 1], [..., n].
+      least: of the measure at 0, [..., 1], what is wanted.
     """
-    few, many = (functools.partial(_bisect, holds=holds, bits=bits) for bits in (1, 5))
-    return lax.platform_dependent(p, cpu=few, default=many)
+    one, five = (functools.partial(by, measure=measure, least=least) for by in (_by_bit, _by_five))
+    return lax.platform_dependent(p, cpu=one, default=five)
 
 
-def _bisect(p: jax.Array, *, holds: Callable, bits: int) -> jax.Array:
-    """`_largest_threshold`, so many bits at a time."""
-    codes = jnp.arange(1, 2**bits, dtype=jnp.int32).reshape((1,) * (p.ndim - 1) + (-1,))
+def _by_bit(p: jax.Array, *, measure: Callable, least: Callable) -> jax.Array:
+    """`_largest_threshold`, bit by bit."""
+    wanted = least(measure(p[..., None, :], jnp.zeros((1,) * (p.ndim + 1), p.dtype)))
 
     def decide(i, found):
-        shift = 30 - bits * (i + 1)
-        tried = lax.bitcast_convert_type(found | (codes << shift), jnp.float32)
-        passed = holds(p[..., None, :], tried[..., None])
-        return found | (passed.sum(-1, keepdims=True, dtype=jnp.int32) << shift)
+        tried = found | (1 << (29 - i))
+        at = lax.bitcast_convert_type(tried, jnp.float32)[..., None]
+        return jnp.where(measure(p[..., None, :], at) >= wanted, tried, found)
 
     none = jnp.zeros_like(p[..., :1], dtype=jnp.int32)
-    found = lax.fori_loop(0, 30 // bits, decide, none, unroll=bits > 1)
+    return lax.bitcast_convert_type(lax.fori_loop(0, 30, decide, none), jnp.float32)
+
+
+def _by_five(p: jax.Array, *, measure: Callable, least: Callable) -> jax.Array:
+    """The same by five bits; the first pass measures at 0, too."""
+    found = jnp.zeros_like(p[..., :1], dtype=jnp.int32)
+    for shift in range(25, -1, -5):
+        codes = jnp.arange(0 if shift == 25 else 1, 32, dtype=jnp.int32)
+        tried = found | (codes << shift).reshape((1,) * (p.ndim - 1) + (-1,))
+        at = lax.bitcast_convert_type(tried, jnp.float32)[..., None]
+        measured = measure(p[..., None, :], at)
+        if shift == 25:
+            wanted, measured = least(measured[..., :1]), measured[..., 1:]
+        digit = (measured >= wanted).sum(axis=-1, keepdims=True, dtype=jnp.int32)
+        found = found | (digit << shift)
     return lax.bitcast_convert_type(found, jnp.float32)
 
 
