@@ -291,8 +291,9 @@ def _by_groups(
     wide = wide_type(x.dtype)
     scales, minima = (jax.tree.map(lambda a: a[..., None], a) for a in (scales, minima))
     w = _weights(codes, scales, minima, wide_type(scales.dtype)).astype(wide)
-    wide_x = lax.optimization_barrier(x.astype(wide))  # else it is made again for every row
-    rows = wide_x.reshape(-1, 1, *codes.shape[1:])
+    if x.shape[:2] != (1, 1):
+        x = lax.optimization_barrier(x)  # else it is made again for each of several rows
+    rows = x.astype(wide).reshape(-1, 1, *codes.shape[1:])
     found = [(rows[i] * w).sum(axis=(1, 2)) for i in range(len(rows))]
     return jnp.stack(found).reshape(*x.shape[:2], -1)
 

@@ -163,8 +163,11 @@ class Pass:
             once = attention + self._sum(axes) + mlp + mlp_sum
             return Work({work: size * n for work, n in once.items()})
         together = Work({work: slots * n for work, n in attention.items()})
-        if self.rows == 1 and not axes:  # their norms and products are one kernel each
-            together[Piece(kernels=-self.device.shared_kernels)] += size - 1
+        # They read one stream, so what is done to it is done once; where there is one row the
+        # products of a device are one kernel, too.
+        shared = self.device.shared_kernels
+        shared = shared if self.rows == 1 and not axes else min(shared, 1)
+        together[Piece(kernels=-shared)] += slots - 1
         together += self._sum(axes, arrays=slots * layout.group_devices)
         mlps = Work({work: size * n for work, n in mlp.items()})
         in_order = Work({work: size * n for work, n in mlp_sum.items()})
