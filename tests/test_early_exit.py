@@ -117,7 +117,8 @@ def test_greedy_equals_autoregression_for_random_models(
 
 @functools.cache
 def tiny_exiting(exits, adaptive):
-    base = model((1, 1), config=TINY, seed=1, dtype="float32")
+    config = dataclasses.replace(TINY, num_layers=3)
+    base = model((1, 1), config=config, seed=1, dtype="float32")
     drafter = es.EarlyExitDrafter(base, exits=exits, adaptive=adaptive)
     return es.Decoder(base, drafter, num_draft_tokens=2)
 

@@ -17,7 +17,7 @@ from decoders import (
     model,
     surprise,
 )
-from test_distribution import FILTERED, PLAIN, TINY, many_rows, tiny_decoder, tiny_table
+from test_distribution import FILTERED, PAIR, PLAIN, TINY, many_rows, tiny_decoder, tiny_table
 
 import easyspec_jax as es
 from easyspec_jax import vocabulary
@@ -213,7 +213,7 @@ def test_greedy_text_is_autoregressions_wherever_it_stands(kind):
 @functools.cache
 def tiny_foreign(width, candidates="sampled"):
     config = dataclasses.replace(TINY, vocab_size=7)
-    draft = model((1, 1), config=config, seed=2, group_size=GROUPS, dtype="float32")
+    draft = model((1, 1), config=config, seed=2, group_size=PAIR, dtype="float32")
     drafter = es.LayerParallelDrafter(
         draft, candidates=candidates, vocabulary=foreign(4, 7, TINY.vocab_size)
     )
