@@ -126,7 +126,7 @@ def check_middle_cache(decoder, state):
 
 
 def test_the_middles_cache_is_that_of_a_fresh_prefill():
-    """Where the middle is the base, a cache that is not whole has it reject what it wrote itself."""
+    """One that is not whole has a base reject what it wrote as its own middle."""
     decoder = chain("stranger")
     run = started(decoder, [[*range(9)]], NEW)
     for _ in range(4):
@@ -187,10 +187,8 @@ def test_the_buffer_follows_the_middle():
     run = started(decoder, ROWS, 3, PLAIN)
     run.step()
     buffers = np.asarray(run.state.draft.stage.tokens)[:, 2:4].tolist()
-    of_middle, of_base = (
-        enumerate_sequences(m, [3, 1], PLAIN, length=2)
-        for m in (decoder.drafter.middle, decoder.base)
-    )
+    models = decoder.drafter.middle, decoder.base
+    of_middle, of_base = (enumerate_sequences(m, [3, 1], PLAIN, length=2) for m in models)
     assert surprise(map(tuple, buffers), of_middle) < 5 < surprise(map(tuple, buffers), of_base)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import GROUPS, model, surprise
+from decoders import model, surprise
 from test_distribution import PAIR, TINY, many_rows
 
 import easyspec_jax as es
