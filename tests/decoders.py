@@ -99,12 +99,14 @@ class Run:
 
     def step(self) -> loop.Emission:
         """One step of the stream's program; `state` goes on."""
-        self.state, emission = loop.run_step(*self._pair, self.request, self.state)
+        run = self.decoder.compiled(loop.run_step)
+        self.state, emission = run(*self._pair, self.request, self.state)
         return emission
 
     def finish(self) -> None:
         """Every step that is left, by the loop of `generate`."""
-        self.state = loop.run_loop(*self._pair, self.request, self.state)
+        run = self.decoder.compiled(loop.run_loop)
+        self.state = run(*self._pair, self.request, self.state)
 
     def after(self, state: loop.DecodeState, key=None) -> loop.DecodeState:
         """The state one step behind `state`, under another key if one is given; to be traced."""

@@ -7,17 +7,18 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from decoders import GROUPS, NEW, PROMPTS, all_logits, model, self_drafting, surprise
-from mutation import BROKEN_RULES, mutate
+from decoders import NEW, PROMPTS, all_logits, model, self_drafting, surprise
+from mutation import mutate
 
 import easyspec_jax as es
 
 # I4: the distribution of whole sequences, over several steps.
 
 TINY = es.ModelConfig(
-    vocab_size=6, embed_dim=8, mlp_dim=12, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4,
+    vocab_size=6, embed_dim=8, mlp_dim=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
     max_len=32,
 )  # fmt: skip
+PAIR = (2,)  # its layers at once
 PLAIN = es.Sampling(temperature=1.0)
 slow = pytest.mark.slow
 FILTERED = es.Sampling(temperature=0.8, top_k=5, top_p=0.95, min_p=0.02)
@@ -38,7 +39,7 @@ def tiny_decoder(label="llama", *, candidates="sampled", gamma=2, width=1, **opt
     """`label` changes nothing but the key of jit's cache."""
     config = dataclasses.replace(TINY, family=label)
     base = model((1, 1), config=config, seed=1, dtype="float32")
-    draft = model((1, 1), config=config, seed=2, group_size=GROUPS, dtype="float32")
+    draft = model((1, 1), config=config, seed=2, group_size=PAIR, dtype="float32")
     drafter = es.LayerParallelDrafter(draft, candidates=candidates)
     return es.Decoder(base, drafter, num_draft_tokens=gamma, tree_width=width, **options)
 
@@ -82,32 +83,17 @@ def test_sampled_sequences_of_a_tree_follow_the_base(candidates, s):
 @slow
 def test_drafting_that_stops_early_keeps_the_distribution():
     """Where to stop depends on what was drawn; what is accepted must not."""
-    out = many_rows(tiny_decoder(min_draft_probability=0.2, gamma=3, width=2), PLAIN)
+    out = many_rows(tiny_decoder(min_draft_probability=0.3, gamma=3, width=2), PLAIN)
     assert surprise(map(tuple, out.tokens), tiny_table(PLAIN)) < 5
     assert 2 * out.stats.steps < out.stats.nodes_drafted < 5 * out.stats.steps
 
 
 @slow
-def test_a_broken_rule_of_trees_is_noticed(monkeypatch):
-    """test_tree.py has all of them over one step, test_verify.py those of drawn trees over more."""
-    decoder = tiny_decoder("nothing removed", candidates="best", width=3)
-    mutate(monkeypatch, es.verify, *BROKEN_RULES["chosen", "nothing removed"])
-    assert sequence_surprise(decoder, PLAIN) > 5
-
-
-@slow
-@pytest.mark.parametrize(
-    "broken",
-    # the first is noticed by the test of one step too
-    ["no residual", "q of another temperature", "stale key"],
-)
+@pytest.mark.parametrize("broken", ["q of another temperature", "stale key"])
 def test_broken_sampling_is_noticed(monkeypatch, broken):
+    """test_sampling.py, test_tree.py and test_verify.py break every rule of one step."""
     decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken
-    if broken == "no residual":
-        mutate(
-            monkeypatch, es.verify, "_accept_block", "rest.sum(axis=-1, keepdims=True) > 0", "False"
-        )
-    elif broken == "q of another temperature":
+    if broken == "q of another temperature":
         mutate(monkeypatch, es.tree, "_best", "log_q + jax", "3 * log_q + jax")
     else:
         monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)

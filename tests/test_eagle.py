@@ -36,6 +36,7 @@ from eagle_heads import (
     write_published,
 )
 from safetensors.numpy import save_file
+from test_decode import new_tokens
 from test_distribution import FILTERED, enumerate_sequences, many_rows
 
 import easyspec_jax as es
@@ -158,7 +159,11 @@ def check_q(run, tensors, fields):
     [
         ("midlayer", 1, (1, 1)),
         pytest.param("midlayer", 2, (4, 2), marks=slow),
-        *(pytest.param(variant, 1, (1, 1), marks=slow) for variant in list(VARIANTS)[1:]),
+        *(
+            pytest.param(variant, 1, (1, 1), marks=slow)
+            for variant in VARIANTS
+            if variant not in ("midlayer", "few ids")  # the latter drafts below
+        ),
     ],
 )
 def test_drafts_are_what_the_equations_say(tmp_path, variant, width, mesh_shape):
@@ -187,11 +192,9 @@ def test_greedy_text_is_autoregressions(mesh_shape, options):
     assert 0 < out.stats.nodes_accepted < out.stats.nodes_drafted  # or nothing was tested
 
 
-@pytest.mark.parametrize("width", [2, pytest.param(1, marks=slow)])
-def test_cache_and_features_are_a_fresh_prefills(width):
+def test_cache_and_features_are_a_fresh_prefills():
     """Those that were drafted with are forgotten, and a finished row's stay."""
-    least = 0.1 if width == 2 else None
-    run = started(decoder((1, 1), width, least=least, variant="few ids"), PROMPTS)
+    run = started(decoder((1, 1), 2, least=0.1, variant="few ids"), PROMPTS)
     for _ in range(4):
         run.step()
     run.finish_row(1)
@@ -254,19 +257,21 @@ def test_it_drafts_for_a_middle_with_the_middles_features():
     drafts = es.PolybasicDrafter(base, drafter(), mu=3)
     assert drafts.taps == ()
     decoding = es.Decoder(base, drafts, num_draft_tokens=6)
-    out = decoding.generate(PROMPTS, max_new_tokens=NEW)
-    assert out.tokens == autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
-    assert out.drafter_report["middle_catch_up_passes"] > 0
     run = started(decoding, PROMPTS)
     for _ in range(3):
         run.step()
-    stage = run.state.draft.stage
+    stage = jax.device_get(run.state.draft.stage)
     for b, text in enumerate(np.asarray(stage.tokens)):
         end = int(stage.length[b])
         fresh = started(decoder(), [text[:end].tolist()])
         known = np.asarray(stage.draft.known)[b, :end]
         true = np.asarray(fresh.state.draft.known)[0, :end]
         np.testing.assert_allclose(known, true, atol=1e-12)
+    while not np.asarray(run.state.done).all():
+        run.step()
+    want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
+    assert new_tokens(run) == want
+    assert decoding.drafter.report(run.state.draft)["middle_catch_up_passes"] > 0
 
 
 def test_its_memory_counts_the_head_and_not_the_bases_embedding():
@@ -292,7 +297,7 @@ def is_codes(x):
 
 
 def as_floats(x):
-    return np.asarray(dequantise(x) if is_codes(x) else x)
+    return np.asarray(jax.jit(dequantise)(x) if is_codes(x) else x)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +319,7 @@ def test_its_matrices_may_be_codes(tmp_path, monkeypatch, gpus, how):
         size = H if in_head else x.shape[-1]
         form = how.form(size, in_head=in_head, top=top) if x.ndim > 1 else None
         if form is not None:
-            before[name] = as_floats(quantise(jnp.asarray(x), (1,), form))
+            before[name] = as_floats(jax.jit(quantise, static_argnums=(1, 2))(x, (1,), form))
     rounded = write_head(tmp_path / "rounded", before, read_object(folder / "config.json"))
     want = es.EagleDrafter.load(rounded, base).head
     found = es.EagleDrafter.load(folder, base, quantization=how).head

@@ -90,7 +90,7 @@ def test_greedy_equals_autoregression_on_meshes(mesh_shape, exits, gamma, adapti
 @pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(
-    num_layers=st.integers(2, 6),
+    num_layers=st.integers(2, 4),
     data=st.data(),
     gamma=st.sampled_from([1, 2, 5, 7]),
     scale=st.sampled_from([0.02, 0.3, 1.0]),
@@ -117,12 +117,13 @@ def test_greedy_equals_autoregression_for_random_models(
 
 @functools.cache
 def tiny_exiting(exits, adaptive):
-    base = model((1, 1), config=TINY, seed=1, dtype="float32")
+    config = dataclasses.replace(TINY, num_layers=3)
+    base = model((1, 1), config=config, seed=1, dtype="float32")
     drafter = es.EarlyExitDrafter(base, exits=exits, adaptive=adaptive)
     return es.Decoder(base, drafter, num_draft_tokens=2)
 
 
-def sequence_surprise(decoder, s, rows=4096):
+def sequence_surprise(decoder, s, rows=2048):
     """Of many runs of one row each, under keys of their own. Where the drafter chooses, it begins
     with statistics that make it draft on or stop by what it drew.
     """
@@ -153,8 +154,7 @@ def sequence_surprise(decoder, s, rows=4096):
 @pytest.mark.parametrize(
     ("s", "exits", "adaptive"),
     [
-        (PLAIN, (1, 2), True),
-        (FILTERED, (2,), False),
+        (FILTERED, (1, 2), True),
     ],
 )
 def test_sampled_sequences_follow_the_base(s, exits, adaptive):

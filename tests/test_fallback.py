@@ -10,7 +10,7 @@ import pytest
 from decoders import GROUPS, NEW, PROMPTS, autoregressive, model, started, surprise
 from mutation import mutate
 from test_decode import committed, entries_apart
-from test_distribution import FILTERED, PLAIN, TINY, tiny_table
+from test_distribution import FILTERED, PAIR, PLAIN, TINY, tiny_table
 from test_verify import DEPTH, ends, outcomes
 
 import easyspec_jax as es
@@ -93,14 +93,14 @@ def tiny_fallback(label="llama"):
     """`label` changes nothing but the key of jit's cache."""
     config = dataclasses.replace(TINY, family=label)
     base = model((1, 1), config=config, seed=1, dtype="float32")
-    draft = model((1, 1), config=config, seed=2, group_size=GROUPS, dtype="float32")
+    draft = model((1, 1), config=config, seed=2, group_size=PAIR, dtype="float32")
     drafter = es.FallbackDrafter(
         es.PromptLookupDrafter(min_ngram=2), es.LayerParallelDrafter(draft)
     )
     return es.Decoder(base, drafter, num_draft_tokens=2)
 
 
-def fallback_surprise(decoder, s, rows=4096):
+def fallback_surprise(decoder, s, rows=2048):
     """Behind this prompt rows go on differently, so that either drafts for some."""
     prompt = (3, 1, 2, 0, 3, 1)
     out = decoder.generate(np.tile([prompt], (rows, 1)), max_new_tokens=3, sampling=s, seed=5)

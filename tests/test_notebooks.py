@@ -28,14 +28,18 @@ FIGURES = {
     "07_gpu_programs": {"gpu_bytes.png", "gpu_launches.png", "gpu_collectives.png"},
 }
 # In place of a notebook's own parameters: what is too much for programs that are not optimised.
-SHALLOW = "\nimport tiny_pair\ntiny_pair.CONFIG['num_hidden_layers'] = 4"
+SHALLOW = "\nPROMPTS = PROMPTS[:1]\nimport tiny_pair\ntiny_pair.CONFIG['num_hidden_layers'] = 2"
 LESS = {
-    "02_why_grouping_works": "GROUP_SIZES = [1, 4]",
-    "03_where_time_goes": "GROUP_SIZES, TREE_WIDTHS, NUM_DRAFT_TOKENS, REPEATS = [1, 3], [1], 3, 1",
-    "04_losslessness": "SAMPLES, MAX_NEW_TOKENS = [64, 256], 8",
-    "05_your_own_pair": "GROUP_SIZES, NUM_DRAFT_TOKENS, MAX_NEW_TOKENS = [1, 2], 3, 32" + SHALLOW,
-    "06_plan_and_tune": "SETTINGS, ATTENTION_STEPS, MAX_NEW_TOKENS = [(3, 2)], 2, 8\n"
-    "from easyspec_jax.planner import measure\nmeasure.ROWS = (1, 8)" + SHALLOW,
+    "02_why_grouping_works": "GROUP_SIZES, MAX_NEW_TOKENS, NUM_LAYERS = [2], 4, 4",
+    # a size is counted unless it is the first: the second of one size compiles no step
+    "03_where_time_goes": "GROUP_SIZES, TREE_WIDTHS, NUM_LAYERS = [2, 2], [1], (1, 4)\n"
+    "NUM_DRAFT_TOKENS, REPEATS = 2, 1",
+    "04_losslessness": "SAMPLES, MAX_NEW_TOKENS, NUM_LAYERS = [16, 64], 4, 1",
+    "05_your_own_pair": "GROUP_SIZES, NUM_DRAFT_TOKENS, MAX_NEW_TOKENS = [(2,)], 2, 8" + SHALLOW,
+    # test_plan.py measures a device
+    "06_plan_and_tune": "SETTINGS, ATTENTION_STEPS, MAX_NEW_TOKENS = [(2, 2)], 1, 8\n"
+    "from easyspec_jax.planner import device, measure\n"
+    "measure.measure_device = lambda dtype: device.PRESETS['h100']" + SHALLOW,
 }
 sys.path.insert(0, str(EXPERIMENTS))  # scripts, no package
 tiny_pair = importlib.import_module("tiny_pair")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import easyspec_jax as es
 from easyspec_jax.cli.drafting import draft_layout
 from easyspec_jax.cli.main import make_parser
+from easyspec_jax.planner import measure
 from easyspec_jax.planner.acceptance import (
     Acceptance,
     chain_tokens,
@@ -24,12 +25,6 @@ from easyspec_jax.planner.acceptance import (
 )
 from easyspec_jax.planner.cost import Pass, step_costs
 from easyspec_jax.planner.device import PRESETS, Device, read_device
-from easyspec_jax.planner.measure import (
-    collective_costs,
-    logit_seconds,
-    product_costs,
-    score_seconds,
-)
 from easyspec_jax.planner.plan import Choice, Deployment, Planner, abstract_mesh, deployments
 from easyspec_jax.program.collectives import collectives
 from easyspec_jax.sharding import LAYOUTS
@@ -390,13 +385,22 @@ def test_launch_bound_devices_want_the_papers_layout():
 
 
 @pytest.mark.slow
-def test_micro_benchmarks_give_positive_costs():
-    float32 = jax.numpy.dtype("float32")
-    per_byte, beside = product_costs(2, float32, 2**20)
-    assert 1e-14 < per_byte < 1e-6 and 0 <= beside < 1
-    assert 0 <= score_seconds(float32) < 1e-5 and 0 <= logit_seconds() < 1e-5
-    two, hop, link = collective_costs()
-    assert two > 0 and hop >= 0 and link > 0
+def test_micro_benchmarks_give_positive_costs(monkeypatch):
+    """Of few and small arrays."""
+    products, exchange = measure.product_costs, measure._all_reduce_seconds
+    monkeypatch.setattr(measure, "product_costs", lambda *args: products(*args[:2], 2**20))
+    monkeypatch.setattr(measure, "_all_reduce_seconds", lambda n, _: exchange(n, 16))
+    for name, small in (("ROWS", (1, 3)), ("_SMALL", (32, 48)), ("_ENTRIES", 16), ("_HEADS", 2)):
+        monkeypatch.setattr(measure, name, small)
+    found = measure.measure_device()
+    assert (found.name, found.dtype) == (jax.devices()[0].device_kind, "float32")
+    assert [rows for rows, *_ in found.products] == [1, 3]
+    for _, per_byte, beside in found.products:
+        assert 1e-14 < per_byte < 1e-6 and 0 <= beside < 1
+    assert found.bandwidth * found.products[0][1] == pytest.approx(1) and found.flops > 0
+    assert 0 <= found.score < 1e-5 and 0 <= found.logit < 1e-5
+    assert found.collective > 0 and found.hop >= 0 and found.link > 0
+    assert 0 <= found.kernel < 1 and 0 <= found.step < 1
 
 
 CONFIG = {

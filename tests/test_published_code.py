@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import GROUPS, model, surprise
-from test_distribution import TINY, many_rows
+from decoders import model, surprise
+from test_distribution import PAIR, TINY, many_rows
 
 import easyspec_jax as es
 from easyspec_jax import verify
@@ -61,7 +61,7 @@ def test_only_our_rule_keeps_p_on_a_small_vocabulary(script):
 @pytest.mark.slow
 def test_what_is_summed_is_what_is_decoded(script):
     base = model((1, 1), config=TINY, seed=1, dtype="float32")
-    draft = model((1, 1), config=TINY, seed=2, group_size=GROUPS, dtype="float32")
+    draft = model((1, 1), config=TINY, seed=2, group_size=PAIR, dtype="float32")
     drafter = script.PublishedDrafter(draft, temperature=0.8)
     decoder = es.Decoder(base, drafter, num_draft_tokens=2, tree_width=3)
     found, p = script.two_tokens(decoder, [3, 1], 0.8)

@@ -377,7 +377,7 @@ def test_a_last_answer_needs_no_newline(tmp_path):
 @pytest.mark.slow
 def test_the_command(easyspec, checkpoints, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"say {i} times hello" for i in range(24)))
+    prompts.write_text("\n".join(f"say {i} times hello" for i in range(10, 22)))
     argv = ("train-head", "--base", "base", "--out", tmp_path / "head", "--quiet")
     argv += ("--taps", "1,2", "--held-out", 4, "--rows", 8, "--batch", 4, "--max-new-tokens", 20)
     status, out, err = easyspec(*argv, "--prompts", prompts, "--row-length", 64)

@@ -277,7 +277,7 @@ def test_uniform_partitions_are_decoded_with_too_and_text_is_autoregressions():
 def test_several_devices_tune_as_one():
     found = [
         tune.tune(
-            *(MODEL(shape),) * 2, PROMPTS, attention_steps=3, num_draft_tokens=3,
+            *(MODEL(shape),) * 2, PROMPTS, attention_steps=2, num_draft_tokens=3,
             max_new_tokens=16, num_confirmed=1,
         )
         for shape in ((1, 1), (2, 4))
@@ -291,7 +291,7 @@ def test_several_devices_tune_as_one():
 @pytest.mark.slow
 def test_tuning_above_temperature_zero():
     m, stranger = MODEL((1, 1)), MODEL((1, 1), seed=3)
-    options = {"attention_steps": 2, "num_draft_tokens": 2, "max_new_tokens": 8, "num_confirmed": 1}
+    options = {"attention_steps": 1, "num_draft_tokens": 2, "max_new_tokens": 8}
     found = tune.tune(m, m, PROMPTS, temperature=0.8, **options)
     assert found.exact_acceptance == pytest.approx(1)
     assert all(c.identical is None and c.tokens_per_step > 1 for c in found.candidates)

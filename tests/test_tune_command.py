@@ -72,14 +72,14 @@ def test_the_command_tunes_and_others_use_what_it_found(easyspec, pair, monkeypa
     search = tune.tune
     monkeypatch.setattr(tune, "tune", lambda *a, **o: results.append(search(*a, **o))
                         or results[-1])  # fmt: skip
-    status, out, _ = easyspec(*command, "--attention-steps", 3, "--json")
+    status, out, _ = easyspec(*command, "--attention-steps", 2, "--json")
     assert status == 0
     *lines, last = out.splitlines()
     found = json.loads(last)
     stored = json.loads((draft / "partition.json").read_text())
     assert stored == {"format": 1} | found and sum(found["partition"]) == 5
     assert f"written to {draft / 'partition.json'}; use it with --group-size tuned" in lines[-1]
-    assert found["tuned_for"]["attention_steps"] == 3 and found["tuned_for"]["base"] == "base"
+    assert found["tuned_for"]["attention_steps"] == 2 and found["tuned_for"]["base"] == "base"
     assert found["tuned_for"]["draft_weights"] and str(pair) not in last
     assert all(c["identical"] == 2 for c in found["candidates"])
     partition = tuple(found["partition"])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from decoders import (
     CONFIG,
-    GROUPS,
     NEW,
     PROMPTS,
     SMALL,
@@ -17,7 +16,7 @@ from decoders import (
     model,
     surprise,
 )
-from test_distribution import FILTERED, PLAIN, TINY, many_rows, tiny_decoder, tiny_table
+from test_distribution import FILTERED, PAIR, PLAIN, TINY, many_rows, tiny_decoder, tiny_table
 
 import easyspec_jax as es
 from easyspec_jax import vocabulary
@@ -150,11 +149,11 @@ def stranger(mesh_shape=(1, 1), *, gamma=2, width=1, num_shared=50, **options):
     return es.Decoder(model(mesh_shape), drafter, num_draft_tokens=gamma, tree_width=width)
 
 
-def translated(num_shared, **options):
+def translated(num_shared, config=CONFIG, **options):
     """The base as its own draft, but for its ids, of which there are six more."""
-    base, size = model((1, 1)), CONFIG.vocab_size + 6
+    base, size = model((1, 1), config=config), CONFIG.vocab_size + 6
     shared = foreign(num_shared, size)
-    draft = model((1, 1), config=dataclasses.replace(CONFIG, vocab_size=size))
+    draft = model((1, 1), config=dataclasses.replace(config, vocab_size=size))
     at = shared.reading
     params = base.params.replace(
         embed=draft.params.embed.at[at].set(base.params.embed),
@@ -173,9 +172,10 @@ def test_the_base_in_another_writing_is_always_right():
 
 @slow
 def test_the_base_in_another_writing_drafts_the_same_trees():
-    drafter, options = es.LayerParallelDrafter(model((1, 1))), {"num_draft_tokens": 3}
-    plain = es.Decoder(model((1, 1)), drafter, tree_width=2, **options)
-    other = translated(CONFIG.vocab_size, tree_width=2, **options)
+    config, options = dataclasses.replace(CONFIG, num_layers=1), {"num_draft_tokens": 3}
+    base = model((1, 1), config=config)
+    plain = es.Decoder(base, es.LayerParallelDrafter(base), tree_width=2, **options)
+    other = translated(CONFIG.vocab_size, config, tree_width=2, **options)
     want, got = (
         x.generate(PROMPTS, max_new_tokens=NEW, sampling=FILTERED, seed=2) for x in (plain, other)
     )
@@ -195,7 +195,7 @@ def test_greedy_text_is_autoregressions():
 @pytest.mark.parametrize("kind", ["polybasic", "uncalibrated, stops early"])
 def test_greedy_text_is_autoregressions_wherever_it_stands(kind):
     base = model((1, 1))
-    draft = model((1, 1), group_size=2, seed=7, config=SMALL)
+    draft = model((1, 1), seed=7, config=dataclasses.replace(SMALL, num_layers=2))
     drafter = es.LayerParallelDrafter(
         draft,
         vocabulary=foreign(50, SMALL.vocab_size),
@@ -213,7 +213,7 @@ def test_greedy_text_is_autoregressions_wherever_it_stands(kind):
 @functools.cache
 def tiny_foreign(width, candidates="sampled"):
     config = dataclasses.replace(TINY, vocab_size=7)
-    draft = model((1, 1), config=config, seed=2, group_size=GROUPS, dtype="float32")
+    draft = model((1, 1), config=config, seed=2, group_size=PAIR, dtype="float32")
     drafter = es.LayerParallelDrafter(
         draft, candidates=candidates, vocabulary=foreign(4, 7, TINY.vocab_size)
     )

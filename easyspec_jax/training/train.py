@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easyspec_jax.config import ModelConfig, is_integer, is_number
 from easyspec_jax.drafters.eagle_folder import default_taps
@@ -252,7 +252,8 @@ def _begin(data: Data, vocabulary: Vocabulary, optimiser: Any) -> TrainState:
     head = start_head(data.base, sizes, embed_residual=options.embed_residual, seed=options.seed)
     dtype = vocabulary.rows.dtype
     head = {name: replicate(np.asarray(x, dtype), mesh) for name, x in head.items()}
-    started = jax.jit(optimiser.init)(head)
+    everywhere = NamedSharding(mesh, PartitionSpec())  # as a step returns it: one program
+    started = jax.jit(optimiser.init, out_shardings=everywhere)(head)
     return TrainState(head=head, optimiser=started, step=replicate(np.int32(0), mesh))
 
 
