@@ -155,6 +155,7 @@ def sequence_surprise(decoder, s, rows=2048):
     ("s", "exits", "adaptive"),
     [
         (FILTERED, (1, 2), True),
+        (PLAIN, (2,), False),
     ],
 )
 def test_sampled_sequences_follow_the_base(s, exits, adaptive):
