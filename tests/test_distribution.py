@@ -72,9 +72,8 @@ def test_sampled_sequences_follow_the_base(s):
         assert sequence_surprise(es.Decoder(tiny_decoder().base), s) < 5
 
 
-@pytest.mark.parametrize(
-    ("candidates", "s"), [pytest.param("best", PLAIN, marks=slow), ("sampled", FILTERED)]
-)
+@slow
+@pytest.mark.parametrize(("candidates", "s"), [("best", PLAIN), ("sampled", FILTERED)])
 def test_sampled_sequences_of_a_tree_follow_the_base(candidates, s):
     decoder = tiny_decoder(candidates=candidates, gamma=2, width=3)
     assert sequence_surprise(decoder, s) < 5

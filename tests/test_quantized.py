@@ -175,19 +175,13 @@ def decoder_of(mesh_shape, kind, group, *, draft_only=False, minima=None, **opti
     return es.Decoder(base, es.LayerParallelDrafter(draft), **options)
 
 
+@pytest.mark.slow  # below over caches of codes as well
 @pytest.mark.parametrize(
     "gpus, shape, kind, group, options",
     [
         (True, (1, 1), "int4", 8, {"num_draft_tokens": 3}),
         # minima in either order are above, bases of codes on a mesh below
-        pytest.param(
-            True,
-            (4, 2),
-            "int8",
-            8,
-            {"draft_only": True, "minima": "float16", "tree_width": 2},
-            marks=pytest.mark.slow,
-        ),
+        (True, (4, 2), "int8", 8, {"draft_only": True, "minima": "float16", "tree_width": 2}),
     ],
 )
 def test_speculation_says_what_the_same_base_says_alone(pretend, gpus, shape, kind, group, options):

@@ -48,6 +48,7 @@ def stored_codes(folder: pathlib.Path) -> es.Quantization | None:
     return checkpoint.stored_quantization(checkpoint.read_metadata(folder)[1])
 
 
+@pytest.mark.slow
 def test_codes_are_kept_on_a_mesh_and_say_what_the_floats_say(tmp_path, monkeypatch):
     """On two layers at once, in the order of GPUs; greedily, and from disk to disk."""
     write(tmp_path / "hf", "awq", layers=2)

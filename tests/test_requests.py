@@ -133,7 +133,7 @@ def test_warmup_compiles_the_stream():
 
 @pytest.mark.parametrize(
     ("batch", "width", "least"),
-    [(1, 1, None), (3, 3, 0.2)],
+    [(1, 1, None), pytest.param(3, 3, 0.2, marks=pytest.mark.slow)],
 )
 def test_the_compiled_loop_copies_no_cache(batch, width, least):
     """In optimised HLO: writes in place, and neither copies nor transposes as large as an entry;

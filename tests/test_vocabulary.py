@@ -220,11 +220,12 @@ def tiny_foreign(width, candidates="sampled"):
     return es.Decoder(tiny_decoder().base, drafter, num_draft_tokens=2, tree_width=width)
 
 
+@slow
 @pytest.mark.parametrize(
     ("width", "candidates", "s"),
     [
         (1, "sampled", PLAIN),
-        pytest.param(5, "sampled", FILTERED, marks=slow),  # five children of four tokens
+        (5, "sampled", FILTERED),  # five children of four tokens
     ],
 )
 def test_sampled_sequences_follow_the_base(width, candidates, s):
