@@ -22,8 +22,10 @@ from easyspec_jax.sharding import has_gpus
 logger = logging.getLogger("easyspec_jax")
 
 ATTENTION = ("auto", "cudnn", "xla")  # "auto": cuDNN's where the device shows that it has one
-_ASKED = (1, 6, 64)  # rows that a device is asked for: a token, a step's, a piece of a prompt
-_CLOSE = 0.05  # of values between -1 and 1; masked ones are a hundred
+# Tokens and rows that a device is asked for: a token, a step's, a piece of a prompt; a batch.
+_ASKED = ((1, 1), (6, 1), (256, 1), (6, 3))
+_ENTRIES, _BEFORE = 2048, 3  # of each row's cache; those that all tokens see
+_CLOSE = 0.05  # of values between -1 and 1; those that no token may see are a hundred
 
 
 def attend(q: jax.Array, kv: LayerKV, mask: jax.Array) -> jax.Array:
@@ -49,7 +51,7 @@ def attend_cudnn(q: jax.Array, kv: LayerKV, mask: jax.Array) -> jax.Array:
     its batch, so that it reads the cache as it lies.
 
     Raises:
-      ValueError: the library is not there, or too old.
+      ValueError: the library is not there.
     """
     entries, rows, h = q.shape
     batch, t = mask.shape[:2]
@@ -60,6 +62,8 @@ def attend_cudnn(q: jax.Array, kv: LayerKV, mask: jax.Array) -> jax.Array:
     k, v = kv.k[:, :, None], kv.v[:, :, None]
     try:
         found = jax.nn.dot_product_attention(by_token, k, v, mask=mask, implementation="cudnn")
+    except NotImplementedError:  # it is there, but not for this device
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f'attention="cudnn" needs cuDNN (nvidia-cudnn-cu12): {reason}') from error
@@ -100,7 +104,7 @@ def attention_on(
         return "cudnn"
     if mesh.is_multi_process:
         raise ValueError(f'{problem}; attention="xla" does without, in all processes')
-    logger.info("attention by XLA: %s", problem)
+    logger.warning("attention by XLA: %s", problem)
     return "xla"
 
 
@@ -113,32 +117,35 @@ def why_not_cudnn(device: Any, groups: int, head_dim: int, dtype: str) -> str | 
     Args:
       groups: G, query heads of a kv head.
     """
-    cases = [_case(rows, groups, head_dim, dtype) for rows in _ASKED]
+    cases = [_case(*asked, groups, head_dim, dtype) for asked in _ASKED]
     try:
         where = jax.sharding.SingleDeviceSharding(device)
-        # Of a function of its own: what was compiled of one that is kept is not asked again.
-        lowered = jax.jit(lambda cases: _furthest(cases), in_shardings=where).lower(cases)
-        if device.client.runtime_type == "compile_only_runtime":
-            return None
-        furthest = float(lowered.compile()(jax.device_put(cases, device)))
+        with jax.ensure_compile_time_eval():  # whatever is traced around it
+            # Of a function of its own: what was compiled of one that is kept is not asked again.
+            lowered = jax.jit(lambda cases: _furthest(cases), in_shardings=where).lower(cases)
+            if device.client.runtime_type == "compile_only_runtime":
+                return None
+            furthest = float(lowered.compile()(jax.device_put(cases, device)))
     except (ValueError, RuntimeError) as error:
-        return f"cuDNN has no attention here ({str(error).splitlines()[0]})"
+        if "RESOURCE_EXHAUSTED" in str(error):  # which says nothing of cuDNN
+            raise
+        return f"cuDNN has no attention here ({str(error).partition(chr(10))[0]})"
     if furthest <= _CLOSE:
         return None
     return f"cuDNN's attention is {furthest:.3g} away from XLA's"
 
 
-def _case(rows: int, groups: int, head_dim: int, dtype: str) -> tuple[np.ndarray, ...]:
-    """Queries, keys, values and mask of two kv heads, where a chain of so many rows stands behind
-    some entries; what no row may see is large.
+def _case(t: int, batch: int, groups: int, head_dim: int, dtype: str) -> tuple[np.ndarray, ...]:
+    """Queries, keys, values and mask of two kv heads, where a chain of so many tokens stands behind
+    few entries: any that is missed or seen too many is noticed.
     """
-    entries = 256
-    draw = np.random.default_rng(rows).uniform
-    shapes = (2, rows * groups, head_dim), *[(2, entries, head_dim)] * 2
+    draw = np.random.default_rng(t).uniform
+    shapes = (2 * batch, t * groups, head_dim), *[(2 * batch, _ENTRIES, head_dim)] * 2
     q, k, v = (draw(-1, 1, shape) for shape in shapes)
-    mask = np.arange(entries) <= np.arange(100, 100 + rows)[:, None]
-    v[:, 100 + rows :] = 100
-    return *(x.astype(jnp.dtype(dtype)) for x in (4 * q, k, v)), mask[None]
+    seen = np.arange(_ENTRIES) <= np.arange(_BEFORE, _BEFORE + t)[:, None]
+    v[:, _BEFORE + t :] = 100
+    mask = np.broadcast_to(seen, (batch, *seen.shape))
+    return *(x.astype(jnp.dtype(dtype)) for x in (q, k, v)), mask
 
 
 def _furthest(cases: list[tuple[jax.Array, ...]]) -> jax.Array:

@@ -116,12 +116,13 @@ def test_a_device_without_the_library_does_not(ask):
     assert ask().startswith("cuDNN has no attention here (")
 
 
-@pytest.mark.parametrize("wrong", ["mask", "values", "nan"])
+@pytest.mark.parametrize("wrong", ["mask", "own token", "values", "nan"])
 def test_a_device_that_finds_something_else_does_not(monkeypatch, xla_for_cudnn, ask, wrong):
     def instead(q, k, v, *, mask, implementation):
         mask = jnp.ones_like(mask) if wrong == "mask" else mask
+        mask = jnp.roll(mask, -1, axis=-1) if wrong == "own token" else mask
         found = xla_for_cudnn(q, k, v, mask=mask, implementation=implementation)
-        return {"mask": found, "values": 1.2 * found, "nan": jnp.nan * found}[wrong]
+        return {"values": 1.2 * found, "nan": jnp.nan * found}.get(wrong, found)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     assert "away from XLA's" in ask()
@@ -129,7 +130,7 @@ def test_a_device_that_finds_something_else_does_not(monkeypatch, xla_for_cudnn,
 
 def test_where_the_device_shows_nothing_xla_attends_and_a_line_says_why(monkeypatch, caplog):
     monkeypatch.setattr(attend, "why_not_cudnn", lambda *asked: "no plan")
-    with caplog.at_level(logging.INFO, "easyspec_jax"):
+    with caplog.at_level(logging.WARNING, "easyspec_jax"):
         found = attend.attention_on(a_gpu(monkeypatch, "9.0"), "auto", CONFIG, "bfloat16", None)
     assert found == "xla" and caplog.messages == ["attention by XLA: no plan"]
     several = a_gpu(monkeypatch, "9.0", processes=2)  # which are to run one program

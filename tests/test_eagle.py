@@ -159,11 +159,7 @@ def check_q(run, tensors, fields):
     [
         ("midlayer", 1, (1, 1)),
         pytest.param("midlayer", 2, (4, 2), marks=slow),
-        *(
-            pytest.param(variant, 1, (1, 1), marks=slow)
-            for variant in VARIANTS
-            if variant not in ("midlayer", "few ids")  # the latter drafts below
-        ),
+        *(pytest.param(variant, 1, (1, 1), marks=slow) for variant in list(VARIANTS)[1:]),
     ],
 )
 def test_drafts_are_what_the_equations_say(tmp_path, variant, width, mesh_shape):
@@ -267,7 +263,7 @@ def test_it_drafts_for_a_middle_with_the_middles_features():
         known = np.asarray(stage.draft.known)[b, :end]
         true = np.asarray(fresh.state.draft.known)[0, :end]
         np.testing.assert_allclose(known, true, atol=1e-12)
-    while not np.asarray(run.state.done).all():
+    for _ in range(NEW):
         run.step()
     want = autoregressive().generate(PROMPTS, max_new_tokens=NEW).tokens
     assert new_tokens(run) == want

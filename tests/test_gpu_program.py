@@ -223,9 +223,11 @@ def test_the_end_of_a_step_is_few_launches(name):
     assert program(name).phases["commit"].traffic.launches <= COMMIT_LAUNCHES
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_memory_is_within_the_budget(name):
-    found = program(name)
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((c, "xla") for c in CASES), *((c, "cudnn") for c in CUDNN)]
+)
+def test_memory_is_within_the_budget(name, attention):
+    found = program(name, attention)
     needed = found.memory["arguments"] + found.memory["temporaries"]
     assert needed <= 1.01 * sum(found.budget.values())
 

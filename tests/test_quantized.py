@@ -23,10 +23,8 @@ from easyspec_jax import checkpoint, quantized, sharding, sources, weights
 from easyspec_jax.cache import LayerKV
 from easyspec_jax.cli import drafting
 from easyspec_jax.memory import device_bytes
-from easyspec_jax.quantized import Form, Quantized, product
+from easyspec_jax.quantized import Form, Quantized, dequantise, product, quantise
 
-quantise = jax.jit(quantized.quantise, static_argnums=(1, 2))
-dequantise = jax.jit(quantized.dequantise)
 LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
 
 

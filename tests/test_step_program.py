@@ -152,12 +152,60 @@ ENTRY %main (a: f32[8,6,12], b: f32[6], d: bf16[6,64,4], n: s32[]) -> bf16[6,64,
   ROOT %new = bf16[6,64,4]{2,1,0} fusion(%a, %b, %d, %n), kind=kLoop, calls=%kept
 }
 """
-    (one,) = (one for one in hlo.whole(hlo.parse(text)) if one.counts)
     pieces = 8 * 6 * 4 * 4  # a third of them
-    assert (one.read, one.written) == (pieces + 6 * 4 + 4, 6 * 4 * 2)
+    assert moved_by(text) == (pieces + 6 * 4 + 4, 6 * 4 * 2)
     whole = text.replace("slice(%scaled), slice={[0:6], [0:4]}", "dot(%scaled)")
-    (one,) = (one for one in hlo.whole(hlo.parse(whole)) if one.counts)
-    assert one.read == 3 * pieces + 6 * 4 + 4
+    assert moved_by(whole) == (3 * pieces + 6 * 4 + 4, 6 * 4 * 2)
+
+
+@pytest.mark.parametrize(
+    "inner, read",
+    [("negate(%q)", 10 * 4), ("reduce-window(%q)", 1000 * 4), ("concatenate(%q)", 1000 * 4)],
+)
+def test_a_fusion_of_a_fusion_reads_what_is_asked_of_it(inner, read):
+    assert moved_by(f"""\
+%inner (q: f32[1000]) -> f32[1000] {{
+  %q = f32[1000]{{0}} parameter(0)
+  ROOT %r = f32[1000]{{0}} {inner}
+}}
+
+%outer (p: f32[1000]) -> f32[10] {{
+  %p = f32[1000]{{0}} parameter(0)
+  %f = f32[1000]{{0}} fusion(%p), kind=kLoop, calls=%inner
+  ROOT %cut = f32[10]{{0}} slice(%f), slice={{[0:10]}}
+}}
+
+ENTRY %main (a: f32[1000]) -> f32[10] {{
+  %a = f32[1000]{{0}} parameter(0)
+  ROOT %new = f32[10]{{0}} fusion(%a), kind=kLoop, calls=%outer
+}}
+""") == (read, 40)
+
+
+@pytest.mark.parametrize("root, read", [("bitcast", 40), ("negate", 4000 + 40)])
+def test_an_update_is_in_place_where_it_is_the_result(root, read):
+    assert moved_by(f"""\
+%updated (c: f32[1000], u: f32[10], i: s32[]) -> f32[1000] {{
+  %c = f32[1000]{{0}} parameter(0)
+  %u = f32[10]{{0}} parameter(1)
+  %i = s32[] parameter(2)
+  %dus = f32[1000]{{0}} dynamic-update-slice(%c, %u, %i)
+  ROOT %r = f32[1000]{{0}} {root}(%dus)
+}}
+
+ENTRY %main (a: f32[1000], b: f32[10], n: s32[]) -> f32[1000] {{
+  %a = f32[1000]{{0}} parameter(0)
+  %b = f32[10]{{0}} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %new = f32[1000]{{0}} fusion(%a, %b, %n), kind=kLoop, calls=%updated
+}}
+""") == (read + 4, 40 if root == "bitcast" else 4000)
+
+
+def moved_by(text):
+    """What the one launch of a program reads and writes."""
+    (one,) = (one for one in hlo.whole(hlo.parse(text)) if one.counts)
+    return one.read, one.written
 
 
 def test_launches_know_the_arguments_that_they_read():

@@ -139,7 +139,7 @@ def report(program: StepProgram, constants: Device | None) -> list[str]:
         f"device     {program.device}, {mesh}; jax {jax.__version__}; compiled, not run: "
         "no clock was read",
         f"caches     {program.entries} entries of each row",
-        f"attention  by {_ATTENTION[program.attention]}",
+        f"attention  of the base by {_ATTENTION[program.attention]}",
         "",
         _row(_COLUMNS, *_COLUMNS),
     ]

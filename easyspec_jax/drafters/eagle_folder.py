@@ -307,7 +307,8 @@ def prototypes(
     about: Description, base: Model, own: bool, dtype: Any, layout: Any, how: Quantization | None
 ) -> tuple[Model, Model]:
     """The models of a head and of its embedding, which is its own or the base's, as shapes."""
-    options: dict[str, Any] = dict(dtype=dtype, layout=layout, attention=base.layout.attention)
+    attention = "xla" if base.layout.attention == "xla" else "auto"  # its heads may be others
+    options: dict[str, Any] = dict(dtype=dtype, layout=layout, attention=attention)
     options["kv_dtype"] = base.layout.kv_codes
     mesh = base.layout.mesh
     model = abstract_model(about.config, mesh, quantization=how, **options)

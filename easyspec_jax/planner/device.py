@@ -55,8 +55,8 @@ class Device:
     pass_kernels: float = 6  # embedding, last norm, head, what samples
     # Of compiled GPU programs: more of attention and of an MLP where several rows are passed, since
     # their products are split and added up; more of an attention in a group on several devices;
-    # fewer for each further layer of a group on one device, whose products of one row are one
-    # (of several rows at most one fewer: the sum of squares of what they all read).
+    # fewer for each further layer of a group on the same device, whose products of one row are one
+    # (where heads are split or rows are several at most one fewer: what all read is squared once).
     rows_kernels: float = 0
     group_kernels: float = 0
     shared_kernels: float = 0

@@ -37,7 +37,10 @@ _VIEWS = frozenset(
 )
 _SAME = frozenset("bitcast copy reshape transpose convert opt-barrier copy-done".split())
 # Read whole, however little of their result is: their elements are not those of their operands.
-_WHOLE = frozenset("dot convolution concatenate pad sort scatter reduce-window custom-call".split())
+_WHOLE = frozenset(
+    "dot convolution concatenate pad sort scatter reduce-window custom-call "
+    "dynamic-update-slice".split()
+)
 _SLICES = frozenset("slice dynamic-slice gather".split())
 MOVES = frozenset("copy copy-start transpose pad".split())
 _COPIES = MOVES | frozenset("convert select concatenate".split())
@@ -373,35 +376,38 @@ def _traffic(module: Module, table: dict[str, Op], op: Op) -> tuple[int, int]:
         return sum(sizes), written
     name = module.fused(op)
     shares = _shares(module, name)
-    touched = sum(round(shares.get(i, 1.0) * size) for i, size in enumerate(sizes))
+    touched = sum(round(min(shares.get(i, 1.0), 1.0) * n) for i, n in enumerate(sizes))
     return touched, min(written, _written(module, name, written))
 
 
-def _shares(module: Module, name: str) -> dict[int, float]:
-    """What of each of its parameters, by index, a fusion reads: as much as its root asks for.
+def _shares(module: Module, fusion: str, share: float = 1.0) -> dict[int, float]:
+    """What of each of its parameters, by index, a fusion reads of whose result so much is asked.
 
     Kernels of fusions work from their results back: of a sum of which a slice is taken only that
     slice is summed. Parts that are asked for twice count twice, up to the whole.
     """
-    inside = module.table(name)
+    inside = module.table(fusion)
     asked: dict[str, float] = collections.defaultdict(float)
+    results = {op.name for op in inside.values() if op.is_root}  # and what they are views of
     for op in reversed(inside.values()):
-        share = asked[op.name] = 1.0 if op.is_root else min(asked[op.name], 1.0)
-        nested = _shares(module, module.fused(op)) if op.kind == "fusion" else {}
-        for place, name in enumerate(op.operands):
-            if name not in inside or not share:
+        part = asked[op.name] = share if op.is_root else min(asked[op.name], 1.0)
+        if op.name in results and op.kind in ("tuple", "bitcast"):
+            results.update(op.operands)
+        nested = _shares(module, module.fused(op), part) if op.kind == "fusion" else {}
+        for place, operand in enumerate(op.operands):
+            if operand not in inside or not part:
                 continue
             if op.kind == "fusion":
-                asked[name] += share * nested.get(place, 0.0)
-            elif op.kind == "dynamic-update-slice":
-                asked[name] += float(place > 0)  # in place
+                asked[operand] += nested.get(place, 0.0)
+            elif op.kind == "dynamic-update-slice" and place == 0:
+                asked[operand] += 0.0 if op.name in results else part  # in place
             elif op.kind in _WHOLE:
-                asked[name] += 1.0
+                asked[operand] += 1.0
             elif op.kind in _SLICES or op.kind == "broadcast":
-                less = op.shapes[0].elements / inside[name].shapes[0].elements
-                asked[name] += share * less if place == 0 else 1.0
+                less = op.shapes[0].elements / inside[operand].shapes[0].elements
+                asked[operand] += part * less if place == 0 else 1.0
             else:
-                asked[name] += share
+                asked[operand] += part
     return {op.index: asked[op.name] for op in inside.values() if op.kind == "parameter"}
 
 
