@@ -98,6 +98,7 @@ def attention_on(
         return "xla"
     if wanted == "cudnn":
         return wanted
+    assert isinstance(mesh, Mesh)  # those that are abstract have no devices
     asked = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     problem = why_not_cudnn(asked, config.num_groups, config.head_dim, jnp.dtype(dtype).name)
     if problem is None:
