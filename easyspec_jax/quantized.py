@@ -291,8 +291,9 @@ def _by_groups(
     wide = wide_type(x.dtype)
     scales, minima = (jax.tree.map(lambda a: a[..., None], a) for a in (scales, minima))
     w = _weights(codes, scales, minima, wide_type(scales.dtype)).astype(wide)
-    if x.shape[:2] != (1, 1):
-        x = lax.optimization_barrier(x)  # else it is made again for each of several rows
+    if x.shape[:2] != (1, 1):  # else it is made again for each of several rows
+        # Float32 beside minima: in its own type it would be converted by one more kernel a layer.
+        x = lax.optimization_barrier(x if minima is None else x.astype(wide))
     rows = x.astype(wide).reshape(-1, 1, *codes.shape[1:])
     found = [(rows[i] * w).sum(axis=(1, 2)) for i in range(len(rows))]
     return jnp.stack(found).reshape(*x.shape[:2], -1)

@@ -37,7 +37,7 @@ def test_the_conditions_by_hand(experiment):
 def test_the_experiment_measures_all_arms_and_compares(checkpoints, tmp_path, experiment):
     script, out = experiment("chain"), tmp_path / "out.jsonl"
     (tmp_path / "prompts.txt").write_text("a b\nc a b\n")
-    models = ["--base", str(checkpoints / "base"), "--draft", str(checkpoints / "bare")]
+    models = ["--base", str(checkpoints / "base"), "--draft", str(checkpoints / "draft")]
     few = "--num-prompts 2 --max-new-tokens 9 --mu 2 --num-draft-tokens 4 --repeats 1 --rounds 1"
     prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(out)]
     script.main([*models, *few.split(), *prompts])

@@ -112,7 +112,7 @@ QUANTIZED = {
     # with minima, as GGUF has them
     ("8B", Q4_1, None): {"verify": Bound(0.6, 1.005)},
     ("8B + 1B", Q4_1, None): {
-        "calibrate": Bound(0.6, 1.04), "draft": Bound(0.8, 1.008), "verify": Bound(2.0, 1.03)
+        "calibrate": Bound(0.1, 1.04), "draft": Bound(0.8, 1.008), "verify": Bound(1.0, 1.03)
     },
     # and caches: two updates for scales, a largest magnitude, a conversion
     ("8B + 1B", "int8", "int8"): {

@@ -387,9 +387,8 @@ def test_launch_bound_devices_want_the_papers_layout():
 @pytest.mark.slow
 def test_micro_benchmarks_give_positive_costs(monkeypatch):
     """Of few and small arrays."""
-    products, exchange = measure.product_costs, measure._all_reduce_seconds
+    products = measure.product_costs
     monkeypatch.setattr(measure, "product_costs", lambda *args: products(*args[:2], 2**20))
-    monkeypatch.setattr(measure, "_all_reduce_seconds", lambda n, _: exchange(n, 16))
     for name, small in (("ROWS", (1, 3)), ("_SMALL", (32, 48)), ("_ENTRIES", 16), ("_HEADS", 2)):
         monkeypatch.setattr(measure, name, small)
     found = measure.measure_device()
@@ -399,7 +398,7 @@ def test_micro_benchmarks_give_positive_costs(monkeypatch):
         assert 1e-14 < per_byte < 1e-6 and 0 <= beside < 1
     assert found.bandwidth * found.products[0][1] == pytest.approx(1) and found.flops > 0
     assert 0 <= found.score < 1e-5 and 0 <= found.logit < 1e-5
-    assert found.collective > 0 and found.hop >= 0
+    assert found.collective > 0 and found.hop >= 0 and found.link > 0
     assert 0 <= found.kernel < 1 and 0 <= found.step < 1
 
 

@@ -178,14 +178,6 @@ def shallow(model):
     )
 
 
-@functools.cache
-def shallow_alone(load) -> list[list[int]]:
-    """Greedy new tokens of so much of SmolLM2."""
-    prompts = encode("smollm2-135m", TEXTS)
-    decoder = es.Decoder(shallow(load("smollm2-135m")))
-    return decoder.generate(prompts, max_new_tokens=NUM_TOKENS).tokens
-
-
 def self_drafted(load, group_size, calibrate=True, shape=(1, 1), cut=lambda model: model):
     """SmolLM2, or what is cut from it, drafting five tokens per step for itself."""
     base, draft = (cut(load("smollm2-135m", size, shape)) for size in (1, group_size))
@@ -203,12 +195,11 @@ def test_an_exact_draft_of_itself_is_always_accepted(load):
 
 @SMOLLM2
 def test_calibration_raises_acceptance_and_text_stays_the_same(load):
-    calibrated, drifting = (
-        self_drafted(load, 4, calibrate, cut=shallow) for calibrate in (True, False)
-    )
-    assert calibrated.tokens == drifting.tokens == shallow_alone(load)
-    assert calibrated.stats.tokens_per_step > drifting.stats.tokens_per_step + 0.3
-    assert calibrated.stats.tokens_per_step > 2.2
+    calibrated, drifting = self_drafted(load, 4), self_drafted(load, 4, calibrate=False)
+    for out in (calibrated, drifting):
+        check_lossless(load, "smollm2-135m", TEXTS, out.tokens)
+    assert calibrated.stats.tokens_per_step > drifting.stats.tokens_per_step + 0.5
+    assert calibrated.stats.tokens_per_step > 2.5
 
 
 @SMOLLM2
@@ -224,4 +215,6 @@ def test_the_head_of_the_package_drafts_and_text_stays_the_same(load):
 @SMOLLM2
 def test_nine_heads_on_four_devices_write_the_same_text(load):
     out = self_drafted(load, 4, shape=(2, 2), cut=shallow)
-    assert out.tokens == shallow_alone(load)
+    alone = es.Decoder(shallow(load("smollm2-135m")))
+    prompts = encode("smollm2-135m", TEXTS)
+    assert out.tokens == alone.generate(prompts, max_new_tokens=NUM_TOKENS).tokens

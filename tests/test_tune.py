@@ -291,7 +291,7 @@ def test_several_devices_tune_as_one():
 @pytest.mark.slow
 def test_tuning_above_temperature_zero():
     m, stranger = MODEL((1, 1)), MODEL((1, 1), seed=3)
-    options = {"attention_steps": 1, "num_draft_tokens": 2, "max_new_tokens": 8}
+    options = {"attention_steps": 2, "num_draft_tokens": 2, "max_new_tokens": 8, "num_confirmed": 1}
     found = tune.tune(m, m, PROMPTS, temperature=0.8, **options)
     assert found.exact_acceptance == pytest.approx(1)
     assert all(c.identical is None and c.tokens_per_step > 1 for c in found.candidates)
