@@ -92,9 +92,15 @@ class Engine:
         """A function of `loop` as this engine compiles it, for passes of so many tokens of a text;
         None: as many as a step verifies.
         """
-        rows = self.num_nodes + 1 if rows is None else rows
-        options = self.compile_options.on(self.base.layout.mesh, rows)
+        options = self.options(self.num_nodes + 1 if rows is None else rows)
         return function.using(options) if options else function
+
+    def options(self, rows: int) -> tuple[tuple[str, Any], ...]:
+        """What a function with passes of so many tokens of a text is compiled with."""
+        models = (self.base, *self.drafter.models())
+        if any(model.layout.bf16_matrices for model in models):
+            rows = 1  # by the library that multiplies those
+        return self.compile_options.on(self.base.layout.mesh, rows)
 
     @property
     def found_costs(self) -> dict[tuple[int, bool], StepCosts]:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from easyspec_jax import checkpoint, weights
 from easyspec_jax.attend import attention_on
+from easyspec_jax.bfloat16 import matrix_type
 from easyspec_jax.checkpoint import METADATA_FILE, PARTITION_FILE, TOP_PART, TUNED, layer_name
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.json_files import write_object
@@ -53,6 +54,7 @@ def load_model(
     attention: str = "auto",
     quantization: str | Quantization | None = None,
     kv_dtype: str | None = None,
+    matrix_dtype: Any = None,
     progress: bool | None = None,
 ) -> Model:
     """A checkpoint's model on `mesh`, restored straight onto its devices: no two of them, nor of
@@ -75,6 +77,9 @@ def load_model(
         made of a checkpoint of floats. None: as the checkpoint has them.
       kv_dtype: "int8" or "fp8": keys and values are stored as codes, with a scale for each head and
         entry; attention is XLA's then. None: in the type of the activations.
+      matrix_dtype: of matrices that are no codes, "bfloat16" under activations of float32 (on CPUs;
+        products are those of float32, `bfloat16`) or as `dtype`. None: bfloat16 where a checkpoint
+        stores that and the CPU multiplies it quickly, which halves what is held and read.
       progress: show bars on standard error; None: if it is a terminal.
 
     Raises:
@@ -84,7 +89,7 @@ def load_model(
       OSError: a file cannot be read, or a model not be fetched.
     """
     options: dict[str, Any] = dict(mesh=mesh, dtype=dtype, layout=layout, attention=attention)
-    options["kv_dtype"] = kv_dtype
+    options |= {"kv_dtype": kv_dtype, "matrix_dtype": matrix_dtype}
     tuned = isinstance(group_size, str) and group_size == TUNED
     local = pathlib.Path(path)
     if local.exists() and not (local / METADATA_FILE).is_file():  # to be converted, for minutes
@@ -135,9 +140,14 @@ def abstract_model(
     attention: str = "auto",
     quantization: str | Quantization | None = None,
     kv_dtype: str | None = None,
+    matrix_dtype: Any = None,
+    stored: Any = None,
 ) -> Model:
     """A model whose weights are shapes and shardings alone, to plan with: `Decoder.memory`,
     `program.collectives.collectives`; arguments as in `load_model`.
+
+    Args:
+      stored: type of the floats of the checkpoint that it stands for; None: the model's.
     """
     mesh = mesh if mesh is not None else make_mesh()
     if set(mesh.axis_names) != {LAYER, TENSOR}:
@@ -150,12 +160,19 @@ def abstract_model(
     if kv_dtype is not None and kv_dtype not in KV_CODES:
         names = " or ".join(f'"{name}"' for name in KV_CODES)
         raise ValueError(f"kv_dtype must be {names}, got {kv_dtype!r}")
+    if quantization is not None and matrix_dtype is None:
+        matrix_dtype = dtype  # rounded as its codes are, and no further
+    matrices = matrix_type(mesh, matrix_dtype, dtype, stored)
     placed = dataclasses.replace(
         make_layout(config, mesh, rules),
         attention=attention_on(mesh, attention, config, dtype, codes=kv_dtype),
         kv_codes=kv_dtype,
+        bf16_matrices=matrices != dtype,
     )
-    codes = _kept(Quantization.of(quantization), config, placed)
+    how = Quantization.of(quantization)
+    if how is not None and placed.bf16_matrices:
+        raise ValueError("matrix_dtype is of matrices of floats: these are rounded to codes")
+    codes = _kept(how, config, placed)
     params = _abstract_params(config, placed, partition, dtype, codes)
     return Model(
         params=params, config=config, layout=placed, partition=partition, quantization=codes
@@ -172,6 +189,7 @@ def random_model(
     attention: str = "auto",
     quantization: str | Quantization | None = None,
     kv_dtype: str | None = None,
+    matrix_dtype: Any = None,
     seed: int = 0,
 ) -> Model:
     """A model with random weights, the same for one seed on every mesh; other arguments as in
@@ -187,7 +205,8 @@ def random_model(
     options: dict[str, Any] = dict(
         mesh=mesh, group_size=group_size, dtype=dtype, layout=layout, attention=attention
     )
-    return _build(config, part, quantization=quantization, kv_dtype=kv_dtype, **options)
+    options |= {"quantization": quantization, "kv_dtype": kv_dtype, "matrix_dtype": matrix_dtype}
+    return _build(config, part, **options)
 
 
 def quantize_model(model: Model, quantization: str | Quantization) -> Model:
@@ -204,22 +223,23 @@ def quantize_model(model: Model, quantization: str | Quantization) -> Model:
     how = Quantization.of(quantization)
     if model.quantization is not None:
         raise ValueError("the model's matrices are codes already: load it from floats")
-    config, layout = model.config, model.layout
+    config, old = model.config, model.layout
+    layout = dataclasses.replace(old, bf16_matrices=False)
     codes = _kept(how, config, layout)
     tell_of_floats(how, codes)
     params = _abstract_params(config, layout, model.partition, model.dtype, codes)
     held = {"weights as they are": device_bytes(model.params)}
     check_memory(layout.mesh, {"weights": device_bytes(params)}, held)
     blocks = []
-    separate = jax.jit(functools.partial(weights.separate_block, layout=layout))
+    separate = jax.jit(functools.partial(weights.separate_block, layout=old))
     for block in model.params.blocks:
         arrange = _jit_arrange(len(block.mlp), config, layout, model.dtype, how, codes)
         blocks.append(arrange(separate(block)))
-    separate = jax.jit(functools.partial(weights.separate_top, layout=layout))
+    separate = jax.jit(functools.partial(weights.separate_top, layout=old))
     top = separate(model.params.replace(blocks=()))
     top = _jit_arrange_top(config, layout, model.dtype, how, codes)(top)
     params = weights.Params(blocks=tuple(blocks), **top)
-    return model.replace(params=params, quantization=codes)
+    return model.replace(params=params, layout=layout, quantization=codes)
 
 
 def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -> None:
@@ -251,14 +271,23 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
         for file in pathlib.Path(like).iterdir():
             if file.is_file() and file.name != PARTITION_FILE:  # found for those weights
                 shutil.copy(file, folder)
-        separate = jax.jit(functools.partial(weights.separate_block, layout=model.layout))
+        floats = dataclasses.replace(model.layout, bf16_matrices=False)  # one type in a checkpoint
+        how = (config, floats, model.dtype, None, model.quantization)
+
+        @jax.jit
+        def separate(block: weights.Block) -> list[dict[str, Any]]:
+            layers = weights.separate_block(block, model.layout)
+            return [made(layer, *how) for layer in layers]
+
         parts: dict[str, str] = {}
         for block in model.params.blocks:
             for layer in jax.device_get(separate(block)):
                 name = layer_name(len(parts))
                 parts[name] = checkpoint.save_part(folder, name, layer)
-        separate = jax.jit(functools.partial(weights.separate_top, layout=model.layout))
-        top = jax.device_get(separate(model.params.replace(blocks=())))
+        top = jax.jit(lambda params: made(weights.separate_top(params, model.layout), *how))(
+            model.params.replace(blocks=())
+        )
+        top = jax.device_get(top)
         parts[TOP_PART] = checkpoint.save_part(folder, TOP_PART, top)
         metadata = checkpoint.make_metadata(model.dtype.name, tokenizer, parts, model.quantization)
         write_object(folder / METADATA_FILE, metadata)
@@ -284,7 +313,7 @@ def _build(
       options: of `abstract_model`.
     """
     how = Quantization.of(quantization)
-    model = abstract_model(config, quantization=how, **options)
+    model = abstract_model(config, quantization=how, stored=stored, **options)
     placed, dtype, codes = model.layout, model.dtype, model.quantization
     tell_of_floats(how, codes)
     layer = _abstract(weights.LAYER_WEIGHTS, config, stored or dtype, placed, stored_codes)
@@ -322,15 +351,20 @@ def tell_of_floats(how: Quantization | None, codes: Quantization | None) -> None
 def made(
     part: dict[str, Any],
     config: ModelConfig,
+    layout: Layout,
     dtype: Any,
     how: Quantization | None,
     codes: Quantization | None,
 ) -> dict[str, Any]:
-    """A part of a checkpoint as a model has its numbers: floats of `dtype`, matrices rounded as
-    `how` says, and kept as codes where there are `codes`.
+    """A part of a checkpoint as a model has its numbers: floats of `dtype`, matrices in the type
+    of its layout or rounded as `how` says, and kept as codes where there are `codes`.
     """
-    rounded = weights.quantised(part, config, how)
-    return {name: as_kept(x, dtype, codes) for name, x in rounded.items()}
+    rounded, matrices = weights.quantised(part, config, how), layout.matrix_dtype(dtype)
+
+    def kept(name: str, x: Any) -> Any:
+        return as_kept(x, matrices if weights.is_matrix(name) else dtype, codes)
+
+    return {name: kept(name, x) for name, x in rounded.items()}
 
 
 def as_kept(x: Any, dtype: Any, codes: Quantization | None) -> Any:
@@ -388,10 +422,11 @@ def _abstract_params(
 ) -> weights.Params:
     """Shapes and shardings of a model's weights, as ShapeDtypeStructs; nothing is allocated."""
     layer = _abstract(weights.LAYER_WEIGHTS, config, dtype, layout, codes)
-    arrange = functools.partial(weights.arrange_block, layout=layout)
+    how = (config, layout, dtype, None, codes)
+    arrange = functools.partial(_arranged, how=how)
     blocks = {size: jax.eval_shape(arrange, [layer] * size) for size in set(partition)}
     top = _abstract(weights.TOP_WEIGHTS, config, dtype, layout, codes)
-    top = jax.eval_shape(functools.partial(weights.arrange_top, layout=layout), top)
+    top = jax.eval_shape(functools.partial(_arranged_top, how=how), top)
     shapes = weights.Params(blocks=tuple(blocks[size] for size in partition), **top)
     shardings = _named(weights.specs(config, layout, partition, codes), layout.mesh)
     return jax.tree.map(
@@ -405,11 +440,7 @@ def _abstract_params(
 def _jit_arrange(size, config, layout, dtype, how, codes):
     """One jitted `arrange_block` per block size, so that equal blocks compile once."""
     (block,) = weights.specs(config, layout, (size,), codes).blocks
-
-    def arrange(layers):
-        layers = [made(layer, config, dtype, how, codes) for layer in layers]
-        return weights.arrange_block(layers, layout=layout)
-
+    arrange = functools.partial(_arranged, how=(config, layout, dtype, how, codes))
     return jax.jit(arrange, out_shardings=_named(block, layout.mesh))
 
 
@@ -417,11 +448,18 @@ def _jit_arrange_top(config, layout, dtype, how, codes):
     """A jitted `arrange_top`."""
     specs = weights.specs(config, layout, (), codes)
     fields = {name: getattr(specs, name) for name in ("embed", "final_norm", "lm_head")}
-
-    def arrange(top):
-        return weights.arrange_top(made(top, config, dtype, how, codes), layout)
-
+    arrange = functools.partial(_arranged_top, how=(config, layout, dtype, how, codes))
     return jax.jit(arrange, out_shardings=_named(fields, layout.mesh))
+
+
+def _arranged(layers, how):
+    """`arrange_block` of layers as a model has them; `how`: arguments of `made` behind a part."""
+    return weights.arrange_block([made(layer, *how) for layer in layers], layout=how[1])
+
+
+def _arranged_top(top, how):
+    """`arrange_top` of the same."""
+    return weights.arrange_top(made(top, *how), how[1])
 
 
 @functools.cache

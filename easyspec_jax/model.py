@@ -115,7 +115,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def product(model: Model, x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
     """x [B, T, I] times a matrix of the model that has I inputs, in at least float32: [B, T, O]."""
     layout = model.layout
-    return quantized.product(x, w, outputs_first=layout.for_gpu, explicit_gemv=layout.explicit_gemv)
+    return quantized.product(x, w, outputs_first=layout.outputs_first, explicit_gemv=layout.explicit_gemv)
 
 
 def normed(model: Model, x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -163,7 +163,7 @@ def _project_heads(
 
     def project(weight, bias):
         out = (product(model, row, weight) * scale).astype(x.dtype)
-        outputs = weight.shape[:-1] if model.layout.for_gpu else weight.shape[1:]
+        outputs = weight.shape[:-1] if model.layout.outputs_first else weight.shape[1:]
         out = out.reshape(*x.shape[:2], *outputs)
         return out if bias is None else out + bias[None, None]
 
@@ -348,7 +348,7 @@ def embed(model: Model, tokens: jax.Array) -> jax.Array:
     tokens = jnp.where(tokens < c.vocab_size, tokens, unknown)
     table, axis = model.params.embed, 0
     if table is None:
-        table, axis = model.params.lm_head, 0 if layout.for_gpu else 1
+        table, axis = model.params.lm_head, 0 if layout.outputs_first else 1
     rows = table.shape[axis]
     local = tokens - lax.axis_index(layout.vocab) * rows if layout.vocab else tokens
     safe = jnp.clip(local, 0, rows - 1)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from easyspec_jax.bfloat16 import parts_product
 from easyspec_jax.config import is_integer
 
 # Codes of each kind, and the largest.
@@ -277,6 +278,8 @@ def product(
     if not outputs_first:
         return jnp.einsum("bti,io->bto", x, w.reshape(inputs, -1), preferred_element_type=wide)
     w = w.reshape(-1, inputs)
+    if w.dtype == jnp.bfloat16 and x.dtype == jnp.float32:
+        return parts_product(x, w)
     if x.shape[:2] == (1, 1) and explicit_gemv:
         return jnp.sum(x[0].astype(wide) * w.astype(wide), axis=-1)[None, None]
     return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=wide)
@@ -303,4 +306,4 @@ def look_up(table: jax.Array | Quantized, index: jax.Array, axis: int, dtype: An
     """Rows i32[B, T] of a table whose rows lie along `axis` (0 or 1), as [B, T, D] of `dtype`."""
     take = lambda x: x[index] if axis == 0 else jnp.moveaxis(x[:, index], 0, -1)  # noqa: E731
     found = jax.tree.map(take, table)
-    return dequantise(found).astype(dtype) if isinstance(found, Quantized) else found
+    return (dequantise(found) if isinstance(found, Quantized) else found).astype(dtype)

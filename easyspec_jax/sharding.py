@@ -141,7 +141,9 @@ class Layout:
     group: str | None = None  # carries the layers of a group; None: they share the devices
     # Weights and caches are arranged as GPUs read them best: outputs first, keys beside values.
     for_gpu: bool = False
-    # There, one row times a matrix as multiply and sum: one kernel, where a product of more than
+    # On CPUs: matrices are bfloat16 under activations of float32 (`bfloat16`).
+    bf16_matrices: bool = False
+    # On GPUs, one row times a matrix as multiply and sum: one kernel, where a product of more than
     # 10M weights is split and then added up by a second. Which is faster no clock has said yet.
     explicit_gemv: bool = True
     # "xla", or "cudnn": one kernel that writes no scores, where keys and values are two arrays;
@@ -151,6 +153,15 @@ class Layout:
     kv_codes: str | None = None
     # Zero columns of an MLP behind each device's own: products of other sizes copy their weights.
     mlp_padding: int = 0
+
+    @property
+    def outputs_first(self) -> bool:
+        """Whether the outputs of a matrix come before its inputs."""
+        return self.for_gpu or self.bf16_matrices
+
+    def matrix_dtype(self, dtype: Any) -> jnp.dtype:
+        """Of the matrices of floats of a model of this type."""
+        return jnp.dtype(jnp.bfloat16 if self.bf16_matrices else dtype)
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -139,9 +139,14 @@ def present(table: Iterable[Weight], config: ModelConfig) -> dict[str, Weight]:
     return {weight.name: weight for weight in table if weight.exists(config)}
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a weight of a checkpoint, by name, is a matrix or a table of rows."""
+    return any(weight.inputs for weight in (*LAYER_WEIGHTS, *TOP_WEIGHTS) if weight.name == name)
+
+
 def arranged_dims(name: str, layout: Layout) -> str:
     """Letters of an array that a model of this layout runs with."""
-    first = OUTPUTS_FIRST if layout.for_gpu else {}
+    first = OUTPUTS_FIRST if layout.outputs_first else {}
     return first.get(name, ARRANGED[name])
 
 

@@ -102,7 +102,7 @@ class EagleDrafter(Drafter):
         """Refuse another base than the head's, and trees wider than its vocabulary."""
         del num_draft_tokens
         head = self.head
-        inputs = head.fc.shape[1 if head.model.layout.for_gpu else 0]
+        inputs = head.fc.shape[1 if head.model.layout.outputs_first else 0]
         ours = inputs // len(head.taps), head.embedding.config.vocab_size
         theirs = base.config.embed_dim, base.config.vocab_size
         if ours != theirs:

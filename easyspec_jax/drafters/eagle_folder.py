@@ -112,7 +112,8 @@ def load_head(
         own = EMBEDDING in slices
         dtype = base.dtype if dtype is None else dtype
         model, table = prototypes(about, base, own, dtype, layout, how)
-        build = functools.partial(assemble, about=about, model=model, table=table, own=own, how=how)
+        known: dict[str, Any] = dict(about=about, model=model, table=table, own=own, how=how)
+        build = functools.partial(assemble, **known, rows_first=base.layout.outputs_first)
         shapes = {name: stored_as(x) for name, x in slices.items()}
         rows = None if HEAD in slices else base.params.lm_head
         head = jax.eval_shape(build, shapes, ids, rows)
@@ -311,11 +312,14 @@ def prototypes(
     options: dict[str, Any] = dict(dtype=dtype, layout=layout, attention=attention)
     options["kv_dtype"] = base.layout.kv_codes
     mesh = base.layout.mesh
-    model = abstract_model(about.config, mesh, quantization=how, **options)
+    half = base.layout.bf16_matrices and jnp.dtype(dtype) == base.dtype
+    floats = {"matrix_dtype": jnp.bfloat16 if half else None}
+    of_head = options | ({"quantization": how} if how is not None else floats)
+    model = abstract_model(about.config, mesh, **of_head)
     table = base
     if own:
         wider = dataclasses.replace(about.config, vocab_size=about.vocab_size, tie_embeddings=False)
-        table = abstract_model(wider, mesh, **options)
+        table = abstract_model(wider, mesh, **options, **floats)
     head = None if table.params.embed is not None else table.params.lm_head
     params = table.params.replace(blocks=(), lm_head=head)
     return model, table.replace(params=params, partition=())
@@ -331,17 +335,20 @@ def assemble(
     table: Model,
     own: bool,
     how: Quantization | None,
+    rows_first: bool,
 ) -> EagleHead:
     """A head of tensors as they are stored; without an embedding where it is the base's.
 
     Args:
-      rows: the base's own head, where that is taken.
+      rows: the base's own head, where that is taken; `rows_first`: not its inputs.
       how: its matrices are rounded.
     """
     c, layout, dtype = about.config, model.layout, model.dtype
+    matrices = layout.matrix_dtype(dtype)
     if rows is not None:
-        tensors = tensors | {HEAD: rows_of(rows, ids, about, model)}
-    rounded = functools.partial(made, config=c, dtype=dtype, how=how, codes=model.quantization)
+        tensors = tensors | {HEAD: rows_of(rows, ids, about, model, rows_first)}
+    kept = dict(config=c, layout=layout, dtype=dtype, how=how, codes=model.quantization)
+    rounded = functools.partial(made, **kept)
     top = rounded({"embed": tensors[HEAD], "final_norm": tensors["norm.weight"]})
     top = weights.arrange_top(top, layout)
     layer = rounded(layer_of(tensors, c)) | {"attn_norm": None}
@@ -354,12 +361,13 @@ def assemble(
             return None
         x = tensors[name]
         form = None if how is None else how.form(x.shape[1])
-        x = as_kept(x if form is None else quantise(x, (1,), form), dtype, model.quantization)
-        return x if layout.for_gpu else jax.tree.map(jnp.transpose, x)
+        x = as_kept(x if form is None else quantise(x, (1,), form), matrices, model.quantization)
+        return x if layout.outputs_first else jax.tree.map(jnp.transpose, x)
 
     embedding: Any = None
     if own:
-        params = table.params.replace(embed=vector(EMBEDDING), final_norm=top["final_norm"])
+        own_rows = tensors[EMBEDDING].astype(table.layout.matrix_dtype(dtype))
+        params = table.params.replace(embed=own_rows, final_norm=top["final_norm"])
         embedding = table.replace(params=params)
     blocks = (weights.arrange_block([layer], layout),)
     return EagleHead(
@@ -388,10 +396,11 @@ def layer_of(tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def rows_of(rows: Any, ids: Any, about: Description, model: Model) -> jax.Array:
+def rows_of(
+    rows: Any, ids: Any, about: Description, model: Model, rows_first: bool
+) -> jax.Array:
     """Those of the base's own head that this head knows, [V', D]; of codes as wide as their scales,
     to be rounded once.
     """
     taken = jnp.arange(about.vocab_size, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
-    axis = 0 if model.layout.for_gpu else 1
-    return look_up(rows, taken[None], axis, wide_type(model.dtype))[0]
+    return look_up(rows, taken[None], 0 if rows_first else 1, wide_type(model.dtype))[0]

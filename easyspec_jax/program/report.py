@@ -231,7 +231,7 @@ def compile_program(lowered: Any, decoder: Decoder, rows: int) -> Compiled:
     passes of so many tokens of a text.
     """
     mesh = decoder.base.layout.mesh
-    more = dict(decoder.compile_options.on(mesh, rows))
+    more = dict(decoder.options(rows))
     with tempfile.TemporaryDirectory(prefix="easyspec-program-") as folder:
         options = compile_options(mesh, folder if platform_of(mesh) != "cpu" else None)
         compiled = lowered.compile(compiler_options=options | more)

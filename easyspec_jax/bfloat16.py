@@ -1,0 +1,96 @@
+"""Matrices in bfloat16 under activations in float32, on CPUs that multiply bfloat16 quickly.
+
+Checkpoints are mostly stored in bfloat16, of which float32 holds nothing more but twice the bytes.
+A row of float32 is the sum of three of bfloat16 (8 bits of its 24 each), so three rows times the
+matrix, added up in float32, are the same product, each of its terms exact. Tiles of such a CPU
+(AMX) take 16 rows in the time of one: verifying a few tokens costs little more than one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+
+from easyspec_jax.sharding import platform_of
+
+logger = logging.getLogger("easyspec_jax")
+
+PARTS = 3  # of 8 bits: all of float32
+INSTRUCTIONS = "amx_bf16"  # as Linux calls them; with avx512_bf16 alone longer prompts take longer
+
+
+def matrix_type(
+    mesh: Mesh | AbstractMesh, wanted: Any, dtype: Any, stored: Any = None
+) -> jnp.dtype:
+    """The type that a model's matrices of floats are kept in.
+
+    Args:
+      wanted: "bfloat16", or the model's own type; None: bfloat16 where that is how they are stored,
+        the model is one of float32 in one process, and its CPU has `fast_products`.
+      dtype: of the model.
+      stored: of the checkpoint; None: unknown.
+
+    Raises:
+      ValueError: another type, or bfloat16 elsewhere.
+    """
+    dtype, half = jnp.dtype(dtype), jnp.dtype(jnp.bfloat16)
+    fits = platform_of(mesh) == "cpu" and dtype == jnp.float32
+    if wanted is None:
+        several = isinstance(mesh, AbstractMesh) or mesh.is_multi_process  # CPUs may differ
+        as_stored = stored is not None and jnp.dtype(stored) == half
+        return half if as_stored and fits and not several and fast_products() else dtype
+    name = getattr(wanted, "name", wanted)
+    if name == dtype.name or (name == half.name and fits):
+        return jnp.dtype(name)
+    if name == half.name:
+        raise ValueError(
+            f"matrix_dtype bfloat16 is for models of float32 on CPUs, not of {dtype.name} on "
+            f"{platform_of(mesh)}"
+        )
+    raise ValueError(f"matrix_dtype must be {half.name} or {dtype.name}, got {wanted!r}")
+
+
+@functools.cache
+def fast_products(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has instructions for tiles of bfloat16, and the compiler a library (YNNPACK)
+    that uses them.
+    """
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    if INSTRUCTIONS not in flags.split():
+        return False
+    x, w = (jax.ShapeDtypeStruct((n, 256), jnp.bfloat16) for n in (2 * PARTS, 512))
+    with jax.ensure_compile_time_eval():  # whatever is traced around it
+        compiled = jax.jit(_product, backend="cpu").lower(x, w).compile()
+    return "ynn_fusion" in compiled.as_text()
+
+
+def parts_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, I] of float32 times w [O, I] of bfloat16, in float32: [B, T, O]."""
+    batch, t, inputs = x.shape
+    found = _product(_parts(x.reshape(-1, inputs)), w).reshape(PARTS, batch, t, -1)
+    return found[0] + (found[1] + found[2])  # the smallest first
+
+
+def _parts(x: jax.Array) -> jax.Array:
+    """Rows of float32, [N, I], as 3 N of bfloat16 that add up to them, the largest first."""
+    found = []
+    for _ in range(PARTS):
+        # A conversion there and back could be left out as one of excess precision.
+        found.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - found[-1]
+    return jnp.concatenate(found).astype(jnp.bfloat16)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("ni,oi->no", x, w, preferred_element_type=jnp.float32)
