@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,10 +47,13 @@ def matrix_type(
         several = isinstance(mesh, AbstractMesh) or mesh.is_multi_process  # CPUs may differ
         as_stored = stored is not None and jnp.dtype(stored) == half
         return half if as_stored and fits and not several and fast_products() else dtype
-    name = getattr(wanted, "name", wanted)
-    if name == dtype.name or (name == half.name and fits):
-        return jnp.dtype(name)
-    if name == half.name:
+    try:
+        found = jnp.dtype(wanted)
+    except TypeError:
+        found = None
+    if found == dtype or (found == half and fits):
+        return found
+    if found == half:
         raise ValueError(
             f"matrix_dtype bfloat16 is for models of float32 on CPUs, not of {dtype.name} on "
             f"{platform_of(mesh)}"
@@ -80,6 +84,14 @@ def parts_product(x: jax.Array, w: jax.Array) -> jax.Array:
     batch, t, inputs = x.shape
     found = _product(_parts(x.reshape(-1, inputs)), w).reshape(PARTS, batch, t, -1)
     return found[0] + (found[1] + found[2])  # the smallest first
+
+
+def widened(take: Callable[[jax.Array], jax.Array], table: jax.Array) -> jax.Array:
+    """What is taken of a table of bfloat16, in float32. As numbers: XLA:CPU takes no bfloat16, and
+    would make the whole table float32 first.
+    """
+    bits = take(lax.bitcast_convert_type(table, jnp.uint16)).astype(jnp.uint32)
+    return lax.bitcast_convert_type(bits << 16, jnp.float32)
 
 
 def _parts(x: jax.Array) -> jax.Array:

@@ -66,7 +66,8 @@ def load_model(
       mesh: from `make_mesh`; default: one over all devices.
       group_size: layers per group for layer-parallel drafting, or an explicit partition (layers per
         block, in order), or "tuned": the partition that `easyspec tune` left in the folder.
-      dtype: of weights and cache; default float32 on CPU, bfloat16 elsewhere.
+      dtype: of weights and cache; default float32 on CPU (but see `matrix_dtype`), bfloat16
+        elsewhere.
       layout: "tensor" splits everything over all devices; "grouped" puts the layers of a group side
         by side on the axis "layer" and splits heads over "tensor"; "replicated" splits nothing; or
         `LayoutRules`. Default: "tensor" for group_size 1, else "grouped".
@@ -78,8 +79,9 @@ def load_model(
       kv_dtype: "int8" or "fp8": keys and values are stored as codes, with a scale for each head and
         entry; attention is XLA's then. None: in the type of the activations.
       matrix_dtype: of matrices that are no codes, "bfloat16" under activations of float32 (on CPUs;
-        products are those of float32, `bfloat16`) or as `dtype`. None: bfloat16 where a checkpoint
-        stores that and the CPU multiplies it quickly, which halves what is held and read.
+        products are those of float32, `bfloat16`) or as `dtype`. None: as `dtype` if that is given,
+        else bfloat16 where a checkpoint of floats stores that and the CPU multiplies it quickly,
+        which halves what is held and read.
       progress: show bars on standard error; None: if it is a terminal.
 
     Raises:
@@ -154,14 +156,14 @@ def abstract_model(
         raise ValueError(f"a mesh from make_mesh is needed, got one of axes {mesh.axis_names}")
     partition = make_partition(config.num_layers, group_size)
     rules = layout_rules(layout, partition)
+    if matrix_dtype is None and (dtype is not None or quantization is not None):
+        stored = None  # as they were asked for; or rounded as their codes are, and no further
     if dtype is None:
         dtype = jnp.float32 if platform_of(mesh) == "cpu" else jnp.bfloat16
     dtype = _float_type(dtype)
     if kv_dtype is not None and kv_dtype not in KV_CODES:
         names = " or ".join(f'"{name}"' for name in KV_CODES)
         raise ValueError(f"kv_dtype must be {names}, got {kv_dtype!r}")
-    if quantization is not None and matrix_dtype is None:
-        matrix_dtype = dtype  # rounded as its codes are, and no further
     matrices = matrix_type(mesh, matrix_dtype, dtype, stored)
     placed = dataclasses.replace(
         make_layout(config, mesh, rules),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from easyspec_jax.bfloat16 import parts_product
+from easyspec_jax.bfloat16 import parts_product, widened
 from easyspec_jax.config import is_integer
 
 # Codes of each kind, and the largest.
@@ -305,5 +305,8 @@ def _by_groups(
 def look_up(table: jax.Array | Quantized, index: jax.Array, axis: int, dtype: Any) -> jax.Array:
     """Rows i32[B, T] of a table whose rows lie along `axis` (0 or 1), as [B, T, D] of `dtype`."""
     take = lambda x: x[index] if axis == 0 else jnp.moveaxis(x[:, index], 0, -1)  # noqa: E731
-    found = jax.tree.map(take, table)
-    return (dequantise(found) if isinstance(found, Quantized) else found).astype(dtype)
+    if isinstance(table, Quantized):
+        return dequantise(jax.tree.map(take, table)).astype(dtype)
+    if table.dtype == jnp.bfloat16 and dtype == jnp.float32:
+        return widened(take, table)
+    return take(table)

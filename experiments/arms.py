@@ -72,7 +72,7 @@ def _drafters(args, base) -> Iterator[tuple[str, str, es.Drafter | None]]:
     def draft(size):
         if size not in drafts:
             drafts[size] = es.load_model(
-                args.draft, base.layout.mesh, group_size=size, dtype=base.dtype
+                args.draft, base.layout.mesh, group_size=size, dtype=args.dtype
             )
         return drafts[size]
 
@@ -108,7 +108,7 @@ def _behind_lookup(args, drafter: es.Drafter) -> es.Drafter:
 def _middle(args, base) -> es.Model:
     """The polybasic arm's model between base and draft."""
     if args.middle:
-        return es.load_model(args.middle, base.layout.mesh, dtype=base.dtype)
+        return es.load_model(args.middle, base.layout.mesh, dtype=args.dtype)
     return es.quantize_model(base, f"int{args.middle_bits}")
 
 

@@ -48,6 +48,7 @@ def card(args: argparse.Namespace, base: es.Model, bandwidth: float) -> dict[str
         "base": pathlib.Path(args.base).name,
         "draft": pathlib.Path(args.draft).name if args.draft else None,
         "dtype": base.dtype.name,
+        "matrix_dtype": base.layout.matrix_dtype(base.dtype).name,
         "mesh": dict(base.layout.mesh.shape),
         "weight_bytes_per_device": device_bytes(base.params),
         "streamed_bytes_per_token": streamed,

