@@ -23,7 +23,8 @@ from easyspec_jax.sharding import platform_of
 
 logger = logging.getLogger("easyspec_jax")
 
-PARTS = 3  # of 8 bits: all of float32
+PARTS = 3  # of 8 bits of a float32: all of them
+HALF = 16  # bits of one that are those of a bfloat16
 INSTRUCTIONS = "amx_bf16"  # as Linux calls them; with avx512_bf16 alone longer prompts take longer
 
 
@@ -74,8 +75,9 @@ def fast_products(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> bool
     if INSTRUCTIONS not in flags.split():
         return False
     x, w = (jax.ShapeDtypeStruct((n, 256), jnp.bfloat16) for n in (2 * PARTS, 512))
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with jax.ensure_compile_time_eval():  # whatever is traced around it
-        compiled = jax.jit(_product, backend="cpu").lower(x, w).compile()
+        compiled = jax.jit(_product, in_shardings=where).lower(x, w).compile()
     return "ynn_fusion" in compiled.as_text()
 
 
@@ -86,23 +88,32 @@ def parts_product(x: jax.Array, w: jax.Array) -> jax.Array:
     return found[0] + (found[1] + found[2])  # the smallest first
 
 
-def widened(take: Callable[[jax.Array], jax.Array], table: jax.Array) -> jax.Array:
-    """What is taken of a table of bfloat16, in float32. As numbers: XLA:CPU takes no bfloat16, and
-    would make the whole table float32 first.
+def widened(
+    take: Callable[[jax.Array, jax.Array], jax.Array], table: jax.Array, index: jax.Array
+) -> jax.Array:
+    """What `take` finds in a table of bfloat16 at an index, in float32. As whole numbers: XLA:CPU
+    gathers no bfloat16, and would make the whole table float32 first.
     """
-    bits = take(lax.bitcast_convert_type(table, jnp.uint16)).astype(jnp.uint32)
-    return lax.bitcast_convert_type(bits << 16, jnp.float32)
+    # Or it would be made numbers, all of it, in front of a loop.
+    table, index = lax.optimization_barrier((table, index))
+    bits = take(lax.bitcast_convert_type(table, jnp.uint16), index).astype(jnp.uint32)
+    return lax.bitcast_convert_type(bits << HALF, jnp.float32)
 
 
 def _parts(x: jax.Array) -> jax.Array:
-    """Rows of float32, [N, I], as 3 N of bfloat16 that add up to them, the largest first."""
-    found = []
-    for _ in range(PARTS):
-        # A conversion there and back could be left out as one of excess precision.
-        found.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
-        x = x - found[-1]
-    return jnp.concatenate(found).astype(jnp.bfloat16)
+    """Rows of float32, [N, I], as 3 N of bfloat16 that add up to them, the largest first: the first
+    half of the bits, that of what is left, and what is left then.
+    """
+    bits = lambda x: lax.bitcast_convert_type(x, jnp.uint32)  # noqa: E731
+    part = lax.broadcasted_iota(jnp.int32, (PARTS, 1, 1), 0)
+    left = x[None]
+    for i in range(1, PARTS):
+        first = lax.bitcast_convert_type(bits(left) >> HALF << HALF, jnp.float32)
+        left = jnp.where(part < i, left, left - first)
+    found = lax.bitcast_convert_type((bits(left) >> HALF).astype(jnp.uint16), jnp.bfloat16)
+    return found.reshape(-1, x.shape[-1])
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum("ni,oi->no", x, w, preferred_element_type=jnp.float32)
+    exact = lax.Precision.DEFAULT  # whatever is asked for products of float32
+    return jnp.einsum("ni,oi->no", x, w, precision=exact, preferred_element_type=jnp.float32)

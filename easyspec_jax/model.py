@@ -115,7 +115,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def product(model: Model, x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
     """x [B, T, I] times a matrix of the model that has I inputs, in at least float32: [B, T, O]."""
     layout = model.layout
-    return quantized.product(x, w, outputs_first=layout.outputs_first, explicit_gemv=layout.explicit_gemv)
+    return quantized.product(
+        x, w, outputs_first=layout.outputs_first, explicit_gemv=layout.explicit_gemv
+    )
 
 
 def normed(model: Model, x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:

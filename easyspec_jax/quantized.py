@@ -304,9 +304,12 @@ def _by_groups(
 
 def look_up(table: jax.Array | Quantized, index: jax.Array, axis: int, dtype: Any) -> jax.Array:
     """Rows i32[B, T] of a table whose rows lie along `axis` (0 or 1), as [B, T, D] of `dtype`."""
-    take = lambda x: x[index] if axis == 0 else jnp.moveaxis(x[:, index], 0, -1)  # noqa: E731
+
+    def take(x: jax.Array, index: jax.Array) -> jax.Array:
+        return x[index] if axis == 0 else jnp.moveaxis(x[:, index], 0, -1)
+
     if isinstance(table, Quantized):
-        return dequantise(jax.tree.map(take, table)).astype(dtype)
+        return dequantise(jax.tree.map(lambda x: take(x, index), table)).astype(dtype)
     if table.dtype == jnp.bfloat16 and dtype == jnp.float32:
-        return widened(take, table)
-    return take(table)
+        return widened(take, table, index)
+    return take(table, index)

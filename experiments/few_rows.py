@@ -3,9 +3,10 @@
     python experiments/few_rows.py --base CKPT --rounds 20 --out FILE
 
 A pass runs T tokens of a text whose cache they fill, and takes the likeliest token behind each. It
-is compiled by default and, where `CompileOptions` asks for more at so many rows, with that as well.
-All take turns in one process, so that they meet the same machine. Ratios are of minima, to one row
-by default. The last line of stdout is one JSON document.
+is compiled by default and, where `CompileOptions` asks for more at so many rows, with that as well;
+of a checkpoint whose matrices this CPU keeps in bfloat16, that too. All take turns in one process,
+so that they meet the same machine. Ratios are of minima, to one row by default of the same
+matrices. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -49,20 +50,24 @@ class Arm:
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """A record for each number of rows and way to compile; one row by default is the first."""
-    base = es.load_model(args.base, es.make_mesh(1, 1))
-    arms = {}
+    mesh, arms = es.make_mesh(1, 1), {}
+    base, kept = es.load_model(args.base, mesh, dtype="float32"), es.load_model(args.base, mesh)
     for rows in args.rows:
-        asked = es.CompileOptions().on(base.layout.mesh, rows)
+        asked = es.CompileOptions().on(mesh, rows)
         for options in dict.fromkeys(((), asked)):
-            arms[rows, "asked" if options else "default"] = Arm(base, rows, args.max_len, options)
+            name = "asked" if options else "default"
+            arms["float32", rows, name] = Arm(base, rows, args.max_len, options)
+        if kept.layout.bf16_matrices:
+            arms["bfloat16", rows, "default"] = Arm(kept, rows, args.max_len, ())
     for _ in range(2 + args.rounds):  # two compile and warm
         for arm in arms.values():
             arm.time()
     least = {key: min(arm.ms[2:]) for key, arm in arms.items()}
     return [
-        {"rows": rows, "compiled": name, "minimum_ms": ms, "ratio": ms / least[1, "default"],
-         "median_ms": statistics.median(arms[rows, name].ms[2:])}
-        for (rows, name), ms in least.items()
+        {"matrices": matrices, "rows": rows, "compiled": name, "minimum_ms": ms,
+         "ratio": ms / least[matrices, 1, "default"],
+         "median_ms": statistics.median(arms[matrices, rows, name].ms[2:])}
+        for (matrices, rows, name), ms in least.items()
     ]  # fmt: skip
 
 
@@ -79,9 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.rows[0], args.rounds) < 1 or args.rows[-1] > args.max_len:
         p.error("--rows must be of 1 to --max-len tokens, and --rounds at least 1")
     passes = measure(args)
-    print("| rows | compiled | minimum, ms | times one row | median, ms |\n|" + 5 * " --- |")
-    for rows, name, *figures in (one.values() for one in passes):
-        print(f"| {rows} | {name} | " + " | ".join(f"{n:.2f}" for n in figures) + " |")
+    print("| matrices | rows | compiled | minimum, ms | times one row | median, ms |")
+    print("|" + 6 * " --- |")
+    for *names, least, ratio, median in (one.values() for one in passes):
+        figures = (f"{n:.2f}" for n in (least, ratio, median))
+        print("| " + " | ".join((*map(str, names), *figures)) + " |")
     record = {"machine": machine(), "commit": commit(), "options": without_places(vars(args))}
     print(append(args.out, record | {"passes": passes}))
 

@@ -63,9 +63,10 @@ class Arm:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record for each setting."""
     mesh = es.make_mesh(1, 1)
-    base = es.load_model(args.base, mesh)
+    measured = jax.numpy.float32 if mesh.devices.flat[0].platform == "cpu" else None
+    base = es.load_model(args.base, mesh, dtype=measured)
     drafts = {
-        size: es.load_model(args.draft, mesh, group_size=size, layout="grouped")
+        size: es.load_model(args.draft, mesh, group_size=size, layout="grouped", dtype=measured)
         for size in sorted({size for size, _, _ in SETTINGS})
     }
     arms = {

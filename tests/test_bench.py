@@ -229,18 +229,26 @@ def test_transformers_arms_give_the_same_greedy_text(tiny, capsys, monkeypatch):
     assert (2, 0.0) in asked and any(number != 2 for number, _ in asked)  # constant, and not
 
 
-def test_a_few_rows_are_timed_both_ways(tiny, capsys):
+def test_a_few_rows_are_timed_in_all_ways(tiny, capsys, monkeypatch):
     out = tiny / "rows.jsonl"
     argv = ["--base", str(tiny / "base"), "--rounds", "2", "--max-len", "40", "--out", str(out)]
+    load = es.load_model
+
+    def kept(path, mesh, dtype=None):  # as where a CPU is quick, and the checkpoint of bfloat16
+        return load(path, mesh, dtype=dtype, matrix_dtype=None if dtype else "bfloat16")
+
+    monkeypatch.setattr(es, "load_model", kept)
     few_rows.main([*argv, "--rows", "2,33"])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document == json.loads(out.read_text()) and document["options"]["base"] == "base"
-    found = [(one["rows"], one["compiled"]) for one in document["passes"]]
-    assert found == [(1, "default"), (2, "default"), (2, "asked"), (33, "default")]
-    first = document["passes"][0]["minimum_ms"]
+    found = [(one["matrices"], one["rows"], one["compiled"]) for one in document["passes"]]
+    plain = [(1, "default"), (2, "default"), (2, "asked"), (33, "default")]
+    both = [("float32", *one) for one in plain] + [("bfloat16", n, "default") for n in (1, 2, 33)]
+    assert sorted(found) == sorted(both)
+    first = {one["matrices"]: one["minimum_ms"] for one in document["passes"] if one["rows"] == 1}
     for one in document["passes"]:
         assert 0 < one["minimum_ms"] <= one["median_ms"]
-        assert one["ratio"] == one["minimum_ms"] / first
+        assert one["ratio"] == one["minimum_ms"] / first[one["matrices"]]
     with pytest.raises(SystemExit):
         few_rows.main([*argv, "--rows", "41"])
     assert "--rows must be of 1 to --max-len tokens" in capsys.readouterr().err

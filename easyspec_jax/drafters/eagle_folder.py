@@ -396,9 +396,7 @@ def layer_of(tensors: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def rows_of(
-    rows: Any, ids: Any, about: Description, model: Model, rows_first: bool
-) -> jax.Array:
+def rows_of(rows: Any, ids: Any, about: Description, model: Model, rows_first: bool) -> jax.Array:
     """Those of the base's own head that this head knows, [V', D]; of codes as wide as their scales,
     to be rounded once.
     """
