@@ -8,6 +8,7 @@ matrix, added up in float32, are the same product, each of its terms exact. Tile
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pathlib
@@ -48,11 +49,10 @@ def matrix_type(
         several = isinstance(mesh, AbstractMesh) or mesh.is_multi_process  # CPUs may differ
         as_stored = stored is not None and jnp.dtype(stored) == half
         return half if as_stored and fits and not several and fast_products() else dtype
-    try:
+    found = None
+    with contextlib.suppress(TypeError):
         found = jnp.dtype(wanted)
-    except TypeError:
-        found = None
-    if found == dtype or (found == half and fits):
+    if found is not None and (found == dtype or (found == half and fits)):
         return found
     if found == half:
         raise ValueError(
@@ -78,7 +78,7 @@ def fast_products(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> bool
     where = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with jax.ensure_compile_time_eval():  # whatever is traced around it
         compiled = jax.jit(_product, in_shardings=where).lower(x, w).compile()
-    return "ynn_fusion" in compiled.as_text()
+    return "ynn_fusion" in (compiled.as_text() or "")
 
 
 def parts_product(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from decoders import all_logits
 
+import convert
 import easyspec_jax as es
 from easyspec_jax.cli.demo import HEAD
 
@@ -210,6 +212,26 @@ def test_the_head_of_the_package_drafts_and_text_stays_the_same(load):
     out = decoder.generate(encode("smollm2-135m", TEXTS), max_new_tokens=NUM_TOKENS)
     check_lossless(load, "smollm2-135m", TEXTS, out.tokens)
     assert 1.2 < out.stats.tokens_per_step < 4.0
+
+
+@SMOLLM2
+def test_matrices_of_bfloat16_are_as_near_to_float64_as_those_of_float32(tmp_path):
+    folder = convert.convert(
+        source("smollm2-135m"), tmp_path / "model", dtype="bfloat16", progress=False
+    )
+
+    def load(**options):
+        return shallow(es.load_model(folder, es.make_mesh(1, 1), **options))
+
+    kept, plain, exact = (
+        load(**how)
+        for how in ({"matrix_dtype": "bfloat16"}, {"dtype": "float32"}, {"dtype": "float64"})
+    )
+    prompts = encode("smollm2-135m", TEXTS)
+    text = np.asarray([prompts[1] + prompts[2] + prompts[3]])
+    wanted = all_logits(exact, text)
+    new, old = (np.abs(all_logits(m, text) - wanted).max() for m in (kept, plain))
+    assert 0 < new < 1.5 * old < 1e-3
 
 
 @SMOLLM2

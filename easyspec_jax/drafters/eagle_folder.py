@@ -313,8 +313,8 @@ def prototypes(
     options["kv_dtype"] = base.layout.kv_codes
     mesh = base.layout.mesh
     half = base.layout.bf16_matrices and jnp.dtype(dtype) == base.dtype
-    floats = {"matrix_dtype": jnp.bfloat16 if half else None}
-    of_head = options | ({"quantization": how} if how is not None else floats)
+    floats: dict[str, Any] = {"matrix_dtype": jnp.bfloat16 if half else None}
+    of_head: dict[str, Any] = options | ({"quantization": how} if how is not None else floats)
     model = abstract_model(about.config, mesh, **of_head)
     table = base
     if own:
@@ -347,7 +347,9 @@ def assemble(
     matrices = layout.matrix_dtype(dtype)
     if rows is not None:
         tensors = tensors | {HEAD: rows_of(rows, ids, about, model, rows_first)}
-    kept = dict(config=c, layout=layout, dtype=dtype, how=how, codes=model.quantization)
+    kept: dict[str, Any] = dict(
+        config=c, layout=layout, dtype=dtype, how=how, codes=model.quantization
+    )
     rounded = functools.partial(made, **kept)
     top = rounded({"embed": tensors[HEAD], "final_norm": tensors["norm.weight"]})
     top = weights.arrange_top(top, layout)
