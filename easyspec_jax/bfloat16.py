@@ -59,7 +59,8 @@ def matrix_type(
             f"matrix_dtype bfloat16 is for models of float32 on CPUs, not of {dtype.name} on "
             f"{platform_of(mesh)}"
         )
-    raise ValueError(f"matrix_dtype must be {half.name} or {dtype.name}, got {wanted!r}")
+    either = f"{half.name} or " if fits else ""
+    raise ValueError(f"matrix_dtype must be {either}{dtype.name}, got {wanted!r}")
 
 
 @functools.cache
@@ -101,8 +102,8 @@ def widened(
 
 
 def _parts(x: jax.Array) -> jax.Array:
-    """Rows of float32, [N, I], as 3 N of bfloat16 that add up to them, the largest first: the first
-    half of the bits, that of what is left, and what is left then.
+    """Rows of float32, [N, I] and finite, as 3 N of bfloat16 that add up to them, the largest
+    first: the first half of the bits, that of what is left, and what is left then.
     """
     bits = lambda x: lax.bitcast_convert_type(x, jnp.uint32)  # noqa: E731
     part = lax.broadcasted_iota(jnp.int32, (PARTS, 1, 1), 0)

@@ -78,10 +78,10 @@ def load_model(
         made of a checkpoint of floats. None: as the checkpoint has them.
       kv_dtype: "int8" or "fp8": keys and values are stored as codes, with a scale for each head and
         entry; attention is XLA's then. None: in the type of the activations.
-      matrix_dtype: of matrices that are no codes, "bfloat16" under activations of float32 (on CPUs;
-        products are those of float32, `bfloat16`) or as `dtype`. None: as `dtype` if that is given,
-        else bfloat16 where a checkpoint of floats stores that and the CPU multiplies it quickly,
-        which halves what is held and read.
+      matrix_dtype: of matrices that are no codes: as `dtype`, or "bfloat16" under activations of
+        float32 (on CPUs; products are as precise as in float32, `bfloat16`, weights of other types
+        are rounded). None: as `dtype` if that is given, else bfloat16 where a checkpoint of floats
+        stores that and the CPU multiplies it quickly, which halves what is held and read.
       progress: show bars on standard error; None: if it is a terminal.
 
     Raises:
@@ -249,7 +249,8 @@ def save_model(model: Model, path: str | os.PathLike, like: str | os.PathLike) -
 
     Args:
       path: a folder that does not exist yet; it appears when all is written.
-      like: the checkpoint whose configuration and tokenizer it takes.
+      like: the checkpoint whose configuration and tokenizer it takes. Floats are written in the
+        model's own type: matrices that are kept in bfloat16 under float32 become float32.
 
     Raises:
       ValueError: `like` is no checkpoint, or one of other dimensions; several processes.

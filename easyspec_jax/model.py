@@ -44,7 +44,9 @@ class Model(Placed, struct.PyTreeNode, kw_only=True):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Type of the weights that are no codes, of the activations and of the KV cache."""
+        """Type of the activations, of the KV cache, of norms, and of matrices but for codes and
+        those that a CPU keeps in bfloat16.
+        """
         return self.params.final_norm.dtype
 
     def abstract_cache(self, batch: int, max_len: int) -> KVCache:

@@ -120,7 +120,8 @@ ARRANGED = {
     **{"embed": "VD", "final_norm": "D", "lm_head": "DV"},
 }
 # Matrices of a layout for GPUs, where a product of one row reads them once at any size if their
-# outputs come first, and up to five times if not (XLA:GPU); on CPUs the order above is faster.
+# outputs come first, and up to five times if not (XLA:GPU), or of bfloat16 ones on CPUs; of float32
+# there the order above is faster.
 OUTPUTS_FIRST = {
     **{"wqkv": "KGHD", "wkv": "KEHD", "wo": "DKGH"},
     **{"w_gate_up": "EFD", "w_down": "DF", "lm_head": "VD"},
@@ -168,7 +169,7 @@ class Attention(struct.PyTreeNode, kw_only=True):
     axis "layer".
     """
 
-    # Dimensions are those of `ARRANGED`; a layout for GPUs has them as in `OUTPUTS_FIRST`.
+    # Dimensions are those of `ARRANGED`; with `outputs_first` as in `OUTPUTS_FIRST`.
     norm: Any  # [D]
     # [D, K, G + 2, H]: per kv head its queries, the key, the value; [D, K, G, H] beside a wkv
     wqkv: Any

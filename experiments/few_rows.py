@@ -51,7 +51,8 @@ class Arm:
 def measure(args: argparse.Namespace) -> list[dict]:
     """A record for each number of rows and way to compile; one row by default is the first."""
     mesh, arms = es.make_mesh(1, 1), {}
-    base, kept = es.load_model(args.base, mesh, dtype="float32"), es.load_model(args.base, mesh)
+    kept = es.load_model(args.base, mesh)
+    base = es.load_model(args.base, mesh, dtype="float32") if kept.layout.bf16_matrices else kept
     for rows in args.rows:
         asked = es.CompileOptions().on(mesh, rows)
         for options in dict.fromkeys(((), asked)):

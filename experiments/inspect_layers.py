@@ -124,7 +124,7 @@ def queries_and_keys(model: Model, layer: int, x: np.ndarray) -> tuple[np.ndarra
     w = [w for block in model.params.blocks for w in block.attention][layer]
     x, eps = jnp.asarray(x, model.dtype), model.config.norm_eps
     dims = arranged_dims("wqkv", model.layout).lower()
-    heads = jnp.einsum(f"...d,{dims}->...kgh", rms_norm(x, w.norm, eps), w.wqkv)
+    heads = jnp.einsum(f"...d,{dims}->...kgh", rms_norm(x, w.norm, eps), w.wqkv.astype(x.dtype))
     if w.bqkv is not None:
         heads = heads + w.bqkv.reshape((1,) * (heads.ndim - 3) + w.bqkv.shape)
     queries, keys = heads[..., :-2, :], heads[..., -2, :]

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from easyspec_jax.bfloat16 import fast_products
+
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
@@ -22,9 +24,12 @@ def machine() -> dict[str, str]:
         if cpu.exists()
         else []
     )
+    on_cpu = jax.default_backend() == "cpu"  # matrices that are stored so
+    bfloat16 = {"bfloat16": "kept" if fast_products() else "widened"} if on_cpu else {}
     return {
         "device": jax.devices()[0].device_kind,
         "cpu": f"{len(names)} x {names[0].partition(': ')[2]}" if names else platform.processor(),
+        **bfloat16,
         "python": platform.python_version(),
         **versions("jax", "transformers"),
     }

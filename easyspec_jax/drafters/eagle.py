@@ -74,7 +74,8 @@ class EagleDrafter(Drafter):
 
         Args:
           base: the model that it was trained for; shapes alone give a drafter of shapes.
-          dtype: of weights and cache; default: the base's.
+          dtype: of weights and cache; default: the base's, and if its matrices are bfloat16 under
+            float32 those of the head are rounded to that.
           layout: as of `load_model`; default: over all devices.
           quantization: as of `load_model`; embeddings of its own stay floats.
 

@@ -110,8 +110,9 @@ def load_head(
         ids = target_ids(slices["d2t"][:], about.vocab_size) if "d2t" in slices else None
         slices = {name: x for name, x in slices.items() if name not in ("d2t", "t2d")}
         own = EMBEDDING in slices
+        half = base.layout.bf16_matrices and dtype is None and how is None
         dtype = base.dtype if dtype is None else dtype
-        model, table = prototypes(about, base, own, dtype, layout, how)
+        model, table = prototypes(about, base, own, dtype, layout, how, half)
         known: dict[str, Any] = dict(about=about, model=model, table=table, own=own, how=how)
         build = functools.partial(assemble, **known, rows_first=base.layout.outputs_first)
         shapes = {name: stored_as(x) for name, x in slices.items()}
@@ -305,21 +306,27 @@ def stored_as(rows: Any) -> jax.ShapeDtypeStruct:
 
 
 def prototypes(
-    about: Description, base: Model, own: bool, dtype: Any, layout: Any, how: Quantization | None
+    about: Description,
+    base: Model,
+    own: bool,
+    dtype: Any,
+    layout: Any,
+    how: Quantization | None,
+    half: bool,
 ) -> tuple[Model, Model]:
-    """The models of a head and of its embedding, which is its own or the base's, as shapes."""
+    """The models of a head and of its embedding, which is its own or the base's, as shapes; `half`:
+    their matrices are bfloat16.
+    """
     attention = "xla" if base.layout.attention == "xla" else "auto"  # its heads may be others
     options: dict[str, Any] = dict(dtype=dtype, layout=layout, attention=attention)
     options["kv_dtype"] = base.layout.kv_codes
     mesh = base.layout.mesh
-    half = base.layout.bf16_matrices and jnp.dtype(dtype) == base.dtype
-    floats: dict[str, Any] = {"matrix_dtype": jnp.bfloat16 if half else None}
-    of_head: dict[str, Any] = options | ({"quantization": how} if how is not None else floats)
-    model = abstract_model(about.config, mesh, **of_head)
+    options["matrix_dtype"] = jnp.bfloat16 if half else dtype
+    model = abstract_model(about.config, mesh, quantization=how, **options)
     table = base
     if own:
         wider = dataclasses.replace(about.config, vocab_size=about.vocab_size, tie_embeddings=False)
-        table = abstract_model(wider, mesh, **options, **floats)
+        table = abstract_model(wider, mesh, **options)
     head = None if table.params.embed is not None else table.params.lm_head
     params = table.params.replace(blocks=(), lm_head=head)
     return model, table.replace(params=params, partition=())

@@ -252,7 +252,8 @@ class Pass:
 
     @property
     def _itemsize(self) -> int:
-        return self.model.dtype.itemsize
+        """Bytes of a weight that is no code."""
+        return self.model.layout.matrix_dtype(self.model.dtype).itemsize
 
     @functools.cached_property
     def _cache_bytes(self) -> int:

@@ -52,8 +52,8 @@ def pass_floor(
       logits: False: nothing but the cache is wanted, as of a prompt, so that the last layer ends
         with its keys and values.
     """
-    batch, dtype = cache.length.shape[0], model.dtype
-    total = Floor(weights=batch * tokens * model.config.embed_dim * dtype.itemsize)
+    batch, row = cache.length.shape[0], model.layout.matrix_dtype(model.dtype)
+    total = Floor(weights=batch * tokens * model.config.embed_dim * row.itemsize)
     share = tokens / cache.max_len  # of a cache's entries
     for block, kv in zip(model.params.blocks, cache.blocks, strict=True):
         size = len(block.mlp)
