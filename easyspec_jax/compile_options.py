@@ -3,7 +3,7 @@
 Levels say how much of a step a GPU's host hands over as CUDA graphs. The default is the
 compiler's own; the others were read in compiled programs (`easyspec program --graphs LEVEL`) and
 wait for a clock. On CPUs there are no levels, but a few rows are multiplied by another library
-(unless matrices are bfloat16, `bfloat16`).
+(unless matrices are bfloat16, see `bfloat16`).
 """
 
 from __future__ import annotations

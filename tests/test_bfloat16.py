@@ -186,6 +186,9 @@ def test_no_table_is_widened_and_the_library_is_the_one_for_bfloat16(stored):
     text = loop.run_loop.lower(base, decoder.drafter, request, state).compile().as_text()
     assert "bf16[90," in text
     assert not re.search(r"f32\[90,\d+\]\S* convert\(", text)
+    # Nor made numbers of in front of the loop, whose state would carry it.
+    carried = [line for line in text.splitlines() if re.search(r" while\(", line)]
+    assert carried and not any("u16[90," in line for line in carried)
 
 
 def test_matrices_are_kept_where_that_is_what_is_stored_and_quick(stored, monkeypatch):
