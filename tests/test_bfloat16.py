@@ -102,7 +102,7 @@ def test_logits_are_those_of_the_same_weights_in_float32(checkpoint, tied):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 2), *(pytest.param(n, marks=pytest.mark.slow) for n in ((1, 1), (1, 8)))]
+    "shape", [(1, 1), *(pytest.param(n, marks=pytest.mark.slow) for n in ((2, 2), (1, 8)))]
 )
 def test_speculation_says_what_the_base_alone_says_in_float32(stored, tmp_path, shape):
     """A pair in groups, a tree and a head, over matrices of bfloat16."""
