@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +20,6 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
 from easyspec_jax.sharding import platform_of
-
-logger = logging.getLogger("easyspec_jax")
 
 PARTS = 3  # of 8 bits of a float32: all of them
 HALF = 16  # bits of one that are those of a bfloat16

@@ -31,8 +31,8 @@ from easyspec_jax.sharding import psum
 class EagleHead(struct.PyTreeNode, kw_only=True):
     """The weights of a head; what `model` has not is the same on every device.
 
-    D' is the width of the base, D that of the head, V' the ids that it knows. Matrices
-    have their outputs first where the layout says so.
+    D' is the width of the base, D that of the head, V' the ids that it knows. Matrices have their
+    outputs first where the layout says so.
     """
 
     # one layer, whose attention has 2 D inputs and no norm of its own; final norm; head [D, V']
