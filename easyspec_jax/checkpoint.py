@@ -8,6 +8,7 @@ the part is read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -21,6 +22,7 @@ import time
 import traceback
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -126,6 +128,39 @@ def read_part(folder: pathlib.Path, name: str, abstract: dict[str, Any]) -> dict
         else found[name]
         for name, x in abstract.items()
     }
+
+
+@contextlib.contextmanager
+def reading(
+    folder: pathlib.Path, digests: dict[str, str], progress: bool | None
+) -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
+    """A reader of parts, `read(name, abstract)` as in `read_part`, with a bar; at the end of the
+    block all that was read is compared with the digests of its parts.
+
+    Args:
+      progress: show the bar; None: where standard error is a terminal.
+
+    Raises:
+      ValueError: a part's bytes are not those that were written.
+    """
+    from tqdm import tqdm
+
+    hidden = None if progress is None else not progress
+    bar = tqdm(total=len(digests), desc=f"loading {folder.name}", unit="part", disable=hidden)
+    found = {}
+
+    def read(name: str, abstract: dict[str, Any]) -> dict[str, Any]:
+        arrays = read_part(folder, name, abstract)
+        found[name] = digest(arrays)
+        bar.update()
+        return arrays
+
+    with bar:
+        yield read
+    # Only now: devices compute digests while the host reads on.
+    for name, value in jax.device_get(found).items():
+        if shown_digest(value) != digests[name]:
+            raise ValueError(damaged(folder, name))
 
 
 def _flat(arrays: dict[str, Any]) -> dict[str, Any]:

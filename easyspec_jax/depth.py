@@ -198,11 +198,21 @@ def expected_tokens(tried: jax.Array, accepted: jax.Array, levels: jax.Array) ->
       tried: f32[B, γ], with `accepted` as in `Pace`, of one kind.
       levels: i32[B], levels that there can be.
     """
-    share = accepted[:, 0] / tried[:, 0]
-    path, tokens = jnp.ones_like(share), [jnp.ones_like(share)]
+    share, shares = accepted[:, 0] / tried[:, 0], []
     for i in range(tried.shape[1]):
         if i:
             share = (accepted[:, i] + BELIEF * share) / (tried[:, i] + BELIEF)
+        shares.append(jnp.where(i < levels, share, 0.0))
+    return chain_tokens(shares)
+
+
+def chain_tokens(shares: Sequence[jax.Array]) -> jax.Array:
+    """Tokens that a step with 0, 1, .., n levels is expected to bring, f32[B, n + 1], where each
+    level is accepted with its share (f32[B]) if all above it are: 1 + a + a a' + ...
+    """
+    path = jnp.ones_like(shares[0])
+    tokens = [path]
+    for share in shares:  # and no `cumprod`, which GPUs launch by itself
         path = path * share
-        tokens.append(tokens[-1] + jnp.where(i < levels, path, 0.0))
+        tokens.append(tokens[-1] + path)
     return jnp.stack(tokens, axis=1)

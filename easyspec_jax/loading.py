@@ -108,27 +108,9 @@ def load_model(
     checkpoint.check_whole(folder, config, metadata["parts"])
     if metadata["dtype"] == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(f"{folder} holds float64: set jax_enable_x64 to load it")
-    from tqdm import tqdm
-
-    hidden = None if progress is None else not progress  # None: shown on a terminal alone
-    bar = tqdm(
-        total=len(metadata["parts"]), desc=f"loading {folder.name}", unit="part", disable=hidden
-    )
-    digests = {}
-
-    def part(name, abstract):
-        arrays = checkpoint.read_part(folder, name, abstract)
-        digests[name] = checkpoint.digest(arrays)
-        bar.update()
-        return arrays
-
-    with bar:
-        options |= {"group_size": group_size, "stored": jnp.dtype(metadata["dtype"])}
+    options |= {"group_size": group_size, "stored": jnp.dtype(metadata["dtype"])}
+    with checkpoint.reading(folder, metadata["parts"], progress) as part:
         model = _build(config, part, stored_codes=codes, **options)
-    # Only now: devices compute digests while the host reads on.
-    for name, found in jax.device_get(digests).items():
-        if checkpoint.shown_digest(found) != metadata["parts"][name]:
-            raise ValueError(checkpoint.damaged(folder, name))
     return model.replace(tokenizer=metadata["tokenizer"])
 
 

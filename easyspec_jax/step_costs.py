@@ -31,7 +31,9 @@ logger = logging.getLogger("easyspec_jax")
 
 FAR = 1e9  # how much dearer all other depths are than the one that is to be chosen
 LEAST = 1e-6  # seconds, below which no difference means anything
-SECONDS, ROUNDS = 0.2, 20  # for one depth: no more than either, but two behind a first
+# For one depth, behind a first time: no more than either number of seconds and rounds, but at least
+# so many rounds. Of three the least was off by a sixth where a clock strays.
+SECONDS, ROUNDS, LEAST_ROUNDS = 0.4, 20, 7
 
 Run = Callable[[Request, DecodeState], DecodeState]
 
@@ -85,8 +87,8 @@ def measured(
         _, state = take(0, 0, text, state)
         assert state.pace is not None
         kinds = np.unique(jax.device_get(state.pace.kind))
-        least, state = _in_turns(functools.partial(take, text=text), num_depths, state)
-        seconds[kinds] = np.maximum(seconds[kinds], least)
+        found, state = _in_turns(functools.partial(take, text=text), num_depths, state)
+        seconds[kinds] = np.maximum(seconds[kinds], found)
     seconds = np.where(seconds > 0, seconds, seconds.max(axis=0))
     seconds[:, 0] = seconds[:, 0].min()  # without a draft they are all the same
     behind, spent = min(CATCH_UP, end - 3), []
@@ -94,20 +96,20 @@ def measured(
         one, state = take(1, 1, texts[-1], state, behind=more)
         spent.append(one)
     catch_up = max(min(spent[3::2]) - min(spent[2::2]), 0.0) / behind if spent else 0.0
-    found: Any = (seconds, np.float32(catch_up))
+    costs: Any = (seconds, np.float32(catch_up))
     if jax.process_count() > 1:
-        found = map(np.asarray, multihost_utils.broadcast_one_to_all(found))
-    return StepCosts(*found)
+        costs = map(np.asarray, multihost_utils.broadcast_one_to_all(costs))
+    return StepCosts(*costs)
 
 
 def _in_turns(
     take: Callable[..., tuple[float, DecodeState]], num_depths: int, state: DecodeState
 ) -> tuple[np.ndarray, DecodeState]:
-    """Least seconds of a step of each depth, f32[D], above what a call takes; depths take turns, so
-    that what else is going on meets them all.
+    """Median seconds of a step of each depth, f32[D], above what a call takes; depths take turns,
+    so that what else is going on meets them all.
     """
-    found, spent = [], 0.0
-    least, most = 3, ROUNDS if jax.process_count() == 1 else 3  # clocks differ, programs may not
+    found, spent, least = [], 0.0, LEAST_ROUNDS + 1
+    most = ROUNDS if jax.process_count() == 1 else least  # clocks differ, programs may not
     while len(found) < least or (len(found) < most and spent < SECONDS * num_depths):
         row = []
         for number in range(num_depths):
@@ -116,8 +118,8 @@ def _in_turns(
                 row.append(one)
         found.append(row)
         spent += sum(row)
-    fastest = np.min(found[1:], axis=0)  # the first may have compiled
-    seconds = np.maximum(fastest[1::2] - fastest[::2].min(), LEAST)
+    typical = np.median(found[1:], axis=0)  # the first may have compiled
+    seconds = np.maximum(typical[1::2] - typical[::2].min(), LEAST)
     # A deeper step that took less says nothing but how well the clock can tell.
     return np.maximum.accumulate(seconds).astype(np.float32), state
 

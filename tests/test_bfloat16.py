@@ -22,6 +22,7 @@ from easyspec_jax.checkpoint import read_metadata
 from easyspec_jax.cli import drafting
 from easyspec_jax.cli.main import make_parser
 from easyspec_jax.memory import device_bytes
+from easyspec_jax.program import report
 from easyspec_jax.quantized import product
 
 
@@ -189,6 +190,24 @@ def test_no_table_is_widened_and_the_library_is_the_one_for_bfloat16(stored):
     # Nor made numbers of in front of the loop, whose state would carry it.
     carried = [line for line in text.splitlines() if re.search(r" while\(", line)]
     assert carried and not any("u16[90," in line for line in carried)
+
+
+def test_a_program_that_is_read_is_compiled_as_the_engine_compiles_it(stored):
+    class Lowered:
+        def compile(self, compiler_options):
+            self.asked = set(compiler_options)
+            raise NotImplementedError
+
+    def asked(**options):
+        base = es.load_model(stored, es.make_mesh(1, 1), **options)
+        decoder = es.Decoder(base, es.PromptLookupDrafter(), num_draft_tokens=3)
+        lowered = Lowered()
+        with pytest.raises(NotImplementedError):
+            report.compile_program(lowered, decoder, 4)
+        return lowered.asked
+
+    eigen = {name for name, _ in es.CompileOptions().on(es.make_mesh(1, 1), 4)}
+    assert eigen and asked(dtype="float32") - asked(matrix_dtype="bfloat16") == eigen
 
 
 def test_matrices_are_kept_where_that_is_what_is_stored_and_quick(stored, monkeypatch):

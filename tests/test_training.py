@@ -374,6 +374,22 @@ def test_a_last_answer_needs_no_newline(tmp_path):
     assert read_answers(tmp_path / "a.jsonl", CONFIG) == [Answer([1], [2], 0.0)]
 
 
+def test_the_command_trains_on_any_cpu_what_it_began_on_another(easyspec, monkeypatch, tmp_path):
+    class Loaded(Exception):
+        pass
+
+    def load(*args, dtype, **options):
+        raise Loaded(dtype)
+
+    monkeypatch.setattr(train_head.es, "load_model", load)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"say {i} times hello" for i in range(10, 22)))
+    argv = ("train-head", "--base", "base", "--out", tmp_path / "head", "--row-length", 64)
+    argv += ("--taps", "1,2", "--held-out", 4, "--rows", 8, "--max-new-tokens", 20)
+    for more, dtype in (((), "float32"), (("--dtype", "bfloat16"), "bfloat16")):
+        with pytest.raises(Loaded, match=dtype):
+            easyspec(*argv, "--prompts", tmp_path / "prompts.txt", *more)
+
+
 @pytest.mark.slow
 def test_the_command(easyspec, checkpoints, tmp_path):
     prompts = tmp_path / "prompts.txt"

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from easyspec_jax.depth import chain_tokens
+
 DECAY = 0.95  # ω: what a step's counts are worth one step later
 NUM_PROMPT = 32  # positions that are counted of a prompt, its last
 
@@ -97,10 +99,8 @@ def token_per_layer(
       f32[X, max_tokens + 1], by exit and number g of drafted tokens.
     """
     drafted = jnp.arange(max_tokens + 1, dtype=jnp.int32)
-    powers = jnp.where(drafted[None] > 0, alpha[:, None], 1.0)
-    tokens = jnp.cumsum(jnp.cumprod(powers, axis=1), axis=1)
     layers = drafted[None] * jnp.asarray(exits, jnp.int32)[:, None] + num_layers
-    return tokens / layers.astype(jnp.float32)
+    return chain_tokens([alpha] * max_tokens) / layers.astype(jnp.float32)
 
 
 def choose_exit(
