@@ -248,6 +248,18 @@ def test_sampled_sequences_follow_the_base():
     assert many_rows(other, FILTERED).tokens == out.tokens  # the same costs, the same draws
 
 
+def test_one_reading_of_a_straying_clock_decides_nothing():
+    true, calls = [10.0, 11.0, 14.0], []
+
+    def take(number, steps, state):
+        calls.append(number)
+        return (0.5 + steps * true[number]) * (0.6 if len(calls) == 3 * 6 + 4 else 1.0), state + 1
+
+    seconds, state = step_costs._in_turns(take, 3, 0)
+    np.testing.assert_allclose(seconds, true)
+    assert state == len(calls) >= 6 * (1 + step_costs.LEAST_ROUNDS)
+
+
 @slow
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     drafter = es.FallbackDrafter(es.PromptLookupDrafter(min_ngram=2), grouped())

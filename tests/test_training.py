@@ -195,6 +195,7 @@ def test_loss_falls_and_unseen_answers_are_drafted(trained):
     assert min(held["right"]) > 5 / CONFIG.vocab_size, held
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_one_that_was_not(trained, tmp_path, monkeypatch):
     whole, record = trained
     steps = []
@@ -374,6 +375,7 @@ def test_a_last_answer_needs_no_newline(tmp_path):
     assert read_answers(tmp_path / "a.jsonl", CONFIG) == [Answer([1], [2], 0.0)]
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_any_cpu_what_it_began_on_another(easyspec, monkeypatch, tmp_path):
     class Loaded(Exception):
         pass

@@ -176,6 +176,7 @@ def scorer(gamma=3):
     return search.make_scorer(m, m, stale_passes.write_texts(m, PROMPTS, 16), gamma)
 
 
+@pytest.mark.slow
 def test_scores_are_of_the_exact_model_and_fall_with_groups():
     s = scorer()
     assert s.exact_acceptance == 1.0
