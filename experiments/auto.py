@@ -6,9 +6,9 @@
 A case is a drafter: "draft" (--draft, in groups of --group-size), "lookup" (prompt lookup), "head"
 (lookup, else the package's or another --head) and "random" (a draft of random weights). Arms are
 the base alone, γ of 1, 2, 3, 5 and 8, and "auto"; all answer a prompt before any sees the next one,
-in changing order, after a warm-up that compiles and measures. A second --then text is put behind
-the first answer and answered in the same session. FILE gets a header and a line a prompt; started
-again, the script keeps what is there.
+in an order drawn anew each time, after a warm-up that compiles and measures. A second --then text
+is put behind the first answer and answered in the same session. FILE gets a header and a line a
+prompt; started again, the script keeps what is there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -101,9 +102,8 @@ def measure(args: argparse.Namespace, sets, then: list[int], lines, keep: Callab
     ]
     arms, warm = make_arms(args) if wanted else {}, set()
     for turn, (t, name, i) in enumerate(tqdm(wanted, desc=args.case)):
-        ids = sets[name][args.skip + i]
+        ids, shuffle = sets[name][args.skip + i], random.Random(turn)
         order = list(arms.items())
-        order = order[turn % len(order) :] + order[: turn % len(order)]
         found: Record = {}
         for arm, decoder in order:
             room = len(ids) + args.max_new_tokens
@@ -115,7 +115,8 @@ def measure(args: argparse.Namespace, sets, then: list[int], lines, keep: Callab
                 warm.add(shapes)
         runs: dict[str, list] = {arm: [] for arm in arms}
         for _ in range(args.repeats):
-            for arm, decoder in order:
+            # Anew each time, so that none always follows the same one.
+            for arm, decoder in shuffle.sample(order, len(order)):
                 runs[arm].append(answer(decoder, ids, then, args, t))
         for arm in arms:
             _, tokens, stats = runs[arm][0]
