@@ -133,7 +133,15 @@ def sample(key: jax.Array, probs: jax.Array) -> jax.Array:
     """One draw per row: i32[...] from f32[..., V], which need not be normalised; a zero is never
     drawn.
     """
-    return jax.random.categorical(key, jnp.log(probs), axis=-1).astype(jnp.int32)
+    order = perturbed(key, jnp.log(probs))
+    return largest(order, 1)[1][..., 0]
+
+
+def perturbed(key: jax.Array, log_p: jax.Array) -> jax.Array:
+    """Log-probabilities f32[..., V] with Gumbel noise: the largest is a draw, the k largest are k
+    without replacement.
+    """
+    return log_p + jax.random.gumbel(key, log_p.shape, jnp.float32)
 
 
 class Scores(struct.PyTreeNode, kw_only=True):
@@ -185,8 +193,7 @@ class Scores(struct.PyTreeNode, kw_only=True):
 
     def argmax(self) -> jax.Array:
         """The likeliest id of each row, i32[B, m]; the first of equals."""
-        chosen = self.axes or self.ids is not None
-        return self.largest(1)[1][..., 0] if chosen else argmax(self.whole())
+        return self.largest(1)[1][..., 0]
 
     def _winners(self, k: int, *, total: bool = False) -> tuple[jax.Array, jax.Array, Any]:
         """The k largest, their ids and, if asked for, the logsumexp of each row, f32[B, m]."""
@@ -254,9 +261,7 @@ def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     as a vocabulary is ever sorted.
     """
     if k == 1:
-        index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-        top, index = _first_largest(x, index, x.ndim - 1)
-        return top[..., None], index[..., None]
+        return lax.platform_dependent(x, cpu=_largest_in_two, default=_largest_in_one)
     size = x.shape[-1]
     if size <= 2 * BLOCK:
         top, index = lax.top_k(x, k)
@@ -268,6 +273,23 @@ def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     top, at = lax.top_k(few.reshape(*x.shape[:-1], -1), k)
     index = jnp.take_along_axis(where, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
     return top, jnp.minimum(index, size - 1)
+
+
+def _largest_in_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest of the last axis and its index, [..., 1] each, by one pass."""
+    index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    top, index = _first_largest(x, index, x.ndim - 1)
+    return top[..., None], index[..., None]
+
+
+def _largest_in_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same by two passes that a CPU makes several numbers at once. In one that keeps an index
+    it takes them one by one, and so does whatever makes x there: random numbers, say.
+    """
+    index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    top = x.max(axis=-1, keepdims=True)
+    index = jnp.where((x == top) | (x != x), index, x.shape[-1])
+    return top, index.min(axis=-1, keepdims=True)
 
 
 def _first_largest(x: jax.Array, ids: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -286,4 +308,4 @@ def _first_largest(x: jax.Array, ids: jax.Array, axis: int) -> tuple[jax.Array, 
 
 def argmax(logits: jax.Array) -> jax.Array:
     """The greedy token, i32[...]; the first of equals."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return largest(logits, 1)[1][..., 0]

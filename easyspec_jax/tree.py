@@ -19,7 +19,7 @@ from jax import lax
 
 from easyspec_jax.model import Placement
 from easyspec_jax.request import Request
-from easyspec_jax.sampling import Filters, Scores, largest, probabilities
+from easyspec_jax.sampling import Filters, Scores, largest, perturbed, probabilities
 from easyspec_jax.verify import Proposal
 
 
@@ -245,7 +245,7 @@ def _best(scores, filters, key, k, *, drawn, weighed):
         return best, tokens, jnp.zeros(best.shape, jnp.float32), None
     q = probabilities(scores.whole(), filters)
     log_q = jnp.log(q)
-    order = log_q + jax.random.gumbel(key, q.shape, jnp.float32) if drawn else log_q
+    order = perturbed(key, log_q) if drawn else log_q
     best, tokens = largest(order, k)
     log_q = jnp.take_along_axis(log_q, tokens, axis=-1) if weighed else jnp.zeros_like(best)
     return best, tokens, log_q, q if drawn else None

@@ -28,11 +28,13 @@ from easyspec_jax.depth import Pace, Pacing, usual_depths
 from easyspec_jax.text import Tokenizer
 
 DEPTHS = usual_depths(8)
-# Of a step of each depth, where one without a draft is 1: those measured in
-# results/auto_pair.jsonl; the same with drafts a little dearer; cheap drafts, and dear ones.
+# Of a step of each depth, where one without a draft is 1: measured for TinyLlama and stories15M in
+# float32; the same with drafts a little dearer; in bfloat16 (results/auto_pair.jsonl); cheap
+# drafts, and dear ones.
 COSTS = {
     "two cores": (1, 1.205, 1.29, 1.65, 1.9, 2.24),
     "two cores, busy": (1, 1.3, 1.45, 1.7, 2.1, 2.45),
+    "bfloat16": (1, 1.06, 1.13, 1.18, 1.68, 1.87),
     "cheap": (1, 1.1, 1.16, 1.22, 1.34, 1.52),
     "dear": (1, 1.5, 1.9, 2.3, 3.1, 4.3),
 }

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from mutation import mutate
 
-from easyspec_jax import Sampling, make_mesh, verify
+from easyspec_jax import Sampling, make_mesh, sampling, verify
 from easyspec_jax.sampling import Scores, make_filters, probabilities, sample
 from easyspec_jax.verify import Proposal, accept_path
 
@@ -134,6 +134,28 @@ def test_a_wider_tree_than_a_vocabulary_has_impossible_nodes():
     run = jax.shard_map(found, mesh=make_mesh(4, 2), in_specs=spec, out_specs=P())
     top = np.asarray(jax.jit(run)(jnp.ones((1, 1, 16), jnp.float32)))[0, 0]
     assert (top[:16] == 1).all() and (top[16:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_draw_is_that_of_the_library(monkeypatch, gpu):
+    if gpu:
+        monkeypatch.setattr(lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    p = jax.nn.softmax(jax.random.normal(jax.random.key(1), (3, 500), jnp.float32) * 3)
+    p = p.at[0, 100:].set(0.0)
+    for seed in range(20):
+        key = jax.random.key(seed)
+        expected = jax.random.categorical(key, jnp.log(p))
+        np.testing.assert_array_equal(sample(key, p), expected)
+
+
+@pytest.mark.parametrize("find", [sampling._largest_in_one, sampling._largest_in_two])
+def test_the_first_of_equals_is_taken_and_what_is_no_number_wins(find):
+    inf, nan = np.inf, np.nan
+    rows = [[1, 3, 3, 2], [-inf] * 4, [0.0, -0.0, -1, 0], [1, nan, 5, nan], [-inf, inf, 0, inf]]
+    top, index = find(jnp.asarray(rows, jnp.float32))
+    np.testing.assert_array_equal(index, [[1], [0], [0], [1], [1]])
+    np.testing.assert_array_equal(top[:, 0], [3, -inf, 0, nan, inf])
+    assert index.dtype == jnp.int32
 
 
 def test_sample_never_draws_a_zero():
