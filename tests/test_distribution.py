@@ -93,7 +93,7 @@ def test_broken_sampling_is_noticed(monkeypatch, broken):
     """test_sampling.py, test_tree.py and test_verify.py break every rule of one step."""
     decoder = tiny_decoder(broken)  # its weights are drawn before anything is broken
     if broken == "q of another temperature":
-        mutate(monkeypatch, es.tree, "_best", "log_q + jax", "3 * log_q + jax")
+        mutate(monkeypatch, es.tree, "_best", "perturbed(key, log_q)", "perturbed(key, 3 * log_q)")
     else:
         monkeypatch.setattr(jax.random, "fold_in", lambda key, step: key)
     assert sequence_surprise(decoder, PLAIN) > 5

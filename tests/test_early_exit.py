@@ -166,7 +166,7 @@ def test_sampled_sequences_follow_the_base(s, exits, adaptive):
 
 @pytest.mark.slow
 def test_a_draft_of_another_temperature_is_noticed(monkeypatch):
-    mutate(monkeypatch, es.tree, "_best", "log_q + jax", "3 * log_q + jax")
+    mutate(monkeypatch, es.tree, "_best", "perturbed(key, log_q)", "perturbed(key, 3 * log_q)")
     assert sequence_surprise(tiny_exiting((2,), False), PLAIN)[0] > 5
 
 
