@@ -5,7 +5,7 @@
 
 A case is a drafter: "draft" (--draft, in groups of --group-size), "lookup" (prompt lookup), "head"
 (lookup, else the package's or another --head) and "random" (a draft of random weights). Arms are
-the base alone, γ of 1, 2, 3, 5 and 8, and "auto"; all answer a prompt before any sees the next one,
+the base alone, the fixed γ of --gammas, and "auto"; all answer a prompt before any sees the next one,
 in an order drawn anew each time, after a warm-up that compiles and measures. A second --then text
 is put behind the first answer and answered in the same session. FILE gets a header and a line a
 prompt; started again, the script keeps what is there.
@@ -34,7 +34,7 @@ import easyspec_jax as es
 from easyspec_jax.engine import PREFILL_CHUNKS
 from easyspec_jax.text import Tokenizer
 
-GAMMAS = (1, 2, 3, 5, 8)
+GAMMAS = [1, 2, 3, 5, 8]
 ALONE, AUTO = "alone", "auto"
 Record = dict[str, Any]
 
@@ -60,7 +60,7 @@ def make_arms(args: argparse.Namespace) -> dict[str, es.Decoder]:
     base = es.load_model(args.base, es.make_mesh())
     drafter = make_drafter(args, base)
     arms = {ALONE: es.Decoder(base)}
-    for gamma in GAMMAS:
+    for gamma in args.gammas:
         arms[str(gamma)] = es.Decoder(base, drafter, num_draft_tokens=gamma)
     arms[AUTO] = es.Decoder(base, drafter, num_draft_tokens=AUTO)
     return arms
@@ -166,8 +166,10 @@ def priced(lines: list[Record]) -> dict[str, float] | None:
 
 
 def table(files: list[pathlib.Path]) -> str:
-    """A row for each case, set and temperature."""
-    fixed = [str(gamma) for gamma in GAMMAS]
+    """A row for each case, set and temperature; a column for each γ that any of them has."""
+    read = [read_results(file) for file in files]
+    arms = {arm for _, lines in read for x in lines for arm in x["arms"]} - {ALONE, AUTO}
+    fixed = sorted(arms, key=int)
     heads = [
         "case",
         "set",
@@ -179,16 +181,15 @@ def table(files: list[pathlib.Path]) -> str:
         "by measured costs",
     ]
     rows = [heads, ["---"] * len(heads)]
-    for file in files:
-        header, lines = read_results(file)
+    for header, lines in read:
         keys = dict.fromkeys((line["set"], line["temperature"]) for line in lines)
         for name, t in keys:
             here = [x for x in lines if (x["set"], x["temperature"]) == (name, t)]
             found = ratios(here)
             row = [header["options"]["case"], name, f"{t:g}", str(len(here))]
-            row += [f"{found[arm]:.2f}" for arm in (*fixed, AUTO)]
+            row += [f"{found[arm]:.2f}" if arm in found else "-" for arm in (*fixed, AUTO)]
             for speeds in (found, priced(here)):
-                best = max(speeds[arm] for arm in (ALONE, *fixed)) if speeds else 0.0
+                best = max(speeds[arm] for arm in speeds if arm != AUTO) if speeds else 0.0
                 row.append(f"{speeds[AUTO] / best:.3f}" if speeds else "-")
             rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -211,6 +212,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=int, default=96)
     p.add_argument("--temperatures", type=lambda s: [float(t) for t in s.split(",")], default=[0.0])
     p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--gammas", type=lambda s: [int(g) for g in s.split(",")], default=GAMMAS)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=pathlib.Path)
     p.add_argument("--table", type=pathlib.Path, nargs="+", help="only print these files")

@@ -19,6 +19,7 @@ import easyspec_jax as es
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))  # scripts, no package
 bench = importlib.import_module("bench")
 ceiling = importlib.import_module("ceiling")
+draws = importlib.import_module("draws")
 few_rows = importlib.import_module("few_rows")
 
 
@@ -227,6 +228,25 @@ def test_transformers_arms_give_the_same_greedy_text(tiny, capsys, monkeypatch):
     assert all(arm["identical"] == 2 for arm in document["arms"].values())
     assert document["arms"]["assisted"]["tokens_per_step"] is None
     assert (2, 0.0) in asked and any(number != 2 for number, _ in asked)  # constant, and not
+
+
+def test_draws_by_one_pass_and_by_two_are_timed(capsys, tmp_path, monkeypatch):
+    out = tmp_path / "draws.jsonl"
+    argv = ["--vocab", "300", "--rounds", "3", "--out", str(out)]
+    draws.main(argv)
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads(out.read_text()) and document["options"]["vocab"] == 300
+    found = [(x["what"], x["passes"]) for x in document["times"]]
+    assert found == [("draw", "one"), ("choice", "one"), ("draw", "two"), ("choice", "two")]
+    assert all(0 < x["minimum_ms"] <= x["median_ms"] for x in document["times"])
+
+    def another(x):
+        values, tokens = draws.sampling._largest_in_two(x)
+        return values, tokens + 1
+
+    monkeypatch.setitem(draws.PASSES, "two", another)
+    with pytest.raises(ValueError, match="find another draw"):
+        draws.main(argv)
 
 
 def test_a_few_rows_are_timed_in_all_ways(tiny, capsys, monkeypatch):
