@@ -5,9 +5,9 @@
 
 A case is a drafter: "draft" (--draft, in groups of --group-size), "lookup" (prompt lookup), "head"
 (lookup, else the package's or another --head) and "random" (a draft of random weights). Arms are
-the base alone, the fixed γ of --gammas, and "auto"; all answer a prompt before any sees the next one,
-in an order drawn anew each time, after a warm-up that compiles and measures. A second --then text
-is put behind the first answer and answered in the same session. FILE gets a header and a line a
+the base alone, each γ of --gammas, and "auto"; all answer a prompt before any sees the next one, in
+an order drawn anew each time, after a warm-up that compiles and measures. A second --then text is
+put behind the first answer and answered in the same session. FILE gets a header and a line a
 prompt; started again, the script keeps what is there.
 """
 

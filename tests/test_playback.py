@@ -1,4 +1,4 @@
-"""Automatic depth played back: what texts take by hand, and a run."""
+"""Automatic depth played back: what texts take by hand, and a run; and the table of timed ones."""
 
 import importlib
 import json
@@ -24,6 +24,29 @@ def test_texts_by_hand(script):
     assert script.automatic(easy, costs) < 90 * 1.8 / 9 * 1.3  # soon the deepest
     assert 90 < script.automatic(hard, costs) < 90 * 1.03  # soon none
     assert script.compare([easy], costs) <= 1 and 0.97 < script.compare([hard], costs) < 1
+
+
+def test_a_table_of_timed_runs_compares_with_the_best_fixed_depth(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "experiments")
+    auto = importlib.import_module("auto")
+
+    def file(name, seconds, counted):
+        steps = {"alone": 12, "2": 6, "8": 6, "auto": 8}
+        arms = {a: {"seconds": s, "new_tokens": 12, "steps": steps[a]} for a, s in seconds.items()}
+        arms["auto"] |= counted
+        header = {"machine": {}, "commit": "c", "options": {"case": name}, "prompt_tokens": {}}
+        line = {"set": "text", "prompt": 0, "temperature": 0.0, "arms": arms}
+        (tmp_path / name).write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
+        return tmp_path / name
+
+    # By costs: alone 12 steps of 1 s, 2 tokens 6 of 1.5 s, automatic depth 4 of both.
+    counted = {"depths": [0, 2], "costs": [[1.0, 1.5]], "steps_per_depth": [[4, 0, 4]]}
+    one = file("one", {"alone": 10, "2": 8, "auto": 10}, counted)
+    two = file("two", {"alone": 10, "8": 20, "auto": 12}, counted | {"costs": [[1.0], [1.0]]})
+    rows = [line.split(" | ") for line in auto.table([one, two]).splitlines()]
+    assert rows[0][4:6] == ["2 tokens", "8 tokens"]
+    assert rows[2][4:] == ["1.25", "-", "1.00", "0.800", "0.900 |"]
+    assert rows[3][4:] == ["-", "0.50", "0.83", "0.833", "- |"]
 
 
 @pytest.mark.slow
