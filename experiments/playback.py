@@ -5,8 +5,10 @@
 
 The base writes an answer to every prompt, and the draft says of each of its tokens whether it would
 have drafted it: a greedy chain is accepted as far as that goes. So every depth can be played back
-without a clock. FILE gets a header and a line a prompt; the table has a row for each set and table
-of costs: the best fixed depth's time, or the base's, over that of `depth.Pace`.
+without a clock. At a --temperature a token x of the text was an accepted draft token with
+probability min(1, q(x) / p(x)), whatever depth was chosen, and --draws of that are played. FILE
+gets a header and a line a prompt; the table has a row for each set and table of costs: the best
+fixed depth's time, or the base's, over that of `depth.Pace`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import prompt_sets
+import scipy.special
 from acceptance import make_header, open_results, read_results
 from records import append
 from tqdm import tqdm
@@ -41,15 +44,43 @@ COSTS = {
 Record = dict[str, Any]
 
 
+def logits_of(model: es.Model, text: list[int], start: int) -> np.ndarray:
+    """Of every token from `start` on, f32[n, V]."""
+    padded = text + [0] * (-len(text) % 64)
+    return np.asarray(es.logits(model, [padded])[0][start - 1 : len(text) - 1])
+
+
 def hits_of(draft: es.Model, prompt: list[int], answer: list[int]) -> str:
     """A letter for every token of the answer, as far as the draft's context goes: 1 where its
     likeliest token is it.
     """
     text = (prompt + answer)[: draft.config.max_len]
-    padded = text + [0] * (-len(text) % 64)
-    best = np.argmax(es.logits(draft, [padded])[0], axis=-1)
-    start = len(prompt)
-    return "".join(str(int(best[i - 1] == text[i])) for i in range(start, len(text)))
+    best = np.argmax(logits_of(draft, text, len(prompt)), axis=-1)
+    return "".join(str(int(hit)) for hit in best == text[len(prompt) :])
+
+
+def chances_of(
+    base: es.Model, draft: es.Model, prompt: list[int], answer: list[int], temperature: float
+) -> np.ndarray:
+    """How likely each token of an answer that was drawn at this temperature was an accepted draft
+    token, f[n]: a draft token x is accepted with probability min(q(x), p(x)), so that behind a text
+    of p's tokens that is min(1, q(x) / p(x)) (Leviathan et al. 2023, algorithm 1).
+    """
+    text = (prompt + answer)[: draft.config.max_len]
+    told = np.asarray(text[len(prompt) :])
+    p, q = (
+        scipy.special.log_softmax(logits_of(m, text, len(prompt)) / temperature, axis=-1)[
+            np.arange(len(told)), told
+        ]
+        for m in (base, draft)
+    )
+    return np.exp(np.minimum(q - p, 0.0))
+
+
+def drawn(chances: np.ndarray, draws: int, seed: int) -> list[str]:
+    """Hits of so many draws of them."""
+    found = np.random.default_rng(seed).random((draws, len(chances))) < chances
+    return ["".join(str(int(hit)) for hit in row) for row in found]
 
 
 def taken(hits: str, at: int, depth: int) -> int:
@@ -106,7 +137,8 @@ def table(header: Record, lines: list[Record]) -> str:
     """A row for each set: the first tokens alone, all, and texts that become others."""
     sets: dict[str, list[str]] = {}
     for line in lines:
-        sets.setdefault(line["set"], []).append(line["hits"])
+        hits = line["hits"]
+        sets.setdefault(line["set"], []).extend([hits] if isinstance(hits, str) else hits)
     kinds = [(f"{name}, first 48", [hits[:48] for hits in texts]) for name, texts in sets.items()]
     kinds += list(sets.items())
     names = list(sets)
@@ -116,7 +148,8 @@ def table(header: Record, lines: list[Record]) -> str:
     rows = [["texts", *COSTS], ["---"] * (1 + len(COSTS))]
     for kind, texts in kinds:
         rows.append([kind, *(f"{compare(texts, costs):.3f}" for costs in COSTS.values())])
-    about = f"{header['options']['base']} + {header['options']['draft']}, {len(lines)} texts"
+    o = header["options"]
+    about = f"{o['base']} + {o['draft']}, {len(lines)} texts, temperature {o.get('temperature', 0)}"
     return "\n".join([about, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
@@ -125,6 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--num-prompts", type=int, default=8, help="of each set")
     p.add_argument("--skip", type=int, default=0, help="the first prompts of each set")
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--draws", type=int, default=8, help="of every text, at a temperature")
+    p.add_argument("--seed", type=int, default=0)
     args = prompt_sets.parse(p, argv, 200)
     if args.table:
         print(table(*read_results(args.table)))
@@ -139,13 +175,22 @@ def main(argv: list[str] | None = None) -> None:
     base, draft = es.load_model(args.base, mesh), es.load_model(args.draft, mesh)
     done = {(line["set"], line["prompt"]) for line in lines}
     for name, prompts in tqdm(sets.items(), unit="set"):
-        missing = [i for i in range(len(prompts)) if (name, args.skip + i) not in done]
-        if not missing:
+        numbers = range(args.skip, args.skip + len(prompts))
+        if done.issuperset((name, i) for i in numbers):
             continue
-        prompts = [prompts[i] for i in missing]
-        out = es.Decoder(base).generate(prompts, max_new_tokens=args.max_new_tokens)
-        for i, prompt, answer in zip(missing, prompts, out.tokens, strict=True):
-            line = {"set": name, "prompt": args.skip + i, "hits": hits_of(draft, prompt, answer)}
+        answers = es.Decoder(base).generate(  # all, as what is drawn hangs on the batch
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            sampling=es.Sampling(temperature=args.temperature),
+            seed=args.seed,
+        )
+        for i, prompt, answer in zip(numbers, prompts, answers.tokens, strict=True):
+            if (name, i) in done:
+                continue
+            line = {"set": name, "prompt": i, "hits": hits_of(draft, prompt, answer)}
+            if args.temperature:
+                chances = chances_of(base, draft, prompt, answer, args.temperature)
+                line["hits"] = drawn(chances, args.draws, args.seed + i)
             append(args.out, line)
             lines.append(line)
     print(table(header, lines))

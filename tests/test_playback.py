@@ -3,8 +3,11 @@
 import importlib
 import json
 import pathlib
+import types
 
+import numpy as np
 import pytest
+import scipy.special
 
 
 @pytest.fixture
@@ -49,6 +52,24 @@ def test_a_table_of_timed_runs_compares_with_the_best_fixed_depth(monkeypatch, t
     assert rows[3][4:] == ["-", "0.50", "0.83", "0.833", "- |"]
 
 
+@pytest.mark.parametrize("temperature", [0.8, 1.7])
+def test_a_drawn_token_was_drafted_as_often_as_the_rule_accepts(script, monkeypatch, temperature):
+    draw = np.random.default_rng(0)
+    logits = {name: draw.normal(size=(64, 5)).astype(np.float32) * 2 for name in ("p", "q")}
+    monkeypatch.setattr(script.es, "logits", lambda model, texts: logits[model.name][None])
+    p_model, q_model = (
+        types.SimpleNamespace(name=name, config=types.SimpleNamespace(max_len=20)) for name in "pq"
+    )
+    p, q = (scipy.special.softmax(x[2] / temperature) for x in (logits["p"], logits["q"]))
+    behind = [script.chances_of(p_model, q_model, [0, 1, 2], [x], temperature)[0] for x in range(5)]
+    np.testing.assert_allclose(p * behind, np.minimum(p, q), rtol=1e-6)
+    assert 0.05 < (p * behind).sum() < 0.95
+    long = script.chances_of(p_model, q_model, [0, 1, 2], [4] * 30, temperature)
+    assert long.shape == (17,) and long[0] == behind[4]  # as far as the draft's context goes
+    hits = script.drawn(np.asarray([0.0, 1.0, 0.25]), 4000, 0)
+    assert {x[:2] for x in hits} == {"01"} and 0.2 < np.mean([x[2] == "1" for x in hits]) < 0.3
+
+
 @pytest.mark.slow
 def test_a_run_plays_what_the_draft_would_have_said(script, checkpoints, tmp_path, capsys):
     (tmp_path / "lines.txt").write_text("a b\nc a b\nhello\n")
@@ -65,3 +86,8 @@ def test_a_run_plays_what_the_draft_would_have_said(script, checkpoints, tmp_pat
     assert out.read_text() == whole and capsys.readouterr().out == shown
     script.main(["--table", str(out)])
     assert capsys.readouterr().out == shown and "| text, first 48 |" in shown
+    other = tmp_path / "drawn.jsonl"
+    argv += ["--temperature", "0.8", "--draws", "3", "--max-new-tokens", "9", "--out", str(other)]
+    script.main(argv)
+    _, *lines = map(json.loads, other.read_text().splitlines())
+    assert [line["hits"] for line in lines] == [["1" * 9] * 3] * 2
