@@ -37,6 +37,9 @@ def test_a_table_of_timed_runs_compares_with_the_best_fixed_depth(monkeypatch, t
         steps = {"alone": 12, "2": 6, "8": 6, "auto": 8}
         arms = {a: {"seconds": s, "new_tokens": 12, "steps": steps[a]} for a, s in seconds.items()}
         arms["auto"] |= counted
+        if name == "one":
+            for arm, least in (("alone", 9), ("2", 6), ("auto", 5)):
+                arms[arm]["least"] = least
         header = {"machine": {}, "commit": "c", "options": {"case": name}, "prompt_tokens": {}}
         line = {"set": "text", "prompt": 0, "temperature": 0.0, "arms": arms}
         (tmp_path / name).write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
@@ -48,8 +51,8 @@ def test_a_table_of_timed_runs_compares_with_the_best_fixed_depth(monkeypatch, t
     two = file("two", {"alone": 10, "8": 20, "auto": 12}, counted | {"costs": [[1.0], [1.0]]})
     rows = [line.split(" | ") for line in auto.table([one, two]).splitlines()]
     assert rows[0][4:6] == ["2 tokens", "8 tokens"]
-    assert rows[2][4:] == ["1.25", "-", "1.00", "0.800", "0.900 |"]
-    assert rows[3][4:] == ["-", "0.50", "0.83", "0.833", "- |"]
+    assert rows[2][4:] == ["1.25", "-", "1.00", "0.800", "1.200", "0.900 |"]
+    assert rows[3][4:] == ["-", "0.50", "0.83", "0.833", "-", "- |"]
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.7])
