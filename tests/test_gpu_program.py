@@ -143,7 +143,13 @@ def program(name, attention="xla", quantization=None, kv_dtype=None):
         return read_program(es.Decoder(base, drafter, num_draft_tokens=case.num_draft_tokens))
 
 
-PHASES = [(name, phase) for name, case in CASES.items() for phase in case.phases]
+def together(params):
+    """One worker takes all that is asked of the programs of one name: it compiles them once."""
+    params = [one if isinstance(one, tuple) else (one,) for one in params]
+    return [pytest.param(*one, marks=pytest.mark.xdist_group(one[0])) for one in params]
+
+
+PHASES = together((name, phase) for name, case in CASES.items() for phase in case.phases)
 
 
 @pytest.mark.parametrize(("name", "phase"), PHASES)
@@ -159,7 +165,7 @@ def test_little_moves_beside_weights_and_caches(name, phase):
     assert 1 <= found.ratio <= CASES[name].phases[phase].ratio
 
 
-@pytest.mark.parametrize("name", CUDNN)
+@pytest.mark.parametrize("name", together(CUDNN))
 def test_attention_as_one_kernel_is_less_of_both(name):
     found = program(name, "cudnn")
     for phase, bound in CUDNN[name].items():
@@ -171,7 +177,7 @@ def test_attention_as_one_kernel_is_less_of_both(name):
     assert found.graphs.host_syncs == 1
 
 
-@pytest.mark.parametrize(("name", "kind", "kv"), QUANTIZED, ids=str)
+@pytest.mark.parametrize(("name", "kind", "kv"), together(QUANTIZED), ids=str)
 def test_codes_are_read_once_and_never_become_floats_in_memory(name, kind, kv):
     attention = "cudnn" if kv is None else "xla"
     found, floats = (program(name, attention, *how) for how in ((kind, kv), (None, None)))
@@ -203,12 +209,12 @@ def test_all_layers_share_a_bias():
     assert re.search(rf"{re.escape(bias)} = bf16\[{heads},1,5,2048\]", texts["hlo"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", together(CASES))
 def test_no_conditional_and_no_copy_of_a_cache(name):
     assert program(name).total("conditionals") == program(name).total("copies") == 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", together(CASES))
 def test_a_step_is_launched_as_graphs(name):
     found = program(name)
     assert found.graphs.host_syncs == 1  # whether there is another step
@@ -218,13 +224,14 @@ def test_a_step_is_launched_as_graphs(name):
     assert launched == pytest.approx(found.step.launches, rel=0.1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", together(CASES))
 def test_the_end_of_a_step_is_few_launches(name):
     assert program(name).phases["commit"].traffic.launches <= COMMIT_LAUNCHES
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [*((c, "xla") for c in CASES), *((c, "cudnn") for c in CUDNN)]
+    ("name", "attention"),
+    together([*((c, "xla") for c in CASES), *((c, "cudnn") for c in CUDNN)]),
 )
 def test_memory_is_within_the_budget(name, attention):
     found = program(name, attention)
