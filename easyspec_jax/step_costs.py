@@ -34,7 +34,7 @@ LEAST = 1e-6  # seconds, below which no difference means anything
 # For one depth, behind a first time: no more than either number of seconds and rounds, but at least
 # so many rounds. Of three the least was off by a sixth where a clock strays.
 SECONDS, ROUNDS, LEAST_ROUNDS = 0.4, 20, 7
-STATISTIC = "medians of seven rounds or more"  # costs that are kept are found again under another
+STATISTIC = "medians of seven rounds or more"  # kept costs of another are not read
 
 Run = Callable[[Request, DecodeState], DecodeState]
 

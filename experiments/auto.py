@@ -152,7 +152,8 @@ def ratios(lines: list[Record], clock: str = "seconds") -> dict[str, float] | No
 
 def priced(lines: list[Record]) -> dict[str, float] | None:
     """The same with every step at what one of its depth was measured to take before the first
-    answer: what the choice is worth on a clock that does not stray. None: there are several kinds.
+    answer: what the choice is worth on a clock that does not stray. None: there are several kinds,
+    or an arm has a depth that was not measured.
     """
     seconds = collections.Counter()
     for x in lines:
@@ -160,6 +161,8 @@ def priced(lines: list[Record]) -> dict[str, float] | None:
         if len(auto.get("costs", ())) != 1:
             return None
         cost = dict(zip(auto["depths"], auto["costs"][0], strict=True))
+        if not {int(arm) for arm in arms if arm not in (ALONE, AUTO)} <= cost.keys():
+            return None
         for arm, found in arms.items():
             if arm == AUTO:
                 turns = [enumerate(turn) for turn in found["steps_per_depth"]]

@@ -6,9 +6,10 @@
 The base writes an answer to every prompt, and the draft says of each of its tokens whether it would
 have drafted it: a greedy chain is accepted as far as that goes. So every depth can be played back
 without a clock. At a --temperature a token x of the text was an accepted draft token with
-probability min(1, q(x) / p(x)), whatever depth was chosen, and --draws of that are played. FILE
-gets a header and a line a prompt; the table has a row for each set and table of costs: the best
-fixed depth's time, or the base's, over that of `depth.Pace`.
+probability min(1, q(x) / p(x)), whatever depth was chosen, and --draws of that are played (blocks,
+as they are verified, are accepted a little further). FILE gets a header and a line a prompt; the
+table has a row for each set and table of costs: the best fixed depth's time, or the base's, over
+that of `depth.Pace`.
 """
 
 from __future__ import annotations
@@ -187,10 +188,12 @@ def main(argv: list[str] | None = None) -> None:
         for i, prompt, answer in zip(numbers, prompts, answers.tokens, strict=True):
             if (name, i) in done:
                 continue
-            line = {"set": name, "prompt": i, "hits": hits_of(draft, prompt, answer)}
             if args.temperature:
                 chances = chances_of(base, draft, prompt, answer, args.temperature)
-                line["hits"] = drawn(chances, args.draws, args.seed + i)
+                hits: Any = drawn(chances, args.draws, args.seed + i)
+            else:
+                hits = hits_of(draft, prompt, answer)
+            line = {"set": name, "prompt": i, "hits": hits}
             append(args.out, line)
             lines.append(line)
     print(table(header, lines))
